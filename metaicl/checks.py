@@ -1,0 +1,162 @@
+"""Checks of values at the boundary: what a shape cannot tell, told early and by name."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from metaicl.episode import Episode, Examples
+from metaicl.spec import TaskSpec
+
+_LISTED = 5  # offending values named in a message
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an integer of at least `minimum` (bool is no integer here).
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= {minimum}; got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be an int >= {minimum}; got {value}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above zero.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+    return float(value)
+
+
+def check_seed(seed: object) -> int:
+    """Return `seed` if it is an integer in [0, 2**63).
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is out of range.
+    """
+    check_count("seed", seed, minimum=0)
+    assert isinstance(seed, int)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be in [0, 2**63); got {seed}")
+    return seed
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`; the error names the closest one.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    choices = list(choices)
+    if value in choices:
+        return str(value)
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{name} must be one of {choices}; got {value!r}{hint}")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device if this machine has it.
+
+    Raises:
+        ValueError: If it is unknown or absent; the message lists what there is.
+    """
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    name = None if found is None else (f"cuda:{found.index or 0}" if found.type == "cuda" else found.type)
+    if found is None or name not in here:
+        raise ValueError(f"device must be one of {here} on this machine; got {str(device)!r}")
+    return found
+
+
+def check_episode(episode: Episode, spec: TaskSpec) -> None:
+    """Check an episode's values against its spec, so that a bad row is named here and not as a NaN later.
+
+    Args:
+        episode: Any number of tasks.
+        spec: What they should look like.
+
+    Raises:
+        TypeError: If a dtype does not fit the spec.
+        ValueError: If a shape, a label or a value does not fit it.
+    """
+    for name, part in (("support", episode.support), ("query", episode.query)):
+        if part.n_rows == 0 or not bool(part.real.any(1).all()):
+            raise ValueError(f"episode.{name} must have at least one real row per task; got none in some task")
+        _check_inputs(name, part, spec)
+        _check_targets(name, part, spec)
+    if spec.kind == "classification":
+        _check_classes_present(episode, spec)
+
+
+def _check_inputs(name: str, part: Examples, spec: TaskSpec) -> None:
+    got = tuple(part.x.shape[2:])
+    if got != spec.x_shape:
+        raise ValueError(f"episode.{name}.x must have rows of shape {spec.x_shape}; got {got}")
+    if spec.x_kind != "tokens":
+        if not part.x.is_floating_point():
+            raise TypeError(f"episode.{name}.x must be floating point for {spec.x_kind} inputs; got {part.x.dtype}")
+        _check_finite(f"episode.{name}.x", part.x, part.real)
+        return
+    if part.x.dtype != torch.long:
+        raise TypeError(f"episode.{name}.x must be long for token inputs; got {part.x.dtype}")
+    low, high = int(part.x.min()), int(part.x.max())
+    if low < 0 or high >= (spec.vocabulary or 0):
+        raise ValueError(f"episode.{name}.x must hold token ids in [0, {spec.vocabulary}); got values in [{low}, {high}]")
+
+
+def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
+    if spec.kind == "regression":
+        if part.y.ndim != 3 or part.y.shape[2] != spec.y_dim or not part.y.is_floating_point():
+            got = f"{tuple(part.y.shape)} {part.y.dtype}"
+            raise ValueError(f"episode.{name}.y must be floating point (B, N, y_dim={spec.y_dim}); got {got}")
+        _check_finite(f"episode.{name}.y", part.y, part.real)
+        return
+    if part.y.dtype != torch.long or part.y.ndim != 2:
+        hint = "; one-hot rows become indices by .argmax(-1)" if part.y.ndim == 3 else ""
+        raise TypeError(f"episode.{name}.y must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}")
+    bad = part.y[part.real & ((part.y < 0) | (part.y >= (spec.n_way or 0)))]
+    if bad.numel():
+        found = sorted(set(bad.tolist()))[:_LISTED]
+        hint = "; mark rows to ignore in mask" if -100 in found else ""
+        raise ValueError(f"episode.{name}.y must hold labels in [0, n_way={spec.n_way}); got {found}{hint}")
+
+
+def _check_classes_present(episode: Episode, spec: TaskSpec) -> None:
+    assert spec.n_way is not None
+    counts = class_counts(episode.support, spec.n_way)
+    if bool((counts == 0).any()):
+        task, label = (counts == 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"every class needs a support row; class {label} of task {task} has 0 (n_way={spec.n_way}). "
+            "A query label that the support never shows cannot be learned"
+        )
+
+
+def class_counts(examples: Examples, n_way: int) -> Tensor:
+    """Real rows per class, long (B, C)."""
+    one_hot = torch.nn.functional.one_hot(examples.y.clamp(0, n_way - 1), n_way)
+    return (one_hot * examples.real[..., None]).sum(1)
+
+
+def _check_finite(name: str, value: Tensor, real: Tensor) -> None:
+    finite = torch.isfinite(value).flatten(2).all(2) | ~real
+    if not bool(finite.all()):
+        task, row = (~finite).nonzero()[0].tolist()
+        count = int((~finite).sum())
+        raise ValueError(f"{name} must be finite; {count} rows hold NaN or Inf, the first at task {task}, row {row}")

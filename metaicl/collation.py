@@ -1,0 +1,56 @@
+"""Joining episodes and rows: ragged parts become one rectangle and a mask."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metaicl.episode import Episode, Examples
+
+
+def collate(episodes: Sequence[Episode]) -> Episode:
+    """Join episodes along the task axis, padding supports and queries to the longest with masked rows.
+
+    Args:
+        episodes: At least one; row shapes and latent names must agree.
+
+    Returns:
+        One episode with B = the sum of theirs. Latents whose shapes differ beyond the task axis are left out.
+
+    Raises:
+        ValueError: If there is nothing to join or the row shapes differ.
+    """
+    if not episodes:
+        raise ValueError("collate needs at least one episode; got an empty sequence")
+    support = _join([episode.support for episode in episodes])
+    query = _join([episode.query for episode in episodes])
+    latents = {}
+    for name in episodes[0].latents:
+        values = [episode.latents[name] for episode in episodes if name in episode.latents]
+        if len(values) == len(episodes) and len({value.shape[1:] for value in values}) == 1:
+            latents[name] = torch.cat(values)
+    return Episode(support, query, latents)
+
+
+def concatenate(first: Examples, second: Examples) -> Examples:
+    """Rows of `second` appended to those of `first` (both with the same B)."""
+    mask = None if first.mask is None and second.mask is None else torch.cat([first.real, second.real], 1)
+    ids = None if first.ids is None or second.ids is None else torch.cat([first.ids, second.ids], 1)
+    return Examples(torch.cat([first.x, second.x], 1), torch.cat([first.y, second.y], 1), mask, ids)
+
+
+def _join(parts: list[Examples]) -> Examples:
+    shapes = {tuple(part.x.shape[2:]) for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"collate needs rows of one shape; got {sorted(shapes)}")
+    n_rows = max(part.n_rows for part in parts)
+    if any(part.mask is not None or part.n_rows != n_rows for part in parts):
+        parts = [part.pad(n_rows) for part in parts]
+    ids = None if any(part.ids is None for part in parts) else torch.cat([_leaf(part.ids) for part in parts])
+    mask = None if parts[0].mask is None else torch.cat([_leaf(part.mask) for part in parts])
+    return Examples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask, ids)
+
+
+def _leaf(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value

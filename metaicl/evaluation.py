@@ -1,0 +1,290 @@
+"""Judging one learner on fixed, addressed episodes."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metaicl.checks import check_count, check_device
+from metaicl.episode import Episode, Examples
+from metaicl.learner import Learner
+from metaicl.metrics import Calibration, calibration, calibration_counts, query_metrics
+from metaicl.prefixes import first_shots
+from metaicl.spec import TaskSpec
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.training import device_of, isolated_randomness, place, training_mode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one learner did on one fixed set of episodes.
+
+    Args:
+        learner: Its name.
+        kind: "regression" or "classification".
+        metrics: For each metric its value on each episode, float64 (E,).
+        calibration: Pooled over all query rows; None where the distribution has no `cdf`.
+        fingerprint: SHA-256 over all rows of all episodes, whatever the batch size. Two evaluations with the same
+            fingerprint were made on the same data.
+        n_shot: Support rows per class or per task.
+        n_query: Query rows, likewise.
+        split: Which tasks.
+        seed: The address of the episodes.
+        batch_size: Tasks adapted together; the seconds depend on it.
+        adapt_seconds: Seconds to adapt to one task, the median over batches of (seconds of the batch / B).
+        predict_seconds: Seconds to predict the query of one task, likewise.
+        parameters: Numbers in the parameters of the learner.
+        state_bytes: Bytes of adapted state per task, what is kept between `adapt` and `predict`.
+        peak_memory_bytes: Peak of torch's CUDA allocator above what was held before; None on other devices,
+            where torch keeps no such count.
+        device: Where it ran.
+        transductive: The learner's answer to a query may depend on the other queries.
+    """
+
+    learner: str
+    kind: str
+    metrics: Mapping[str, NDArray[np.float64]]
+    calibration: Calibration | None
+    fingerprint: str
+    n_shot: int
+    n_query: int
+    split: str
+    seed: int
+    batch_size: int
+    adapt_seconds: float
+    predict_seconds: float
+    parameters: int
+    state_bytes: int
+    peak_memory_bytes: int | None
+    device: str
+    transductive: bool
+
+    @property
+    def n_episodes(self) -> int:
+        """E, the number of episodes."""
+        return len(next(iter(self.metrics.values())))
+
+    def mean(self, metric: str) -> float:
+        """The mean of a metric over the episodes."""
+        return float(self.metrics[metric].mean())
+
+
+def evaluate(
+    learner: Learner,
+    tasks: TaskDistribution,
+    *,
+    n_shot: int,
+    n_query: int,
+    n_episodes: int = 600,
+    split: Split = "test",
+    seed: int = EVAL_SEED,
+    batch_size: int = 50,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+) -> Evaluation:
+    """Judge a learner on the first `n_episodes` tasks of the stream (seed, split), in eval mode and without gradients.
+
+    The learner's training mode and device are restored afterwards. Batch size and device change no episode.
+
+    Args:
+        learner: Trained or not.
+        tasks: Where the episodes come from.
+        n_shot: Support rows per class, or per task in regression.
+        n_query: Query rows, likewise.
+        n_episodes: E.
+        split: Which tasks.
+        seed: The address; leave it alone to be comparable with everyone else.
+        batch_size: Tasks adapted together.
+        device: Where to run; by default where the learner's parameters are.
+        name: For messages and reports; by default the class name.
+
+    Raises:
+        FloatingPointError: If a prediction is NaN or infinite, naming learner and episode.
+        ValueError: If a count is out of range or a distribution has not the batch shape (B, Q).
+        TypeError: If learner or tasks are something else.
+    """
+    return evaluate_shots(
+        learner,
+        tasks,
+        shots=(n_shot,),
+        n_query=n_query,
+        n_episodes=n_episodes,
+        split=split,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        name=name,
+    )[n_shot]
+
+
+def evaluate_shots(
+    learner: Learner,
+    tasks: TaskDistribution,
+    *,
+    shots: Sequence[int],
+    n_query: int,
+    n_episodes: int = 600,
+    split: Split = "test",
+    seed: int = EVAL_SEED,
+    batch_size: int = 50,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+) -> dict[int, Evaluation]:
+    """Evaluate at several numbers of shots on the same tasks, queries and nested supports, so that curves are paired.
+
+    The largest support is drawn once and `first_shots` cuts it. See `evaluate` for the other arguments.
+
+    Args:
+        learner: Trained or not.
+        tasks: Where the episodes come from.
+        shots: Support rows per class, or per task in regression; each at least 1.
+        n_query: Query rows, likewise.
+        n_episodes: E.
+        split: Which tasks.
+        seed: The address of the episodes.
+        batch_size: Tasks adapted together.
+        device: Where to run.
+        name: For messages and reports.
+
+    Returns:
+        An evaluation for each number of shots; they share one fingerprint, that of the largest support.
+    """
+    name = name or type(learner).__name__
+    _check_served(learner, tasks, name)
+    check_count("n_episodes", n_episodes)
+    shots = sorted({check_count("shots", k) for k in shots})
+    if not shots:
+        raise ValueError("shots must name at least one number of support rows; got none")
+    stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=shots[-1], n_query=n_query)
+    digest, tallies = hashlib.sha256(), {k: _Tally(name, tasks.spec) for k in shots}
+    with _evaluating(learner, device, seed):
+        used = device_of(learner)
+        for episode in stream.batches(0, n_episodes, batch_size=batch_size):
+            _chain(digest, episode)
+            episode = place(episode, learner)
+            for k, tally in tallies.items():
+                support = episode.support if k == shots[-1] else first_shots(episode.support, k, tasks.spec)
+                tally.add(learner, support, episode.query)
+    common: dict[str, Any] = {"learner": name, "kind": tasks.spec.kind, "fingerprint": digest.hexdigest()}
+    common |= {"n_query": n_query, "split": split, "seed": seed, "batch_size": batch_size, "device": str(used)}
+    common |= {"parameters": sum(p.numel() for p in learner.parameters()), "transductive": learner.traits.transductive}
+    return {k: Evaluation(n_shot=k, **common, **tally.result()) for k, tally in tallies.items()}
+
+
+@dataclass
+class _Tally:
+    """What is added up over the batches of one evaluation."""
+
+    name: str
+    spec: TaskSpec
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    counts: NDArray[np.float64] | None = None
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    n_episodes: int = 0
+    state_bytes: int = 0
+    peak_bytes: int | None = None
+
+    def add(self, learner: Learner, support: Examples, query: Examples) -> None:
+        held = _start_peak(query.x.device)
+        try:
+            state, adapting = _timed(lambda: learner.adapt(support), query.x.device)
+            distribution, predicting = _timed(lambda: learner.predict(state, query.x), query.x.device)
+            values = query_metrics(distribution, query, self.spec, first_episode=self.n_episodes)
+        except FloatingPointError as error:
+            last = self.n_episodes + query.n_tasks - 1
+            raise FloatingPointError(f"{self.name} failed in episodes {self.n_episodes} to {last}: {error}") from error
+        for metric, value in values.items():
+            self.metrics.setdefault(metric, []).append(value.double().cpu())
+        counts = calibration_counts(distribution, query, self.spec)
+        if counts is not None:
+            self.counts = counts if self.counts is None else self.counts + counts
+        self.seconds.append((adapting / query.n_tasks, predicting / query.n_tasks))
+        self.state_bytes = max(self.state_bytes, _bytes_of(state) // query.n_tasks)
+        if held is not None:
+            peak = torch.cuda.max_memory_allocated(query.x.device) - held
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
+        self.n_episodes += query.n_tasks
+
+    def result(self) -> dict[str, Any]:
+        adapting, predicting = np.median(np.array(self.seconds), axis=0).tolist()
+        return {
+            "metrics": {name: torch.cat(values).numpy() for name, values in self.metrics.items()},
+            "calibration": None if self.counts is None else calibration(self.counts, self.spec.kind),
+            "adapt_seconds": adapting,
+            "predict_seconds": predicting,
+            "state_bytes": self.state_bytes,
+            "peak_memory_bytes": self.peak_bytes,
+        }
+
+
+def _check_served(learner: Learner, tasks: TaskDistribution, name: str) -> None:
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
+    if not isinstance(tasks, TaskDistribution):
+        raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+    if learner.spec.kind != tasks.spec.kind:
+        raise ValueError(f"{name} was built for {learner.spec.kind}; the tasks are {tasks.spec.kind}")
+
+
+@contextmanager
+def _evaluating(learner: Learner, device: str | torch.device | None, seed: int) -> Iterator[None]:
+    """Eval mode on `device`, no gradients, own randomness; afterwards modes and device are as they were."""
+    home = device_of(learner)
+    there = home if device is None else check_device(device)
+    try:
+        if there != home:
+            learner.to(there)
+        with torch.no_grad(), training_mode(learner, False), isolated_randomness(derive_seed(seed, "learner"), there):
+            yield
+    finally:
+        if there != home:
+            learner.to(home)
+
+
+def _chain(digest: Any, episode: Episode) -> None:
+    """Add each task's real rows to the digest: neither padding nor the cut into batches shows in it."""
+    for task in episode:
+        support, query = (_bare(part) for part in (task.support, task.query))
+        digest.update(Episode(support, query).fingerprint().encode())
+
+
+def _bare(examples: Examples) -> Examples:
+    if examples.mask is None:
+        return Examples(examples.x, examples.y)
+    real = examples.mask[0]
+    return Examples(examples.x[:, real], examples.y[:, real])
+
+
+def _timed(function: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    _wait(device)
+    start = time.perf_counter()
+    result = function()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start_peak(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _bytes_of(state: Any) -> int:
+    leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

@@ -1,0 +1,167 @@
+"""One learner before the exam: private copies of learner and episodes, and how two answers are compared."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from metaicl.episode import Episode, Examples
+from metaicl.learner import Learner, Prepares
+from metaicl.task import EpisodeStream, TaskDistribution
+
+SEED = 1_000_003
+_N_TASKS = 3
+_JITTER = 0.05
+
+TOLERANCES = {torch.float64: (1e-6, 1e-8), torch.float32: (1e-3, 1e-4)}
+"""Relative and absolute tolerance of every comparison, by the dtype of the answer; float32 for any narrower one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a check is given. Every check gets a fresh one and may do with it as it likes.
+
+    The learner is in eval mode and in float64 where it can be, so that a difference cannot be put down to rounding.
+    Its trainable parameters are moved a little at random: a head that starts at zero would make every comparison
+    of two answers an easy one.
+
+    Args:
+        learner: The copy under test.
+        native: The same learner in the precision it came with.
+        tasks: Where the episodes come from.
+        episode: B = 3 tasks; the query is what learners are asked.
+        extra: More labeled rows of the same tasks.
+        short: Other tasks with fewer support rows.
+    """
+
+    learner: Learner
+    native: Learner
+    tasks: TaskDistribution
+    episode: Episode
+    extra: Examples
+    short: Episode
+
+    def fresh(self) -> "Case":
+        """A copy that shares no tensor with this one."""
+        learner, native = copy.deepcopy(self.learner), copy.deepcopy(self.native)
+        episode, extra, short = copy.deepcopy((self.episode, self.extra, self.short))
+        return replace(self, learner=learner, native=native, episode=episode, extra=extra, short=short)
+
+    def answer(self) -> Tensor:
+        """The learner's answer to its episode."""
+        return answer(self.learner, self.episode.support, self.episode.query.x)
+
+
+def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistribution) -> Case:
+    """Copy or build the learner, prepare it if it has to be, and draw the episodes.
+
+    Raises:
+        TypeError: If `learner` is neither a learner nor builds one.
+        ValueError: If it was built for another spec.
+    """
+    learner = copy.deepcopy(learner) if isinstance(learner, Learner) else learner(tasks.spec)
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a Learner or a function spec -> Learner; it gave {type(learner).__name__}")
+    if learner.spec != tasks.spec:
+        raise ValueError(f"learner must be built for the tasks' spec {tasks.spec}; got {learner.spec}")
+    if isinstance(learner, Prepares):
+        learner.prepare(tasks, seed=SEED)
+    learner.eval()
+    _jitter(learner)
+    regression = tasks.spec.kind == "regression"
+    episode, extra = _draw(learner, tasks, 0, n_shot=4 if regression else 2, n_query=8 if regression else 2)
+    short, _ = _draw(learner, tasks, 1, n_shot=2 if regression else 1, n_query=8 if regression else 2)
+    precise = _in_float64(learner, episode)
+    if precise is None:
+        return Case(learner, learner, tasks, episode, extra, short)
+    wide = torch.float64
+    return Case(precise, learner, tasks, episode.to(dtype=wide), extra.to(dtype=wide), short.to(dtype=wide))
+
+
+def answer(learner: Learner, support: Examples, x: Tensor) -> Tensor:
+    """Everything a learner says about inputs x (B, Q), as numbers (B, Q, K)."""
+    return numbers(learner.predict(learner.adapt(support), x), learner, x)
+
+
+def numbers(distribution: Distribution, learner: Learner, x: Tensor) -> Tensor:
+    """A prediction as numbers (B, Q, K): log-probabilities of all classes, mean and log-scale of a Gaussian,
+    or log-densities at three fixed targets."""
+    shape, spec = x.shape[:2], learner.spec
+    if spec.kind == "classification":
+        labels = [torch.full(shape, c, device=x.device) for c in range(spec.output_size)]
+        found = torch.stack([distribution.log_prob(label) for label in labels], -1)
+    elif isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
+        found = torch.cat([distribution.mean, distribution.stddev.log()], -1)
+    else:
+        dtype = x.dtype if x.is_floating_point() else dtype_of(learner)
+        targets = [torch.full((*shape, spec.output_size), v, dtype=dtype, device=x.device) for v in (-1.0, 0.0, 1.0)]
+        found = torch.stack([distribution.log_prob(target) for target in targets], -1)
+    assert found.shape[:2] == shape, f"a prediction for x of (B, Q) = {tuple(shape)} has shape {tuple(found.shape)}"
+    return found.detach()
+
+
+def difference(expected: Tensor, got: Tensor) -> str | None:
+    """Where two tensors differ by more than the tolerance of their dtype; None if they do not."""
+    if expected.shape != got.shape:
+        return f"shapes {tuple(expected.shape)} and {tuple(got.shape)} differ"
+    rtol, atol = TOLERANCES.get(torch.promote_types(expected.dtype, got.dtype), TOLERANCES[torch.float32])
+    if expected.dtype != got.dtype:
+        rtol, atol = TOLERANCES[torch.float32]
+    expected, got = expected.double(), got.double()
+    apart = ~torch.isclose(got, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if not bool(apart.any()):
+        return None
+    gaps = torch.where(apart, (got - expected).abs().nan_to_num(torch.inf), 0.0)
+    where = torch.unravel_index(gaps.argmax(), gaps.shape)
+    pair = f"{float(expected[where]):.6g} and {float(got[where]):.6g}"
+    index = tuple(int(i) for i in where)
+    return f"{int(apart.sum())} of {apart.numel()} numbers differ, most at {index}: {pair} (rtol {rtol}, atol {atol})"
+
+
+def require_same(what: str, expected: Tensor, got: Tensor, hint: str) -> None:
+    """Raise an AssertionError with the largest difference if two answers differ."""
+    found = difference(expected, got)
+    if found is not None:
+        raise AssertionError(f"{what}: {found}. Hint: {hint}")
+
+
+def dtype_of(learner: Learner) -> torch.dtype:
+    """The floating dtype of a learner's parameters, float32 if it has none."""
+    return next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.float32)
+
+
+def generator() -> torch.Generator:
+    """A generator for the choices of a check: the same ones at every run."""
+    return torch.Generator().manual_seed(SEED)
+
+
+def _draw(
+    learner: Learner, tasks: TaskDistribution, index: int, *, n_shot: int, n_query: int
+) -> tuple[Episode, Examples]:
+    stream = EpisodeStream(tasks, seed=SEED, split="train", n_shot=n_shot, n_query=n_query, chunk_size=_N_TASKS)
+    device = next((p.device for p in learner.parameters()), None)
+    episode = stream[index].to(device, dtype_of(learner))
+    half = episode.query.n_rows // 2
+    extra = episode.query.rows(slice(half, None))
+    return replace(episode, query=episode.query.rows(slice(half))), extra
+
+
+def _jitter(learner: Learner) -> None:
+    source = generator()
+    with torch.no_grad():
+        for value in learner.parameters():
+            if value.requires_grad and value.is_floating_point():
+                value += _JITTER * torch.randn(value.shape, generator=source).to(value)
+
+
+def _in_float64(learner: Learner, episode: Episode) -> Learner | None:
+    """The learner in float64, or None where it does not work in it; the check `float64` says why."""
+    wide = episode.to(dtype=torch.float64)
+    try:
+        found = answer(copy.deepcopy(learner).double(), wide.support, wide.query.x)
+    except Exception:
+        return None
+    return copy.deepcopy(learner).double() if found.dtype == torch.float64 else None

@@ -1,0 +1,133 @@
+"""Checks of what a learner leaves alone, and of what it can live with: modes, precision, checkpoints."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaicl.episode import Episode
+from metaicl.exam.case import SEED, Case, answer, dtype_of, require_same
+from metaicl.exam.randomness import global_generators_used
+from metaicl.learner import Learner, Prepares
+from metaicl.task import Split, TaskDistribution
+
+
+def check_module_untouched(case: Case) -> None:
+    """adapt and predict change no parameter, buffer or `.grad`, in neither mode."""
+    for training in (False, True):
+        learner = copy.deepcopy(case.learner).train(training)
+        before = {name: value.detach().clone() for name, value in _tensors(learner)}
+        answer(learner, case.episode.support, case.episode.query.x)
+        after = dict(_tensors(learner))
+        changed = [n for n in {**before, **after} if n not in before or n not in after or not _equal(before[n], after[n])]
+        graded = [name for name, value in learner.named_parameters() if value.grad is not None]
+        if changed or graded:
+            mode = "train" if training else "eval"
+            what = f"values of {changed[:5]}" if changed else f".grad of {graded[:5]}"
+            raise AssertionError(
+                f"adapt and predict in {mode} mode changed {what}. Hint: fast weights are a return value "
+                "(torch.func.functional_call), and running statistics have no place in a learner"
+            )
+
+
+def check_episode_untouched(case: Case) -> None:
+    """adapt and predict write into no tensor of the episode."""
+    before = case.episode.fingerprint()
+    case.answer()
+    if case.episode.fingerprint() != before:
+        raise AssertionError("adapt or predict changed the episode's tensors. Hint: no in-place operation on what is passed in")
+
+
+def check_train_mode(case: Case) -> None:
+    """adapt and predict leave the train or eval mode of every submodule as they found it."""
+    for training in (True, False):
+        learner = copy.deepcopy(case.learner).train(training)
+        answer(learner, case.episode.support, case.episode.query.x)
+        flipped = [name or type(learner).__name__ for name, m in learner.named_modules() if m.training != training]
+        if flipped:
+            raise AssertionError(
+                f"train({training}) became train({not training}) in {flipped[:5]}. Hint: the mode belongs to the caller"
+            )
+
+
+def check_global_rng(case: Case) -> None:
+    """In eval mode the global random generators are neither read nor seeded."""
+    used = global_generators_used(case.answer)
+    if used:
+        raise AssertionError(
+            f"adapt or predict changed the global generator of {' and '.join(used)} in eval mode. "
+            "Hint: draw from a torch.Generator of your own, or at construction"
+        )
+
+
+def check_no_grad(case: Case) -> None:
+    """Evaluation contexts change no number."""
+    expected = case.answer()
+    hint = "an inner loop takes its gradients with torch.func.grad, or turns them on itself by torch.enable_grad()"
+    with torch.no_grad():
+        require_same("under torch.no_grad()", expected, case.answer(), hint)
+    with torch.inference_mode():
+        require_same("under torch.inference_mode()", expected, case.answer().clone(), hint)
+
+
+def check_state_dict(case: Case) -> None:
+    """Weights loaded into a copy that had others give the same answer."""
+    other = copy.deepcopy(case.learner)
+    with torch.no_grad():
+        for value in [*other.parameters(), *other.buffers()]:
+            if value.is_floating_point():
+                value.add_(1.0)
+    other.load_state_dict(case.learner.state_dict())
+    support, x = case.episode.support, case.episode.query.x
+    hint = "everything that shapes an answer is a parameter or a persistent buffer"
+    require_same("a state_dict round trip", case.answer(), answer(other, support, x), hint)
+
+
+def check_float64(case: Case) -> None:
+    """`learner.double()` answers float64 episodes in float64, with the same numbers up to float32 rounding."""
+    native: Episode = case.episode.to(dtype=dtype_of(case.native))
+    wide = native.to(dtype=torch.float64)
+    expected = answer(case.native, native.support, native.query.x)
+    got = answer(copy.deepcopy(case.native).double(), wide.support, wide.query.x)
+    hint = "make new tensors with the dtype of the inputs (x.new_zeros, torch.eye(..., dtype=x.dtype)), cast nothing to float32"
+    if got.dtype != torch.float64 and wide.query.x.is_floating_point():
+        raise AssertionError(f"the answer to a float64 episode must be float64; got {got.dtype}. Hint: {hint}")
+    require_same("float32 and float64", expected, got.to(expected.dtype), hint)
+
+
+def check_prepare_split(case: Case) -> None:
+    """`prepare` reads meta-training tasks only, and is a function of its seed."""
+    if not isinstance(case.learner, Prepares):
+        return
+    spy = _SplitSpy(case.tasks)
+    case.native.prepare(spy, seed=SEED)
+    if spy.splits - {"train"}:
+        raise AssertionError(f"prepare must sample the train split only; it sampled {sorted(spy.splits)}. Hint: anything else is leakage")
+
+
+class _SplitSpy(TaskDistribution):
+    """The same tasks, noting which splits are sampled."""
+
+    def __init__(self, tasks: TaskDistribution) -> None:
+        self._tasks, self.splits = tasks, set[str]()
+        self.spec, self.source_classes = tasks.spec, tasks.source_classes
+
+    def sample(
+        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
+    ) -> Episode:
+        self.splits.add(split)
+        return self._tasks.sample(n_tasks, split=split, n_shot=n_shot, n_query=n_query, generator=generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_tasks"], name)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())

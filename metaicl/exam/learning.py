@@ -1,0 +1,149 @@
+"""Checks of meta-training: gradients arrive, agree with a loop, and a few updates on an easy family help."""
+
+import copy
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metaicl.episode import Episode, Examples
+from metaicl.exam.case import SEED, Case, dtype_of, require_same
+from metaicl.learner import HasMetaGradients, Learner, Prepares
+from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
+from metaicl.task import EpisodeStream, Split, TaskDistribution
+
+_UPDATES = 300
+_MARGIN = 0.1
+
+
+def check_meta_gradient(case: Case) -> None:
+    """Every trainable parameter receives a finite gradient of the query loss that is not all zero."""
+    learner = case.learner
+    trainable = [name for name, value in learner.named_parameters() if value.requires_grad]
+    if not learner.traits.trainable:
+        if trainable:
+            raise AssertionError(
+                f"Traits(trainable=False) goes with no parameter that requires grad; {trainable[:5]} do. "
+                "Hint: register fixed numbers as buffers"
+            )
+        return
+    if not trainable:
+        raise AssertionError("no parameter requires grad. Hint: declare Traits(trainable=False) if nothing is meta-trained")
+    found = [meta_gradients(learner, episode) for episode in (case.episode, case.short)]
+    silent = [n for n in trainable if all(g.get(n) is None or not bool(g[n].any()) for g in found)]
+    broken = [n for n in trainable if any(g.get(n) is not None and not bool(g[n].isfinite().all()) for g in found)]
+    if silent or broken:
+        problem = f"no gradient reaches {silent[:5]}" if silent else f"the gradient of {broken[:5]} is not finite"
+        raise AssertionError(
+            f"{problem} ({len(silent or broken)} of {len(trainable)} parameters). "
+            "Hint: look for detach, for no_grad around adapt, and for a layer that predict never uses"
+        )
+
+
+def check_batch_gradient(case: Case) -> None:
+    """The meta-gradient of a meta-batch is the mean over its tasks."""
+    learner = case.learner
+    if not learner.traits.trainable or isinstance(learner, HasMetaGradients):
+        return
+    whole = meta_gradients(learner, case.episode)
+    singles = [meta_gradients(learner, one) for one in case.episode]
+    for name, expected in whole.items():
+        mean = torch.stack([single[name] for single in singles]).mean(0)
+        require_same(f"the meta-gradient of {name}, meta-batch and loop", expected, mean, "treat axis B as independent tasks")
+
+
+def check_learns(case: Case) -> None:
+    """A few updates on an easy family beat the best constant predictor, for learners with something to train."""
+    learner = copy.deepcopy(case.native).train()
+    if not learner.traits.trainable:
+        return
+    tasks = EasyTasks(learner.spec)
+    if isinstance(learner, Prepares):
+        learner.prepare(tasks, seed=SEED)
+    device, dtype = next(learner.parameters()).device, dtype_of(learner)
+    stream = EpisodeStream(tasks, seed=SEED, split="train", n_shot=4, n_query=4, chunk_size=16)
+    held_out = EpisodeStream(tasks, seed=SEED, split="test", n_shot=4, n_query=4, chunk_size=64)[0].to(device, dtype)
+    optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], lr=3e-3)
+    best = math.inf
+    for index in range(_UPDATES):
+        if index % 10 == 0:
+            best = min(best, float(query_loss(learner.eval(), held_out).mean().detach()))
+            if best < tasks.constant_loss - _MARGIN:
+                return
+            learner.train()
+        gradients = meta_gradients(learner, stream[index].to(device, dtype))
+        for name, value in learner.named_parameters():
+            value.grad = gradients.get(name)
+        optimizer.step()
+    raise AssertionError(
+        f"after {_UPDATES} updates on easy tasks the query loss is {best:.3f} nats at best; a constant predictor has "
+        f"{tasks.constant_loss:.3f} and {tasks.constant_loss - _MARGIN:.3f} was asked for. "
+        "Hint: does the support reach the answer, and does the gradient reach the parameters?"
+    )
+
+
+def meta_gradients(learner: Learner, episode: Episode) -> dict[str, Tensor]:
+    """The learner's own meta-gradients, or those of the query loss; parameters without one are left out."""
+    if isinstance(learner, HasMetaGradients):
+        return learner.meta_gradients(episode)[1]
+    named = {name: value for name, value in learner.named_parameters() if value.requires_grad}
+    loss = query_loss(learner, episode).mean()
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: value for name, value in zip(named, found, strict=True) if value is not None}
+
+
+class EasyTasks(TaskDistribution):
+    """Tasks that any learner of the spec should pick up at once, without noise.
+
+    Regression: y = b m(x) with b ~ N(0, I) per task; m(x) is the mean of the entries of x, which stays near one
+    (and is one for tokens). It is linear without an intercept and almost constant within a task, so that learners
+    of either taste can do it. Classification: each class is a random pattern, drawn per task, with a little noise.
+
+    Args:
+        spec: What the tasks look like.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, spec: TaskSpec) -> None:
+        """Work out the loss of the best constant predictor, in nats per row."""
+        self.spec = spec
+        gaussian = 0.5 * math.log(2 * math.pi * math.e)
+        classes = spec.kind == "classification"
+        self.constant_loss = math.log(spec.output_size) if classes else spec.output_size * gaussian
+
+    def sample(
+        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
+    ) -> Episode:
+        """Draw tasks; the splits differ by their generators only."""
+        n_way = self.spec.output_size if self.spec.kind == "classification" else 1
+        n_rows = (n_shot + n_query) * n_way
+        if self.spec.kind == "regression":
+            x = self._inputs((n_tasks, n_rows), generator)
+            slope = torch.randn(n_tasks, 1, self.spec.output_size, generator=generator)
+            level = torch.ones(n_tasks, n_rows) if self.spec.x_kind == "tokens" else x.flatten(2).mean(-1)
+            return _split(x, slope * level[..., None], n_shot)
+        y = torch.arange(n_way).repeat(n_shot + n_query).expand(n_tasks, -1)  # shot by shot, every class once
+        patterns = self._patterns((n_tasks, n_way), generator)
+        x = patterns[torch.arange(n_tasks)[:, None], y]
+        return _split(self._noisy(x, generator), y, n_shot * n_way)
+
+    def _inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.spec.vocabulary is not None:
+            return self._patterns(shape, generator)
+        return 1 + 0.3 * torch.randn(*shape, *self.spec.x_shape, generator=generator)
+
+    def _patterns(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        shape = (*shape, *self.spec.x_shape)
+        if self.spec.vocabulary is not None:
+            return torch.randint(min(1, self.spec.vocabulary - 1), self.spec.vocabulary, shape, generator=generator)
+        return 2 * torch.randn(shape, generator=generator)
+
+    def _noisy(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x + 0.1 * torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
+
+
+def _split(x: Tensor, y: Tensor, n_support: int) -> Episode:
+    return Episode(Examples(x[:, :n_support], y[:, :n_support]), Examples(x[:, n_support:], y[:, n_support:]))

@@ -1,0 +1,46 @@
+"""Checks of the two optional methods for streams."""
+
+import torch
+from torch import Tensor
+
+from metaicl.collation import concatenate
+from metaicl.episode import Examples
+from metaicl.exam.case import Case, answer, numbers, require_same
+from metaicl.learner import PredictsPrefixes, Updates
+
+
+def check_update(case: Case) -> None:
+    """Learning in pieces equals learning all at once, where `update` is offered."""
+    learner = case.learner
+    if not isinstance(learner, Updates):
+        return
+    support, extra, x = case.episode.support, case.extra, case.episode.query.x
+    expected = answer(learner, concatenate(support, extra), x)
+    hint = "update(state, examples) is the state after the old rows and the new ones, in this order"
+    state = learner.adapt(support)
+    require_same("update with all new rows", expected, _ask(case, learner.update(state, extra)), hint)
+    half = learner.update(state, extra.rows(slice(1)))
+    half = learner.update(half, extra.rows(slice(1, None)))
+    require_same("update in two pieces", expected, _ask(case, half), hint)
+    require_same("the state before update", answer(learner, support, x), _ask(case, state), "update returns a new state")
+
+
+def check_predict_prefixes(case: Case) -> None:
+    """Every prefix gives the answer of adapting to it, where `predict_prefixes` is offered."""
+    learner = case.learner
+    if not isinstance(learner, PredictsPrefixes):
+        return
+    rows = concatenate(case.episode.support, case.extra)
+    found = numbers(learner.predict_prefixes(rows), learner, rows.x)
+    hint = "row t sees rows 0 .. t-1 and x_t; it never sees y_t. No row at all is the same as one masked row"
+    first = rows.rows(slice(1))
+    nothing = Examples(first.x, first.y, torch.zeros_like(first.real), first.ids)
+    prefixes = [nothing, *(rows.rows(slice(t)) for t in range(1, rows.n_rows))]
+    for t, prefix in enumerate(prefixes):
+        expected = answer(learner, prefix, rows.x[:, t : t + 1])
+        require_same(f"predict_prefixes at row {t}", expected, found[:, t : t + 1], hint)
+
+
+def _ask(case: Case, state: object) -> Tensor:
+    x = case.episode.query.x
+    return numbers(case.learner.predict(state, x), case.learner, x)

@@ -1,0 +1,113 @@
+"""Pure functions on tensors, shared by the learners. Everything here has a second derivative."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Categorical, Independent, Normal
+
+from metaicl.spec import TaskSpec
+
+_MIN_SCALE = 1e-3
+
+
+def categorical(logits: Tensor) -> Categorical:
+    """A distribution over classes from logits (B, Q, C), without argument checks."""
+    return Categorical(logits=logits, validate_args=False)
+
+
+def gaussian(mean: Tensor, scale: Tensor) -> Independent:
+    """A diagonal Gaussian over targets; mean and scale (B, Q, y_dim) give batch shape (B, Q)."""
+    return Independent(Normal(mean, scale.expand_as(mean), validate_args=False), 1, validate_args=False)
+
+
+def positive(raw: Tensor) -> Tensor:
+    """Softplus with a floor of 1e-3: a scale from an unconstrained number (Kim et al. 2019 use the same guard)."""
+    return _MIN_SCALE + F.softplus(raw)
+
+
+def inverse_positive(value: float) -> float:
+    """The raw number for which `positive` gives `value` (> 1e-3)."""
+    return float(torch.log(torch.expm1(torch.tensor(value - _MIN_SCALE, dtype=torch.float64))))
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Mean of the real rows along `dim`; `mask` has the leading shape of `values`. No real row gives 0."""
+    if mask is None:
+        return values.mean(dim)
+    weights = mask.to(values.dtype).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1)
+
+
+def class_weights(y: Tensor, n_way: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One-hot labels (..., N, C) as numbers, zero at masked rows."""
+    classes = torch.arange(n_way, device=y.device)  # comparing instead of one_hot: vmap and compile see through it
+    weights = (y[..., None] == classes).to(dtype)
+    return weights if mask is None else weights * mask[..., None].to(dtype)
+
+
+def prototypes(embeddings: Tensor, y: Tensor, n_way: int, mask: Tensor | None = None) -> Tensor:
+    """Class means (B, C, D) of embeddings (B, N, D). A class without a real row gets the origin."""
+    weights = class_weights(y, n_way, mask, embeddings.dtype)
+    counts = weights.sum(-2).clamp(min=1)
+    return weights.transpose(-1, -2) @ embeddings / counts[..., None]
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances (..., N, M) of rows a (..., N, D) and b (..., M, D), in square units of the rows.
+
+    Written with a matrix product, never with a (N, M, D) intermediate; unlike `torch.cdist` it has a second
+    derivative, and both derivatives are finite at coincident points.
+    """
+    center = b.mean(-2, keepdim=True)  # distances do not change, but large common offsets would cancel badly
+    a, b = a - center, b - center
+    product = a @ b.transpose(-1, -2)
+    return (a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * product).clamp(min=0)
+
+
+def cosine_similarities(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines (..., N, M) of rows a (..., N, D) and b (..., M, D); 0 for a zero row, with finite derivatives."""
+    return unit_rows(a) @ unit_rows(b).transpose(-1, -2)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows scaled to length one; a zero row stays zero and has a finite derivative."""
+    return rows * (rows.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+def ridge_solve(x: Tensor, y: Tensor, penalty: Tensor | float, mask: Tensor | None = None) -> Tensor:
+    """Ridge weights W (..., D, K) minimizing |x W - y|^2 + penalty |W|^2, in the smaller of the two dimensions.
+
+    Args:
+        x: Rows (..., N, D).
+        y: Targets (..., N, K).
+        penalty: Positive number.
+        mask: bool (..., N); masked rows count as absent.
+
+    Reference:
+        Bertinetto et al. 2019, arXiv:1805.08136, equations 4 and 6 (Woodbury when N < D).
+    """
+    if mask is not None:
+        x, y = x * mask[..., None], y * mask[..., None]
+    n_rows, dim = x.shape[-2:]
+    transposed = x.transpose(-1, -2)
+    if n_rows < dim:
+        gram = x @ transposed + penalty * torch.eye(n_rows, dtype=x.dtype, device=x.device)
+        return transposed @ torch.linalg.solve(gram, y)
+    gram = transposed @ x + penalty * torch.eye(dim, dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(gram, transposed @ y)
+
+
+def raw_features(x: Tensor, spec: TaskSpec, *, buckets: int = 1024) -> Tensor:
+    """Inputs (B, N, *x_shape) as rows of numbers (B, N, D): flattened, or unit-length word counts for tokens.
+
+    Args:
+        x: Inputs.
+        spec: Their kind.
+        buckets: Token ids are folded into so many counts, to bound memory.
+    """
+    if spec.x_kind != "tokens":
+        return x.flatten(2)
+    weights = (x != 0).to(torch.get_default_dtype())
+    counts = torch.zeros(*x.shape[:2], buckets, dtype=weights.dtype, device=x.device)
+    counts = counts.scatter_add(-1, x % buckets, weights)
+    return counts * (counts.square().sum(-1, keepdim=True) + 1e-12).rsqrt()

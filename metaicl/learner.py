@@ -1,0 +1,112 @@
+"""The contract of every learner: adapt to a support, then predict for new inputs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.episode import Episode, Examples
+from metaicl.spec import Kind, TaskSpec
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a learner declares about itself; `check_learner` proves it and reports print it.
+
+    Args:
+        transductive: An answer may depend on the other queries.
+        order_sensitive: An answer may depend on the order of the support.
+        kinds: The task kinds it serves.
+        instead: For a kind it does not serve, the name of a learner that does, as (kind, name) pairs.
+        trainable: There is something to meta-train; False for closed-form and from-scratch references.
+    """
+
+    transductive: bool = False
+    order_sensitive: bool = False
+    kinds: tuple[Kind, ...] = ("regression", "classification")
+    instead: tuple[tuple[Kind, str], ...] = ()
+    trainable: bool = True
+
+
+class Learner(nn.Module, ABC, Generic[State]):
+    """A learner that learns to learn. A subclass writes `adapt` and `predict`, nothing else.
+
+    State is a return value and a pytree of tensors with leading axis B; the module itself is left alone.
+
+    Args:
+        spec: What the tasks look like.
+
+    Raises:
+        TypeError: If `spec` is not a TaskSpec.
+        ValueError: If the learner does not serve `spec.kind`; the message names one that does.
+    """
+
+    traits = Traits()
+
+    def __init__(self, spec: TaskSpec) -> None:
+        """Keep the spec, once it is known to be one that this learner serves."""
+        super().__init__()
+        if not isinstance(spec, TaskSpec):
+            raise TypeError(f"{type(self).__name__}(spec) must be a TaskSpec, for instance tasks.spec; got {spec!r}")
+        if spec.kind not in self.traits.kinds:
+            served = " and ".join(self.traits.kinds)
+            other = dict(self.traits.instead).get(spec.kind)
+            hint = f"; use {other} instead" if other else ""
+            raise ValueError(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
+        self.spec = spec
+
+    @abstractmethod
+    def adapt(self, support: Examples) -> State:
+        """Learn from the support (B, N rows): fast weights, prototypes, a cache, an index."""
+
+    @abstractmethod
+    def predict(self, state: State, x: Tensor) -> Distribution:
+        """Answer for inputs x (B, Q, *x_shape).
+
+        Returns:
+            A distribution with batch shape (B, Q): over class indices, or over targets (y_dim,).
+        """
+
+    def forward(self, support: Examples, x: Tensor) -> Distribution:
+        """Adapt and predict in one call."""
+        return self.predict(self.adapt(support), x)
+
+
+@runtime_checkable
+class PredictsPrefixes(Protocol):
+    """A learner with a fast way to predict every row of a stream from the rows before it."""
+
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        """Row t of the answer (B, N) predicts y_t from rows 0 .. t-1 and x_t."""
+        ...
+
+
+@runtime_checkable
+class Updates(Protocol):
+    """A learner that can learn more without starting over."""
+
+    def update(self, state: Any, examples: Examples) -> Any:
+        """The state after `examples` too; equals adapting on all rows at once."""
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A learner with work to do once before training, such as building a memory bank."""
+
+    def prepare(self, tasks: Any, *, seed: int) -> None:
+        """Read what is needed from meta-training tasks, and only from those."""
+        ...
+
+
+@runtime_checkable
+class HasMetaGradients(Protocol):
+    """A learner whose outer step is no gradient of a loss (Reptile, evolution strategies)."""
+
+    def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to report (scalar) and a gradient for every trainable parameter."""
+        ...

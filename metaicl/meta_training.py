@@ -1,0 +1,269 @@
+"""`meta_train`: the outer loop with validation, logs, checkpoints and exact resume."""
+
+import contextlib
+import copy
+import math
+import os
+import time
+import warnings
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from metaicl.checkpoint import load_weights, save_learner
+from metaicl.interruption import Interruption
+from metaicl.learner import Learner, Prepares
+from metaicl.objectives import Objective, query_loss
+from metaicl.run_directory import RunDirectory, open_run_directory
+from metaicl.run_log import Row, RunLog
+from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, derive_seed
+from metaicl.train_config import TrainConfig, make_optimizer
+from metaicl.training import Step, device_of, isolated_randomness, outer_loop, place, training_mode
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What `meta_train` did.
+
+    Args:
+        history: The rows of the log: "step" (updates done), "loss", "grad_norm", "n_shot", "learning_rate",
+            "seconds" (since the start) and, where validated, "validation_loss" (nats per row).
+        seconds: Wall-clock time of all parts of the run.
+        steps_done: Updates made.
+        best_step: Updates after which the validation loss was lowest; None without validation.
+        best_loss: That loss, in nats per row.
+        directory: Where the run was written, if anywhere.
+    """
+
+    history: list[Row]
+    seconds: float
+    steps_done: int
+    best_step: int | None = None
+    best_loss: float | None = None
+    directory: Path | None = None
+
+
+def meta_train(
+    learner: Learner,
+    tasks: TaskDistribution,
+    config: TrainConfig,
+    *,
+    directory: str | os.PathLike[str] | None = None,
+    objective: Objective = query_loss,
+    progress: bool = True,
+    resume: bool = True,
+) -> TrainingRun:
+    """Train a learner in place, as `config` says.
+
+    A learner that `Prepares` is prepared first. At the end the learner holds the weights that were best on fixed
+    episodes of the validation split (`query_loss`), or the last ones with `select="last"` or without validation.
+    One with nothing to train (`traits.trainable` False) is at most prepared, and nothing is written.
+
+    With a `directory` the run writes `config.json`, `log.jsonl`, TensorBoard events where tensorboard is installed,
+    checkpoints, and at the end `learner.ckpt` (see `load_learner_weights`). Called again after a kill, it continues
+    and ends in the same weights, to the bit, on the same machine with the same number of threads. Ctrl-C and SIGTERM
+    let the update end and write a checkpoint before KeyboardInterrupt or exit code 143; a second signal does not wait.
+
+    Args:
+        learner: Built and seeded by the caller; moved to `config.device`.
+        tasks: Training and validation tasks.
+        config: All other choices.
+        directory: Where to write and what to resume; None keeps everything in memory.
+        objective: (learner, episode) -> loss of each task (B,).
+        progress: Show a bar on stderr.
+        resume: Continue a run in `directory`; False refuses to.
+
+    Returns:
+        The log and the outcome.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the run in `directory` has another configuration, or nothing can be trained.
+        FloatingPointError: If a loss, a gradient or a weight is NaN or infinite; the last checkpoint stands.
+        CheckpointError: If the checkpoints cannot be used.
+        OSError: If `directory` cannot be used.
+    """
+    if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
+        got = f"{type(learner).__name__} and {type(config).__name__}"
+        raise TypeError(f"meta_train needs a Learner, a TaskDistribution and a TrainConfig; got {got}")
+    if config.device is not None:
+        learner.to(config.device)
+    with contextlib.ExitStack() as stack:
+        store = None
+        if directory is not None and learner.traits.trainable:
+            described = _describe(learner, tasks, config, objective)
+            store = stack.enter_context(open_run_directory(Path(directory), described, resume=resume))
+        if isinstance(learner, Prepares):
+            with isolated_randomness(derive_seed(config.seed, "prepare"), device_of(learner)):
+                learner.prepare(tasks, seed=config.seed)
+        if not learner.traits.trainable:
+            return TrainingRun([], 0.0, 0)
+        training = _Training(learner, tasks, config, objective, store)
+        stack.callback(training.log.close)
+        training.run(stack.enter_context(Interruption()), progress)
+        return training.finish()
+
+
+class _Training:
+    """A run between two checkpoints: everything that has to survive a kill, and what is made from it."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        tasks: TaskDistribution,
+        config: TrainConfig,
+        objective: Objective,
+        store: RunDirectory | None,
+    ) -> None:
+        self.learner, self.tasks, self.config, self.objective, self.store = learner, tasks, config, objective, store
+        self.optimizer, self.scheduler = make_optimizer(learner, config)
+        self.step = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        self.saved = -1
+        loaded = None if store is None else store.load()
+        if loaded is not None:
+            self._restore(*loaded)
+        self.log = RunLog(None if store is None else store.path, kept=self.step)
+
+    def run(self, interruption: Interruption, progress: bool) -> None:
+        """Train until the steps or the seconds are used up."""
+        if self.saved < 0:
+            self.save()  # a run killed before its first checkpoint starts again from these weights
+        began = time.perf_counter() - self.seconds
+        bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
+        with bar, contextlib.closing(self._updates()) as updates:
+            for step in updates:
+                self.step = step.index + 1
+                self.seconds = time.perf_counter() - began
+                self._after(step)
+                bar.update()
+                if self._logged(self.step):
+                    bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                if interruption.pending is not None:
+                    self.save()
+                    interruption.raise_pending()
+                self.seconds = time.perf_counter() - began
+                if self._out_of_time():
+                    break
+        self.save()
+
+    def finish(self) -> TrainingRun:
+        """Put the selected weights into the learner and say what happened."""
+        config, best, path = self.config, self.best, None if self.store is None else self.store.path
+        if best is not None and config.select == "best":
+            load_weights(self.learner, best["learner"], source="the best weights")
+        if path is not None:
+            save_learner(self.learner, path / "learner.ckpt")
+        best_step, best_loss = (None, None) if best is None else (best["step"], best["loss"])
+        return TrainingRun(list(self.log.rows), self.seconds, self.step, best_step, best_loss, path)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, once."""
+        if self.store is None or self.saved == self.step:
+            return
+        for name, value in self.learner.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise FloatingPointError(
+                    f"after step {self.step} the weights of {name} are NaN or infinite; no checkpoint is made"
+                )
+        content = {
+            "step": self.step,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "seconds": self.seconds,
+            "num_threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+        self.log.sync()
+        self.store.save(self.step, content, self.best)
+        self.saved = self.step
+
+    def _restore(self, content: dict[str, Any], best: dict[str, Any] | None) -> None:
+        assert self.store is not None
+        load_weights(self.learner, content["learner"], source=f"the checkpoint in {self.store.path}")
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.step, self.seconds, self.best, self.saved = content["step"], content["seconds"], best, content["step"]
+        for name, here in (("num_threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
+            if content[name] != here:
+                text = f"the run was made with {name} {content[name]} and goes on with {here}; its last bits may differ"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _updates(self) -> Generator[Step, None, None]:
+        if self.step >= self.config.steps or self._out_of_time():
+            return _nothing()
+        names = ("steps", "meta_batch_size", "micro_batch_size", "n_shot", "n_query", "seed", "clip_norm")
+        choices = {name: getattr(self.config, name) for name in (*names, "compile", "autocast", "workers")}
+        return outer_loop(
+            self.learner,
+            self.tasks,
+            self.optimizer,
+            objective=self.objective,
+            start=self.step,
+            scheduler=self.scheduler,
+            **choices,
+        )
+
+    def _after(self, step: Step) -> None:
+        row: Row = {"step": self.step, "loss": step.loss, "grad_norm": step.grad_norm, "n_shot": step.n_shot}
+        row |= {"learning_rate": step.learning_rate, "seconds": self.seconds}
+        every, last = self.config.validate_every, self.step == self.config.steps
+        if every is not None and (last or self.step % every == 0):
+            row["validation_loss"] = loss = self._validation_loss()
+            if self.best is None or loss < self.best["loss"]:
+                self.best = {"step": self.step, "loss": loss, "learner": copy.deepcopy(self.learner.state_dict())}
+        if "validation_loss" in row or self._logged(self.step):
+            self.log.append(row)
+        if self.step % self.config.checkpoint_every == 0:
+            self.save()
+
+    def _validation_loss(self) -> float:
+        config, learner = self.config, self.learner
+        stream = EpisodeStream(
+            self.tasks, seed=EVAL_SEED, split="validation", n_shot=config.n_shot, n_query=config.n_query
+        )
+        size = config.micro_batch_size or config.meta_batch_size
+        total = 0.0
+        with training_mode(learner, False), torch.no_grad(), isolated_randomness(EVAL_SEED, device_of(learner)):
+            for episode in stream.batches(0, config.n_validation, batch_size=size):
+                total += float(query_loss(learner, place(episode, learner)).double().sum())
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the validation loss after step {self.step} is {total}; the last checkpoint stands"
+            )
+        return total / config.n_validation
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def _out_of_time(self) -> bool:
+        return self.config.max_seconds is not None and self.seconds >= self.config.max_seconds
+
+
+def _describe(learner: Learner, tasks: TaskDistribution, config: TrainConfig, objective: Objective) -> dict[str, Any]:
+    """What must not change between the parts of a run; the first episode stands for the data."""
+    stream = EpisodeStream(
+        tasks,
+        seed=config.seed,
+        split="train",
+        n_shot=config.n_shot,
+        n_query=config.n_query,
+        chunk_size=config.meta_batch_size,
+    )
+    name = getattr(objective, "__qualname__", type(objective).__name__)
+    return {
+        **asdict(config),
+        "learner": type(learner).__name__,
+        "objective": name,
+        "first_episode": stream[0].fingerprint(),
+    }
+
+
+def _nothing() -> Generator[Step, None, None]:
+    yield from ()

@@ -1,0 +1,148 @@
+"""Plain encoders for vectors, images and tokens, and the sensible one for a spec."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metaicl.checks import check_count
+from metaicl.spec import TaskSpec
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation between them.
+
+    Args:
+        sizes: Layer widths, input first, output last.
+        activation: Makes the nonlinearity.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
+        """Build the layers with torch's default initialization."""
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out), activation()]
+        super().__init__(*layers[:-1])
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Group normalization with 8 groups (or fewer, where 8 does not divide the channels)."""
+    return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
+
+
+class Conv4(nn.Module):
+    """The four-block convolutional encoder of few-shot learning: 3x3 convolution, norm, ReLU, 2x2 max-pooling.
+
+    Args:
+        in_channels: Channels of the image.
+        channels: Filters per block; 64 in Snell et al. 2017, 32 in Finn et al. 2017.
+        norm: Makes a normalization layer for a number of channels. The papers use batch norm; the default is
+            group norm, which looks at one row at a time.
+
+    Reference:
+        Vinyals et al. 2016, arXiv:1606.04080, section 4.1.
+    """
+
+    def __init__(
+        self, in_channels: int = 1, *, channels: int = 64, norm: Callable[[int], nn.Module] = group_norm
+    ) -> None:
+        """Build the blocks."""
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for n_in in (in_channels, channels, channels, channels):
+            # ceil_mode keeps images smaller than 16 pixels alive
+            blocks += [nn.Conv2d(n_in, channels, 3, padding=1), norm(channels), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed images (rows, channels, height, width) as (rows, D)."""
+        return self.blocks(x).flatten(1)
+
+
+class BagOfWords(nn.Module):
+    """Weighted mean of word vectors, each word with a learned importance; no word order.
+
+    Random word vectors make it a random projection of word counts, so words never met in training still tell
+    texts apart; training moves importances from "all equal" towards something like inverse document frequency.
+
+    Args:
+        vocabulary: Token ids, padding (0) included.
+        dim: Size of the vectors.
+    """
+
+    def __init__(self, vocabulary: int, *, dim: int = 256) -> None:
+        """Draw the word vectors; every importance starts at one."""
+        super().__init__()
+        self.vectors = nn.Embedding(vocabulary, dim)
+        self.log_importance = nn.Embedding(vocabulary, 1)
+        nn.init.zeros_(self.log_importance.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed token ids (rows, T) as unit-variance vectors (rows, D); an empty text is the origin."""
+        weight = self.log_importance(tokens).exp() * (tokens != 0)[..., None]
+        total = (self.vectors(tokens) * weight).sum(-2)
+        return total * (weight.square().sum(-2) + 1e-12).rsqrt()
+
+
+def build_encoder(spec: TaskSpec, *, dim: int = 64) -> nn.Module:
+    """A sensible encoder for the inputs of `spec`: (rows, *x_shape) -> (rows, D).
+
+    Args:
+        spec: An MLP for vectors, Conv4 for images, a bag of words for tokens.
+        dim: Width of the MLP, filters of Conv4, size of the word vectors; D follows from it (see `encoder_dim`).
+    """
+    check_count("dim", dim)
+    if spec.x_kind == "image":
+        return Conv4(spec.x_shape[0], channels=dim)
+    if spec.x_kind == "tokens":
+        assert spec.vocabulary is not None  # TaskSpec holds it
+        return BagOfWords(spec.vocabulary, dim=dim)
+    return MLP((spec.x_shape[0], dim, dim))
+
+
+def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
+    """D, the size of the encoder's output, found by one forward pass on zeros.
+
+    Raises:
+        ValueError: If the encoder does not turn (rows, *x_shape) into (rows, D).
+    """
+    parameter = next(encoder.parameters(), torch.empty(0))
+    dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
+    with torch.no_grad():
+        out = encoder(torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device))
+    if out.ndim != 2 or out.shape[0] != 2:
+        raise ValueError(f"an encoder must turn (2, {spec.x_shape}) into (2, D); got {tuple(out.shape)}")
+    return out.shape[1]
+
+
+def encode(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Apply an encoder of rows to x (B, N, *x_shape): (B, N, D)."""
+    return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Classifier(nn.Sequential):
+    """An encoder followed by a linear head; what gradient-based learners adapt.
+
+    Args:
+        encoder: (rows, *x_shape) -> (rows, D).
+        spec: Gives D and the number of outputs.
+    """
+
+    def __init__(self, encoder: nn.Module, spec: TaskSpec) -> None:
+        """Build the head on the encoder's output."""
+        super().__init__()
+        self.add_module("encoder", encoder)
+        self.add_module("head", nn.Linear(encoder_dim(encoder, spec), spec.output_size))
+
+
+def build_net(spec: TaskSpec, *, dim: int | None = None) -> nn.Module:
+    """A sensible net from inputs to outputs: two hidden layers of 40 for vectors (Finn et al. 2017), else Conv4-32 or words.
+
+    Args:
+        spec: Inputs and outputs.
+        dim: Width; None takes 40 for vectors, 32 filters for images, 64 for tokens.
+    """
+    width = dim or {"vector": 40, "image": 32, "tokens": 64}[spec.x_kind]
+    if spec.x_kind == "vector":
+        return MLP((spec.x_shape[0], width, width, spec.output_size))
+    return Classifier(build_encoder(spec, dim=width), spec)

@@ -1,0 +1,148 @@
+"""The tables of a report, as cells and as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metaicl.findings import Findings, Row
+from metaicl.statistics import Interval
+
+FOOTNOTES = (
+    "Intervals are 95 %, by a crossed bootstrap that resamples seeds and episodes independently, with Student tails "
+    "for small numbers of seeds. With one seed, or for a learner that draws nothing, they cover the episodes only: "
+    "they say nothing about another training run.",
+    "Differences are paired on the same seeds and episodes. p-values are two-sided, bootstrapped and Holm-corrected "
+    "over the differences to the baseline of one table.",
+    "Regret is how much worse a learner is than the first reference on the same episodes; positive is worse.",
+    "nll is in nats per query row, mse in squared units of the targets. Calibration error is the mean gap between "
+    "promise and frequency over all query rows, of the confidence in 15 bins (ECE) or of central prediction intervals.",
+    "Seconds are per task, the median over batches, and hold for the batch size, device and threads named above.",
+)
+"""What the columns mean; shown under every report."""
+
+_TITLES = {"accuracy": "accuracy", "mse": "mse", "nll": "nll", "brier": "Brier"}
+
+
+def columns(findings: Findings, task: str) -> list[str]:
+    """Titles of the table of a task distribution, the learner first and the note last."""
+    metric, baseline = findings.metric(task), findings.baseline(task)
+    reference = findings.reference(task)
+    error = "ECE" if metric == "accuracy" else "coverage error"
+    titles = ["learner", f"{_TITLES[metric]} [95 %]", "nll", error]
+    titles += [f"difference to {baseline} [95 %]", "p"] if baseline is not None else []
+    titles += [f"regret to {reference}"] if reference is not None else []
+    titles += ["train", "adapt", "predict", "parameters", "transductive", "seeds", "interval over"]
+    return titles
+
+
+def cells(findings: Findings, task: str, row: Row) -> list[str]:
+    """One line of the table, as many cells as `columns`."""
+    metric, baseline = findings.metric(task), findings.baseline(task)
+    name = f"{row.learner} (reference)" if row.role == "reference" else row.learner
+    width = len(columns(findings, task))
+    if row.metrics is None:
+        return [name, row.status, *["-"] * (width - 2)]
+    found = [name, interval_text(row.metrics[metric]), number(row.metrics["nll"].mean)]
+    found.append("-" if row.calibration is None else number(row.calibration.error))
+    if baseline is not None:
+        found += ["baseline", ""] if row.learner == baseline else _difference(row.difference)
+    if findings.reference(task) is not None:
+        found.append("-" if row.regret is None else interval_text(row.regret, signed=True))
+    found += [seconds_text(row.train_seconds), seconds_text(row.adapt_seconds), seconds_text(row.predict_seconds)]
+    found += [f"{row.parameters:,}", "yes" if row.transductive else "no"]
+    return [*found, "fixed" if row.seeds == (None,) else str(len(row.seeds)), row.interval_over]
+
+
+def render_text(findings: Findings) -> str:
+    """The protocol, a table per task distribution, and what the columns mean."""
+    parts = ["PROTOCOL", *(f"  {name}: {value}" for name, value in protocol_lines(findings.protocol))]
+    for task in findings.tasks:
+        rows = findings.rows(task)
+        parts += ["", f"{task.upper()}  {describe_task(findings, task)}", ""]
+        parts += _aligned([columns(findings, task), *(cells(findings, task, row) for row in rows)])
+        parts += [f"  {row.learner}: {row.note}" for row in rows if row.note]
+    return "\n".join([*parts, "", *(f"({i}) {note}" for i, note in enumerate(FOOTNOTES, 1))])
+
+
+def protocol_lines(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The protocol card as (name, text)."""
+    return [(name.replace("_", " "), _plain(value)) for name, value in protocol.items()]
+
+
+def describe_task(findings: Findings, task: str) -> str:
+    """One line: what the tasks are and on how many episodes they were judged."""
+    card = findings.tasks[task]
+    spec = card["spec"]
+    per = f"{spec['n_way']}-way, per class" if spec["kind"] == "classification" else "regression, per task"
+    shape = "x".join(map(str, spec["x_shape"]))
+    fingerprint = next((e.fingerprint for r in findings.results if r.task == task for e in r.evaluations.values()), "")
+    episodes = next((e.n_episodes for r in findings.results if r.task == task for e in r.evaluations.values()), 0)
+    judged = f"{episodes} episodes, fingerprint {fingerprint[:12]}" if episodes else "nothing finished"
+    return f"{per} {card['n_shot']} shot and {card['n_query']} query rows of {spec['x_kind']} {shape}; {judged}"
+
+
+def summary_sentence(findings: Findings, task: str) -> str:
+    """The finding in one sentence, no stronger than the intervals allow."""
+    rows = {row.learner: row for row in findings.rows(task) if row.metrics is not None and row.role == "learner"}
+    if not rows:
+        return f"On {task}, no learner finished."
+    metric = findings.metric(task)
+    sign = 1 if metric == "accuracy" else -1
+    ranked = sorted(rows, key=lambda name: -sign * findings.values(task, name).mean())
+    best = ranked[0]
+    lead = f"On {task}, {best} has the best {metric}, {interval_text(findings.interval(task, best))}"
+    if len(ranked) == 1:
+        return f"{lead}."
+    family = findings.differences(task, baseline=best)
+    tied = [name for name in ranked[1:] if (p := family[name, best].p) is None or p >= 0.05]
+    if not tied:
+        return f"{lead}, ahead of every other learner (paired, Holm-corrected p < 0.05)."
+    return f"{lead}; the data do not separate it from {_listed(tied)} (paired, Holm-corrected p ≥ 0.05)."
+
+
+def interval_text(found: Interval, *, signed: bool = False) -> str:
+    """`0.812 [0.803, 0.821]`; without repetition no interval is pretended."""
+    sign = "+" if signed else ""
+    if found.low is None or found.high is None:
+        return f"{number(found.mean, sign)} [n/a]"
+    return f"{number(found.mean, sign)} [{number(found.low, sign)}, {number(found.high, sign)}]"
+
+
+def number(value: float, sign: str = "") -> str:
+    """Four digits behind the point in the usual range, scientific outside."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign}.1f}"
+    return f"{value:{sign}.2e}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Seconds with a unit that leaves one to three digits before the point."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _difference(found: Interval | None) -> list[str]:
+    if found is None:
+        return ["-", "-"]
+    return [interval_text(found, signed=True), "n/a" if found.p is None else f"{found.p:.2g}"]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [f"  {text[0]}", "  " + "  ".join("-" * width for width in widths), *(f"  {line}" for line in text[1:])]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value)) or "-"
+    return "-" if value is None else str(value)

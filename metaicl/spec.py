@@ -1,0 +1,61 @@
+"""What every task of a distribution looks like: the first argument of every learner."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["regression", "classification"]
+XKind = Literal["vector", "image", "tokens"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What every task of a distribution looks like; learners are built from it.
+
+    Args:
+        kind: "regression" or "classification".
+        x_shape: Shape of one input: (D,) for vectors, (channels, height, width) for images, (T,) for tokens.
+        x_kind: "vector", "image" or "tokens".
+        y_dim: Outputs of a regression task.
+        n_way: Classes of a classification task.
+        ordered: The rows are a stream (dynamical systems, languages), not a set.
+        vocabulary: Number of token ids, padding (id 0) included; for token inputs only.
+
+    Raises:
+        ValueError: If the fields contradict each other.
+    """
+
+    kind: Kind
+    x_shape: tuple[int, ...]
+    x_kind: XKind = "vector"
+    y_dim: int | None = None
+    n_way: int | None = None
+    ordered: bool = False
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the fields fit each other."""
+        object.__setattr__(self, "x_shape", tuple(int(size) for size in self.x_shape))
+        if self.kind not in ("regression", "classification"):
+            raise ValueError(f"TaskSpec.kind must be 'regression' or 'classification'; got {self.kind!r}")
+        ranks = {"vector": 1, "image": 3, "tokens": 1}
+        if self.x_kind not in ranks:
+            raise ValueError(f"TaskSpec.x_kind must be one of {sorted(ranks)}; got {self.x_kind!r}")
+        if len(self.x_shape) != ranks[self.x_kind] or min(self.x_shape) < 1:
+            raise ValueError(f"TaskSpec.x_shape must have {ranks[self.x_kind]} positive sizes for {self.x_kind}; got {self.x_shape}")
+        if self.kind == "regression" and (self.n_way is not None or self.y_dim is None or self.y_dim < 1):
+            raise ValueError(f"a regression TaskSpec needs y_dim >= 1 and no n_way; got y_dim={self.y_dim}, n_way={self.n_way}")
+        if self.kind == "classification" and (self.y_dim is not None or self.n_way is None or self.n_way < 2):
+            raise ValueError(f"a classification TaskSpec needs n_way >= 2 and no y_dim; got n_way={self.n_way}, y_dim={self.y_dim}")
+        if (self.x_kind == "tokens") != (self.vocabulary is not None):
+            raise ValueError(f"TaskSpec.vocabulary goes with x_kind 'tokens' and with nothing else; got {self.vocabulary} for {self.x_kind!r}")
+
+    @property
+    def output_size(self) -> int:
+        """Numbers a head needs to name an answer: n_way logits or y_dim means."""
+        size = self.n_way if self.kind == "classification" else self.y_dim
+        assert size is not None  # __post_init__ holds it
+        return size
+
+    def with_n_way(self, n_way: int) -> "TaskSpec":
+        """The same task with another number of classes."""
+        return replace(self, n_way=n_way)

@@ -1,0 +1,200 @@
+"""Intervals and tests for values crossed by seed and episode, M[s, e].
+
+Every seed is judged on the same episodes, so both are resampled: a mean over 600 episodes of 3 seeds is as uncertain
+as its 3 seeds are. Differences are taken on the same (seed, episode) cell first, which removes what they share.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaicl.task import derive_seed
+
+Array = NDArray[np.float64]
+
+N_DRAWS = 10_000
+LEVEL = 0.95
+_BLOCK = 2_000_000  # resampled episodes held at once, 16 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, its 95 % interval, and the test of "the mean is zero".
+
+    Args:
+        mean: Over all seeds and episodes.
+        low: Lower end; None where nothing was repeated, so that nothing can be said.
+        high: Upper end, likewise.
+        p: Two-sided bootstrap p-value of a zero mean, at least 1 / (draws + 1); None where there is no interval.
+        n_seeds: S.
+        n_episodes: E.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n_seeds: int
+    n_episodes: int
+
+    @property
+    def covers(self) -> str:
+        """What another run of the study could draw anew: "seeds and episodes", "seeds", "episodes" or "nothing"."""
+        repeated = [name for name, n in (("seeds", self.n_seeds), ("episodes", self.n_episodes)) if n > 1]
+        return " and ".join(repeated) or "nothing"
+
+
+def interval(values: Array) -> Interval:
+    """The interval of one matrix (S, E); see `intervals`."""
+    return intervals([values])[0]
+
+
+def intervals(matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 0) -> list[Interval]:
+    """95 % crossed-bootstrap intervals of the means of matrices M (S, E), seeds by episodes.
+
+    Seeds and episodes are resampled independently by multinomial weights. Three corrections keep the coverage when
+    there are few seeds: deviations are inflated by sqrt(n / (n - 1)); each of the two means is divided by
+    sqrt(chi2 / (n - 1)), which gives Student tails; and the spread is scaled to the unbiased variance of the two-way
+    random-effects model, because the two main effects hold the interaction twice. In simulations with normal effects
+    the 95 % interval covers 94 to 99 % with 2, 3 or 5 seeds, the more the less the seeds matter.
+    With one seed the interval covers the episodes only, and the other way round.
+
+    Args:
+        matrices: Float arrays (S, E) of any sizes; those of one shape share their resamples.
+        n_draws: Bootstrap draws.
+        seed: Address of the resamples: the same data give the same interval.
+
+    Raises:
+        ValueError: If a matrix is empty, not two-dimensional or not finite.
+
+    Reference:
+        Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111. We resample the two main effects, not the cells.
+    """
+    arrays = [_checked(matrix) for matrix in matrices]
+    found: list[Interval | None] = [None] * len(arrays)
+    for shape in dict.fromkeys(array.shape for array in arrays):
+        members = [i for i, array in enumerate(arrays) if array.shape == shape]
+        stack = np.stack([arrays[i] for i in members])
+        for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
+            found[i] = _summarize(float(mean), draws, *shape)
+    return [one for one in found if one is not None]
+
+
+def paired(first: Array, second: Array) -> Array:
+    """The difference first - second on the same seeds and episodes: a matrix for `intervals`.
+
+    A learner without seeds (a closed-form reference, one row) is compared with every seed of the other.
+
+    Raises:
+        ValueError: If the episodes, or the seeds of two learners that have several, differ in number.
+    """
+    first, second = _checked(first), _checked(second)
+    if first.shape[1] != second.shape[1] or (first.shape[0] != second.shape[0] and 1 not in (len(first), len(second))):
+        raise ValueError(
+            f"paired values must be on the same (S, E) seeds and episodes; got {first.shape}, {second.shape}"
+        )
+    return first - second
+
+
+def paired_differences(values: Sequence[Array]) -> dict[tuple[int, int], Interval]:
+    """Intervals of first - second for every pair i < j of matrices (S, E); the p-values are Holm-corrected."""
+    pairs = list(itertools.combinations(range(len(values)), 2))
+    return dict(zip(pairs, corrected(intervals([paired(values[i], values[j]) for i, j in pairs])), strict=True))
+
+
+def corrected(family: Sequence[Interval]) -> list[Interval]:
+    """The same intervals with Holm-corrected p-values; the intervals themselves are not widened."""
+    adjusted = iter(holm([one.p for one in family if one.p is not None]))
+    return [
+        one if one.p is None else Interval(one.mean, one.low, one.high, next(adjusted), one.n_seeds, one.n_episodes)
+        for one in family
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the chance of any false claim in the family stays under the level.
+
+    Raises:
+        ValueError: If a value is not in [0, 1].
+
+    Reference:
+        Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.ndim != 1 or not bool(np.all((p >= 0) & (p <= 1))):
+        raise ValueError(f"p-values must be a sequence of numbers in [0, 1]; got {p_values!r}")
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted.tolist()
+
+
+def _checked(values: Array) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(
+            f"values must be a matrix (S, E), seeds by episodes, with at least one cell; got {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        seed, episode = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise ValueError(f"values must be finite; got {array[seed, episode]} at seed {seed}, episode {episode}")
+    return array
+
+
+def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int) -> Interval:
+    if n_seeds == n_episodes == 1:
+        return Interval(mean, None, None, None, 1, 1)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail]).tolist()
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))
+    return Interval(mean, low, high, p, n_seeds, n_episodes)
+
+
+def _draws(stack: Array, n_draws: int, seed: int) -> Array:
+    """Bootstrap draws (K, R) of the mean of each (S, E) matrix of the stack (K, S, E)."""
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    mean = stack.mean((1, 2))
+    by_seed, by_episode = stack.mean(2) - mean[:, None], stack.mean(1) - mean[:, None]  # (K, S), (K, E)
+    deviations = _resample(by_seed, n_draws, rng) + _resample(by_episode, n_draws, rng)
+    residual = stack - mean[:, None, None] - by_seed[:, :, None] - by_episode[:, None, :]
+    return mean[:, None] + _scale(by_seed, by_episode, residual)[:, None] * deviations
+
+
+def _resample(effect: Array, n_draws: int, rng: np.random.Generator) -> Array:
+    """Means (K, R) of n resampled deviations (K, n), with the variance and the tails of a Student mean."""
+    n = effect.shape[1]
+    if n == 1:
+        return np.zeros((len(effect), n_draws))
+    block = max(1, _BLOCK // n)
+    parts = []
+    for start in range(0, n_draws, block):
+        rows = min(block, n_draws - start)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        parts.append(effect @ weights.T.astype(np.float64))
+    means = np.concatenate(parts, 1) / n * np.sqrt(n / (n - 1))
+    return means / np.sqrt(rng.chisquare(n - 1, means.shape) / (n - 1))
+
+
+def _scale(by_seed: Array, by_episode: Array, residual: Array) -> Array:
+    """From the standard deviation of the draws, which hold the interaction twice, to the unbiased one: (K,)."""
+    seeds, episodes, cells = _variance(by_seed), _variance(by_episode), _interaction_variance(residual)
+    unbiased = np.maximum(seeds + episodes - cells, np.maximum(seeds, episodes))
+    return np.sqrt(unbiased / np.where(unbiased > 0, seeds + episodes, 1.0))
+
+
+def _variance(effect: Array) -> Array:
+    """Variance (K,) of the mean of n independent deviations (K, n)."""
+    n = effect.shape[1]
+    return (effect**2).sum(1) / max(n - 1, 1) / n
+
+
+def _interaction_variance(residual: Array) -> Array:
+    _, n_seeds, n_episodes = residual.shape
+    free = max(n_seeds - 1, 1) * max(n_episodes - 1, 1)
+    return (residual**2).sum((1, 2)) / free / (n_seeds * n_episodes)

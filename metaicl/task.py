@@ -1,0 +1,170 @@
+"""Task distributions, and episodes addressed by (seed, split, chunk)."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from metaicl.checks import check_choice, check_count, check_seed
+from metaicl.collation import collate
+from metaicl.episode import Episode
+from metaicl.learner import Learner
+from metaicl.spec import TaskSpec
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+EVAL_SEED = 20_240_229
+"""The address of every evaluation; training seeds never share its stream, because the split differs too."""
+
+
+class TaskDistribution(ABC):
+    """A seeded sampler of tasks. A subclass sets `spec` and writes `sample`.
+
+    Attributes:
+        spec: What every task looks like.
+        identity: Names of the latents that define a task. `audit_leakage` proves that no value of theirs
+            occurs in two splits.
+        source_classes: long (rows,), the class of each source row that `Examples.ids` can name; None where
+            rows are made afresh. Memory banks use it to keep a task's own classes out.
+    """
+
+    spec: TaskSpec
+    identity: ClassVar[tuple[str, ...]] = ()
+    source_classes: Tensor | None = None
+
+    @abstractmethod
+    def sample(
+        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
+    ) -> Episode:
+        """Draw `n_tasks` tasks at once.
+
+        Args:
+            n_tasks: B.
+            split: Where the tasks come from; no task of one split occurs in another.
+            n_shot: Support rows, per class in classification and per task in regression.
+            n_query: Query rows, likewise.
+            generator: The only source of randomness.
+
+        Returns:
+            An episode with B = n_tasks.
+        """
+
+    def references(self) -> Mapping[str, Learner]:
+        """The Bayes-optimal and closed-form learners of this family, by name; the best one first."""
+        return {}
+
+
+def derive_seed(*address: str | int) -> int:
+    """A 63-bit seed for an address such as (seed, purpose, index); different addresses give independent streams."""
+    digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def derive_generator(*address: str | int) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*address))
+
+
+class EpisodeStream(Dataset[Episode]):
+    """An endless, addressed sequence of tasks: chunk `i` is a pure function of (seed, split, i).
+
+    Whoever asks gets the same episodes: any batch size, any number of workers, before and after a resume.
+
+    Args:
+        tasks: The distribution.
+        seed: Which stream.
+        split: Which tasks.
+        n_shot: Support rows per class (or per task in regression); a pair (low, high) draws one value
+            for each chunk, both ends included.
+        n_query: Query rows, likewise per class or per task.
+        chunk_size: Tasks sampled together. It is part of the address.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If a count or the seed is out of range, or the split is unknown.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskDistribution,
+        *,
+        seed: int,
+        split: Split,
+        n_shot: int | tuple[int, int],
+        n_query: int,
+        chunk_size: int = 25,
+    ) -> None:
+        """Check the address; nothing is sampled yet."""
+        if not isinstance(tasks, TaskDistribution):
+            raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+        self.tasks = tasks
+        self.seed = check_seed(seed)
+        self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]
+        low, high = n_shot if isinstance(n_shot, tuple) else (n_shot, n_shot)
+        self.n_shot = (check_count("n_shot", low), check_count("n_shot", high, minimum=low))
+        self.n_query = check_count("n_query", n_query)
+        self.chunk_size = check_count("chunk_size", chunk_size)
+
+    def __getitem__(self, index: int) -> Episode:
+        """Chunk `index`: an episode with B = chunk_size."""
+        check_count("index", index, minimum=0)
+        generator = derive_generator(self.seed, self.split, index)
+        low, high = self.n_shot
+        n_shot = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
+        return self.tasks.sample(
+            self.chunk_size, split=self.split, n_shot=n_shot, n_query=self.n_query, generator=generator
+        )
+
+    def batches(self, start: int, stop: int, *, batch_size: int, workers: int = 0) -> Iterator[Episode]:
+        """Tasks start .. stop - 1 in batches of `batch_size`, the last one smaller.
+
+        Args:
+            start: First task.
+            stop: One past the last task.
+            batch_size: B of each batch; it changes nothing but the cut.
+            workers: Processes that sample ahead; 0 samples here.
+        """
+        check_count("batch_size", batch_size)
+        check_count("stop", stop, minimum=check_count("start", start, minimum=0))
+        pending: list[Episode] = []
+        for chunk in self._pieces(start, stop, workers):
+            pending.append(chunk)
+            while sum(map(len, pending)) >= batch_size:
+                joined = collate(pending) if len(pending) > 1 else pending[0]
+                yield joined[:batch_size]
+                pending = [joined[batch_size:]] if len(joined) > batch_size else []
+        if pending:
+            yield collate(pending)
+
+    def chunks(self, start: int, stop: int, *, workers: int = 0) -> Iterator[Episode]:
+        """Chunks start .. stop - 1, sampled here or ahead in `workers` processes."""
+        if workers == 0:
+            yield from (self[index] for index in range(start, stop))
+            return
+        yield from DataLoader(
+            self, batch_size=None, sampler=range(start, stop), num_workers=check_count("workers", workers, 0)
+        )
+
+    def _pieces(self, start: int, stop: int, workers: int) -> Iterator[Episode]:
+        if start == stop:
+            return
+        size = self.chunk_size
+        first, last = start // size, -(-stop // size)
+        for index, chunk in zip(range(first, last), self.chunks(first, last, workers=workers), strict=True):
+            yield chunk[max(start - index * size, 0) : min(stop - index * size, size)]
+
+
+def episodes(
+    tasks: TaskDistribution, *, seed: int, split: Split, start: int, stop: int, n_shot: int, n_query: int
+) -> Iterator[Episode]:
+    """Tasks start .. stop - 1 of the stream (seed, split), one at a time (B = 1).
+
+    The shortest way to look at episodes; training and evaluation use `EpisodeStream`.
+    """
+    stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query)
+    return stream.batches(start, stop, batch_size=1)

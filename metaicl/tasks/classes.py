@@ -1,0 +1,178 @@
+"""N-way episodes over any labeled rows: the sampler under images, text and tables."""
+
+import operator
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metaicl.checks import check_choice, check_count, check_seed
+from metaicl.episode import Episode, Examples
+from metaicl.spec import TaskSpec
+from metaicl.task import SPLITS, Split, TaskDistribution
+
+
+class ClassEpisodes(TaskDistribution):
+    """N-way tasks over labeled rows, the classes split into meta-train, meta-validation and meta-test.
+
+    A task draws `n_way` classes of its split, then rows of each without replacement. Labels 0 .. C - 1 follow the
+    random order of the classes, and rows are shuffled, so that neither carries information. A subclass says
+    what a row looks like.
+
+    Args:
+        spec: A classification spec.
+        labels: long (rows,), the class of each row as an index into `class_names`.
+        class_splits: For each split the class indices it owns; no class may have two owners.
+        class_names: One name per class, for messages and reports.
+
+    Raises:
+        TypeError: If the labels are not integers (rows,), or a class index is no integer.
+        ValueError: If two splits share a class, a class has no rows, or a label is unknown.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ("class_ids",)
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        labels: Tensor,
+        class_splits: Mapping[Split, Sequence[int]],
+        class_names: Sequence[Hashable],
+    ) -> None:
+        """Sort the rows by class once, so that sampling is index arithmetic."""
+        self.spec = spec
+        self.class_names = list(class_names)
+        self.class_splits = _check_splits(class_splits, self.class_names)
+        self.source_classes = _check_labels(labels, len(self.class_names))
+        self._order = torch.argsort(self.source_classes, stable=True)  # row ids, class by class
+        self._sizes = torch.bincount(self.source_classes, minlength=len(self.class_names))
+        self._starts = self._sizes.cumsum(0) - self._sizes
+        empty = [self.class_names[c] for ids in self.class_splits.values() for c in ids.tolist() if not self._sizes[c]]
+        if empty:
+            raise ValueError(f"every class of a split needs rows; {empty[:5]} have none")
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Inputs (..., *x_shape) of the source rows `ids` (...,)."""
+
+    def sample(
+        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
+    ) -> Episode:
+        """Draw classes, then rows; see `TaskDistribution.sample`.
+
+        Raises:
+            TypeError: If a count is no int.
+            ValueError: If a count is below one, the split is unknown or has too few classes, or a class too few rows.
+        """
+        n_way = self.spec.output_size
+        check_count("n_tasks", n_tasks)
+        owned = self._owned(split, n_way, check_count("n_shot", n_shot) + check_count("n_query", n_query))
+        pick = distinct(torch.full((n_tasks,), len(owned)), n_way, generator)
+        class_ids = owned[pick]  # (B, C)
+        within = distinct(self._sizes[class_ids], n_shot + n_query, generator)  # (B, C, rows)
+        row_ids = self._order[self._starts[class_ids][..., None] + within]
+        support = self._examples(row_ids[..., :n_shot], generator)
+        query = self._examples(row_ids[..., n_shot:], generator)
+        return Episode(support, query, {"class_ids": class_ids})
+
+    def _examples(self, row_ids: Tensor, generator: torch.Generator) -> Examples:
+        n_tasks, n_way, n_rows = row_ids.shape
+        y = torch.arange(n_way)[:, None].expand(n_tasks, n_way, n_rows).flatten(1)
+        order = torch.rand(n_tasks, n_way * n_rows, generator=generator).argsort(1)
+        ids = row_ids.flatten(1).gather(1, order)
+        return Examples(self.rows(ids), y.gather(1, order), ids=ids)
+
+    def _owned(self, split: Split, n_way: int, n_rows: int) -> Tensor:
+        owned = self.class_splits[check_choice("split", split, SPLITS)]  # type: ignore[index]  # checked just here
+        if len(owned) < n_way:
+            raise ValueError(f"asked for {n_way} ways; split {split!r} has {len(owned)} classes")
+        smallest = int(owned[self._sizes[owned].argmin()])
+        if self._sizes[smallest] < n_rows:
+            raise ValueError(
+                f"asked for n_shot + n_query = {n_rows} rows per class; class {self.class_names[smallest]!r} "
+                f"of split {split!r} has {int(self._sizes[smallest])}"
+            )
+        return owned
+
+
+def distinct(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Draw `k` different integers below each of `sizes`, in random order: long (...,) -> (..., k).
+
+    Every ordered choice is equally likely. The cost grows with k, not with the sizes.
+
+    Raises:
+        ValueError: If a size is below k.
+
+    Reference:
+        Floyd's algorithm in Bentley, 1987, "A sample of brilliance", vectorized over the leading axes. Where k is
+        a good part of the sizes, sorting one random key per candidate is faster and is done instead.
+    """
+    largest, smallest = (int(sizes.max()), int(sizes.min())) if sizes.numel() else (k, k)
+    if smallest < k:
+        raise ValueError(f"distinct needs sizes of at least k = {k}; got {smallest}")
+    if largest <= 4 * k:
+        keys = torch.rand(*sizes.shape, largest, generator=generator, dtype=torch.float64)
+        keys.masked_fill_(torch.arange(largest) >= sizes[..., None], 2.0)  # beyond every real key
+        return keys.argsort(-1)[..., :k]
+    draws = torch.rand(2, k, *sizes.shape, generator=generator, dtype=torch.float64)
+    tops = sizes + torch.arange(1 - k, 1).view(k, *[1] * sizes.ndim)  # candidates of round i, the newest is the last
+    chosen = (draws[0] * tops).long()
+    for i in range(1, k):
+        taken = (chosen[:i] == chosen[i]).any(0)
+        chosen[i] = torch.where(taken, tops[i] - 1, chosen[i])
+    return chosen.gather(0, draws[1].argsort(0)).movedim(0, -1)
+
+
+def split_classes(
+    n_classes: int, *, fractions: Mapping[Split, float] | None = None, seed: int = 0
+) -> dict[Split, list[int]]:
+    """A random split of classes 0 .. n_classes - 1, by default 64 : 16 : 20 %.
+
+    Args:
+        n_classes: How many there are.
+        fractions: A share for each split; they must sum to one.
+        seed: Of the shuffle.
+
+    Raises:
+        ValueError: If the shares do not sum to one or a split comes out empty.
+    """
+    shares = dict(fractions) if fractions is not None else {"train": 0.64, "validation": 0.16, "test": 0.2}
+    check_count("n_classes", n_classes, minimum=len(shares))
+    if set(shares) != set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
+        raise ValueError(f"fractions must give {list(SPLITS)} positive shares that sum to 1; got {shares}")
+    order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(check_seed(seed))).tolist()
+    edges = [0, *(round(n_classes * sum(list(shares.values())[: i + 1])) for i in range(len(shares)))]
+    parts = {name: sorted(order[a:b]) for name, a, b in zip(shares, edges, edges[1:], strict=False)}
+    empty = [name for name, part in parts.items() if not part]
+    if empty:
+        raise ValueError(f"{n_classes} classes split by {shares} leave {empty} empty; give larger shares")
+    return parts  # type: ignore[return-value]  # the keys were checked against SPLITS above
+
+
+def _check_splits(class_splits: Mapping[Split, Sequence[int]], names: Sequence[Hashable]) -> dict[Split, Tensor]:
+    if set(class_splits) != set(SPLITS):
+        raise ValueError(f"class_splits must name exactly {list(SPLITS)}; got {sorted(class_splits)}")
+    owned = {split: [operator.index(c) for c in class_splits[split]] for split in SPLITS}
+    owner: dict[int, str] = {}
+    shared = []
+    for split, ids in owned.items():
+        for c in ids:
+            if not 0 <= c < len(names):
+                raise ValueError(f"class_splits[{split!r}] must hold class indices in [0, {len(names)}); got {c}")
+            if owner.setdefault(c, split) != split:
+                shared.append(names[c])
+    if shared:
+        raise ValueError(f"splits must not share a class; {len(shared)} are in two, for instance {shared[:5]}")
+    return {split: torch.tensor(sorted(set(ids)), dtype=torch.long) for split, ids in owned.items()}
+
+
+def _check_labels(labels: Tensor, n_classes: int) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
+        raise TypeError(f"labels must be long (rows,); got {labels.dtype} {tuple(labels.shape)}")
+    if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= n_classes:
+        found = "none" if labels.numel() == 0 else f"[{int(labels.min())}, {int(labels.max())}]"
+        raise ValueError(f"labels must lie in [0, {n_classes}), one per class name; got {found}")
+    return labels.long()

@@ -1,0 +1,59 @@
+"""N-way classification of Gaussian classes, whose best possible accuracy is known."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metaicl.checks import check_count, check_positive
+from metaicl.episode import Episode, Examples
+from metaicl.learner import Learner
+from metaicl.spec import TaskSpec
+from metaicl.task import Split, TaskDistribution
+from metaicl.tasks.bayes import GaussianClassPosterior
+from metaicl.tasks.holdout import hold_out
+
+
+class GaussianClasses(TaskDistribution):
+    """Classes N(mean, within^2 I) with means N(0, radius^2 I), fresh in every task.
+
+    With dim 16, radius .75, within 1 and 5 ways the Bayes accuracy is .646 (1-shot) and .841 (5-shot), the nearest
+    class mean reaches .599 and .836.
+
+    Args:
+        n_way: C.
+        dim: D.
+        radius: Standard deviation of a class mean, per coordinate. Splits interleave in the first coordinate.
+        within: Standard deviation within a class, per coordinate.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ("means",)
+
+    def __init__(self, *, n_way: int = 5, dim: int = 16, radius: float = 0.75, within: float = 1.0) -> None:
+        """Keep the sizes."""
+        self.spec = TaskSpec("classification", (check_count("dim", dim),), n_way=check_count("n_way", n_way, 2))
+        self.radius, self.within = check_positive("radius", radius), check_positive("within", within)
+
+    def sample(
+        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
+    ) -> Episode:
+        """Draw means, then rows; see `TaskDistribution.sample`."""
+        dim = self.spec.x_shape[0]
+        means = torch.randn(n_tasks, self.spec.output_size, dim, generator=generator)
+        means[..., 0] = hold_out(means[..., 0], split, generator, cell=2.0**-9)
+        means = means * self.radius
+        support = self._rows(means, n_shot, generator)
+        return Episode(support, self._rows(means, n_query, generator), {"means": means})
+
+    def references(self) -> Mapping[str, Learner]:
+        """The exact posterior, which shrinks each class mean towards the origin."""
+        return {"Bayes": GaussianClassPosterior(self.spec, radius=self.radius, within=self.within)}
+
+    def _rows(self, means: Tensor, n_rows: int, generator: torch.Generator) -> Examples:
+        n_tasks, n_way, dim = means.shape
+        y = torch.arange(n_way).repeat(n_rows).expand(n_tasks, -1)
+        order = torch.rand(y.shape, generator=generator).argsort(1)
+        y = y.gather(1, order)
+        centers = means.gather(1, y[..., None].expand(-1, -1, dim))
+        return Examples(centers + self.within * torch.randn(centers.shape, generator=generator), y)

@@ -1,0 +1,214 @@
+"""Two public intent classification sets with the class splits the few-shot literature uses."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from metaicl.checks import check_choice
+from metaicl.task import Split
+from metaicl.tasks.text import TextClasses
+
+Rows = tuple[list[str], list[str]]
+
+_OWNERS: dict[str, Split] = {"r": "train", "v": "validation", "t": "test"}
+
+# The class splits of Dopierre et al. 2021: one letter of `_OWNERS` for each class, the classes in sorted order.
+_CLINC_SPLITS = {
+    "01": "ttttvtrtrrrvvvrvtrrvvrvvtvtttttvrrtrvtvvrrvrtvvvtrvvvttrtrtrrvrtvtrttttvrrr"
+    "vrrvvvtvtrvttvvrrtvrvrtvtvvrvrrrrtvtvttttvvrvttrvtrtrrrrtrrrvvtrvvttrttvrvr",
+    "02": "vrrtvrrtrtrrrvtrrtrrvtttrrrrvttvvrvvrrvvttrtvvtrrrvvvttrrtvvrvvvttvttvrtvrr"
+    "vrrtrrtrvvvtvvvvvttttvtvvttrrvvvvrvtttttvtrrtttvtrrrttrtrrrvtrrvvrttvvvvttr",
+    "03": "rvvttrrvvrtvtvrvttvvvrrrvrvtrvrrrttvvrtvtvrvvrtrvttrvvtvtvrttvrtvrtrvvvrvtv"
+    "vttvvvrrrrrvrvvrttttrvrvttttrrtrtrvtvtrrvvtrvttvrrvrvrrrttvrtvrrttrttttrttt",
+    "04": "trrvrttvvrvtrrvtrtvrvttttvttrvrtrvrtvtttrvrttvrtvtrrvvtvtvrvtrrrtvttvttrrvt"
+    "rvtvvtrrvrtrvvvvrttrrvrvvrttrvvrrttrttrttrvtrvvtvvrvrvvvrrttrrvvrvvvvtrrrtt",
+    "05": "tvvtrvrtvrrvvtrvtttrrtvtrttttvrrvvrrrttvtrvvrvtrvtrvvvrttvrrvvrtrtvrvtrtvvv"
+    "vvvrttvvvrrtrtvrtrvvtrtvtvrrrtrvvrtvtvrtrvtvttrtrrtrvttvvvrrttvttrrtrttvrrr",
+}
+_BANKING_SPLITS = {
+    "01": "tvrtrrtrtvrrtvttrtrrvrvrvrtttrrvtvvvrttrrvvvtvtvttrtvvvvvtvrtrttrvrrtvvttvrrt",
+    "02": "rttrtvrtvrttvrvvrtrrttvttrvtvtrrttrvvrvtvrvrvrttvvtrvvvtttrrvrvvrrttrttvrvtvr",
+    "03": "ttvrvrvrttvrrvtvtvrvrvrvttrvvttrvtvrvvvrtrtrrvrtvvrrrvrtrrrtttvtttrtttvttrvtv",
+    "04": "vttrrvtttvvtvtrvttvtrvvvvrrrtvtrvrrvrttrvtvvrvtvrtttttrrrtrrvttvrrrtrrtvrvtvv",
+    "05": "trrttrtrvvttvtttrtvrtrrrtrtrvrvttrvvtrrvvvvvrtttttrvvrvvrrvttrrttvvtrvrtvrvvv",
+}
+
+_CLINC_URL = "https://raw.githubusercontent.com/clinc/oos-eval/828f8093932c8fe6ca7936c3d2e52903b1c523de/data/"
+_BANKING_URL = (
+    "https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
+    "57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data/"
+)
+
+
+class _Intents(TextClasses):
+    """What the two sets share: find the rows, verify them, split the classes as published."""
+
+    _folder: ClassVar[str]
+    _prepared: ClassVar[str]
+    _originals: ClassVar[dict[str, tuple[str, str]]]  # file name: (URL, SHA-256)
+    _splits: ClassVar[dict[str, str]]
+    _n_rows: ClassVar[int]
+    _read: ClassVar[Callable[[Path], Rows]]
+
+    def __init__(
+        self,
+        *,
+        n_way: int = 5,
+        split: str = "01",
+        folder: str | Path | None = None,
+        download: bool = False,
+        max_tokens: int = 32,
+        vocabulary: int = 8192,
+        words: str = "hashed",
+    ) -> None:
+        """Read the rows and apply the published split."""
+        owners = self._splits[check_choice("split", split, self._splits)]
+        texts, labels = self._load(folder, download)
+        names = sorted(set(labels))
+        if len(texts) != self._n_rows or len(names) != len(owners):
+            raise ValueError(
+                f"{type(self).__name__} must have {self._n_rows} rows of {len(owners)} classes; "
+                f"got {len(texts)} of {len(names)}. Is the file complete?"
+            )
+        class_splits: dict[Split, list[str]] = {
+            owner: [name for name, letter in zip(names, owners, strict=True) if letter == key]
+            for key, owner in _OWNERS.items()
+        }
+        super().__init__(
+            texts,
+            labels,
+            n_way=n_way,
+            class_splits=class_splits,  # type: ignore[arg-type]  # a str is Hashable; dict values are invariant
+            max_tokens=max_tokens,
+            vocabulary=vocabulary,
+            words=words,
+            duplicates="drop",
+        )
+
+    def _load(self, folder: str | Path | None, download: bool) -> Rows:
+        if folder is None:
+            from metaicl.tasks.sources import cache_folder
+
+            place = Path(cache_folder()) / self._folder
+        else:
+            place = Path(folder)
+        prepared, originals = place / self._prepared, [place / name for name in self._originals]
+        if prepared.is_file():
+            return read_prepared(prepared)
+        if not all(path.is_file() for path in originals):
+            if not download:
+                raise FileNotFoundError(
+                    f"{type(self).__name__} needs {self._prepared} or {' and '.join(self._originals)} in {place}; "
+                    "download=True fetches the originals"
+                )
+            from metaicl.tasks.sources import download as fetch
+
+            originals = [Path(fetch(url, checksum=sha, folder=place)) for url, sha in self._originals.values()]
+        parts = [type(self)._read(path) for path in originals]
+        return [text for texts, _ in parts for text in texts], [label for _, labels in parts for label in labels]
+
+
+class CLINC150(_Intents):
+    """CLINC150: 22,500 utterances of 150 intents in ten domains, 150 each; the out-of-scope rows are left out.
+
+    All official row splits are pooled and the classes split 50 : 50 : 50. The usual protocol reports the mean over
+    the five class splits of 5-way 1-shot and 5-shot accuracy on 600 episodes of the test classes.
+
+    Args:
+        n_way: Classes per task.
+        split: Which of the five class splits, "01" to "05".
+        folder: Where `clinc150.jsonl.gz` (one JSON object with text and label per line) or the original
+            `data_full.json` lies; None looks into the cache folder.
+        download: Fetch the original (2.5 MB) if it is not there. Downloads are verified by SHA-256, files in
+            `folder` by their numbers of rows and classes.
+        max_tokens: Words kept of each utterance; the longest has 28.
+        vocabulary: See `TextClasses`.
+        words: See `TextClasses`.
+
+    Raises:
+        FileNotFoundError: If there is no file and `download` is False.
+        ValueError: If the rows or classes are not as many as published.
+
+    Reference:
+        Larson et al., 2019, arXiv:1909.02027 (CC BY 3.0). Class splits: Dopierre et al., 2021, ProtAugment,
+        arXiv:2105.12995. Differs: repeated utterances (62) and those with two labels (9 rows) are left out.
+    """
+
+    _folder = "clinc150"
+    _prepared = "clinc150.jsonl.gz"
+    _originals: ClassVar[dict[str, tuple[str, str]]] = {
+        "data_full.json": (
+            _CLINC_URL + "data_full.json",
+            "36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0",
+        )
+    }
+    _splits = _CLINC_SPLITS
+    _n_rows = 22_500
+
+    @staticmethod
+    def _read(path: Path) -> Rows:
+        return read_clinc(path)
+
+
+class Banking77(_Intents):
+    """Banking77: 13,083 customer questions of 77 fine-grained intents, one domain.
+
+    Both official row splits are pooled and the classes split 25 : 25 : 27; see `CLINC150` for the protocol.
+
+    Args:
+        n_way: Classes per task.
+        split: Which of the five class splits, "01" to "05".
+        folder: Where `banking77.jsonl.gz` or the original `train.csv` and `test.csv` lie; None looks into the cache.
+        download: Fetch the originals (1.1 MB) if they are not there; verified as in `CLINC150`.
+        max_tokens: Words kept of each question; 1 in 25 has more than 32.
+        vocabulary: See `TextClasses`.
+        words: See `TextClasses`.
+
+    Raises:
+        FileNotFoundError: If there is no file and `download` is False.
+        ValueError: If the rows or classes are not as many as published.
+
+    Reference:
+        Casanueva et al., 2020, arXiv:2003.04807 (CC BY 4.0). Class splits: Dopierre et al., 2021, ProtAugment,
+        arXiv:2105.12995. Differs: repeated questions and those with two labels are left out.
+    """
+
+    _folder = "banking77"
+    _prepared = "banking77.jsonl.gz"
+    _originals: ClassVar[dict[str, tuple[str, str]]] = {
+        "train.csv": (_BANKING_URL + "train.csv", "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
+        "test.csv": (_BANKING_URL + "test.csv", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"),
+    }
+    _splits = _BANKING_SPLITS
+    _n_rows = 13_083
+
+    @staticmethod
+    def _read(path: Path) -> Rows:
+        return read_banking(path)
+
+
+def read_prepared(path: Path) -> Rows:
+    """Texts and labels of a gzipped JSON-lines file; rows labeled "oos" are left out."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return _columns([(row["text"], row["label"]) for row in rows])
+
+
+def read_clinc(path: Path) -> Rows:
+    """Texts and labels of the original CLINC150 file, {row split: [[text, label], ...]}, without "oos"."""
+    parts = json.loads(Path(path).read_text(encoding="utf-8"))
+    return _columns([(text, label) for rows in parts.values() for text, label in rows])
+
+
+def read_banking(path: Path) -> Rows:
+    """Texts and labels of an original Banking77 file, a CSV with the columns text and category."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return _columns([(row["text"], row["category"]) for row in csv.DictReader(file)])
+
+
+def _columns(rows: list[tuple[str, str]]) -> Rows:
+    kept = [(text.strip(), label) for text, label in rows if label != "oos"]
+    return [text for text, _ in kept], [label for _, label in kept]

@@ -1,0 +1,164 @@
+"""Episodes over the rows of an array: classes of rows, or groups of rows."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaicl.episode import Episode, Examples
+from metaicl.spec import TaskSpec
+from metaicl.task import Split, TaskDistribution
+from metaicl.tasks.classes import ClassEpisodes, distinct
+from metaicl.tasks.labels import check_ways
+
+
+class ArrayClasses(ClassEpisodes):
+    """N-way tasks over the rows of an array; `tasks_from_arrays` builds it.
+
+    Args:
+        spec: A classification spec with the shape of one row.
+        x: float (rows, *x_shape).
+        labels: long (rows,), indices into `class_names`.
+        class_splits: For each split the class indices it owns.
+        class_names: One per class.
+
+    Raises:
+        ValueError: If a split has fewer classes than the spec has ways, or splits or labels do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        x: Tensor,
+        *,
+        labels: Tensor,
+        class_splits: Mapping[Split, Sequence[int]],
+        class_names: Sequence[Hashable],
+    ) -> None:
+        """Keep the rows."""
+        check_ways(spec.output_size, class_splits)
+        super().__init__(spec, labels=labels, class_splits=class_splits, class_names=class_names)
+        self._x = x
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Inputs (..., *x_shape) of the source rows `ids` (...,)."""
+        return self._x[ids]
+
+
+class GroupRegression(TaskDistribution):
+    """Regression tasks over the rows of an array, one task per group (patient, shop, function).
+
+    A task draws a group of its split, then different rows of it. `tasks_from_arrays` builds it.
+
+    Args:
+        spec: A regression spec.
+        x: float (rows, D).
+        y: float (rows, y_dim).
+        groups: long (rows,), indices into `group_names`.
+        group_splits: For each split the groups it owns.
+        group_names: One per group.
+        units: Mean and scale (y_dim,) that y was standardized with, for `to_units`; None if it was not.
+
+    Attributes:
+        source_classes: long (rows,), the group of each row.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ("group_ids",)
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        x: Tensor,
+        y: Tensor,
+        *,
+        groups: Tensor,
+        group_splits: Mapping[Split, Sequence[int]],
+        group_names: Sequence[Hashable],
+        units: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Sort the rows by group once, so that sampling is index arithmetic."""
+        self.spec = spec
+        self.group_names = list(group_names)
+        self.group_splits = {split: torch.tensor(list(ids)) for split, ids in group_splits.items()}
+        self.source_classes = groups
+        self._x, self._y, self._units = x, y, units
+        self._order = torch.argsort(groups, stable=True)
+        self._sizes = torch.bincount(groups, minlength=len(self.group_names))
+        self._starts = self._sizes.cumsum(0) - self._sizes
+
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
+        """Draw groups, then rows; see `TaskDistribution.sample`.
+
+        Raises:
+            ValueError: If a group of the split has too few rows.
+        """
+        owned, n_rows = self.group_splits[split], n_shot + n_query
+        smallest = int(owned[self._sizes[owned].argmin()])
+        if self._sizes[smallest] < n_rows:
+            raise ValueError(
+                f"asked for n_shot + n_query = {n_rows} rows per task; group {self.group_names[smallest]!r} of split "
+                f"{split!r} has {int(self._sizes[smallest])}. min_rows={n_rows} leaves small groups out"
+            )
+        group_ids = owned[torch.randint(len(owned), (n_tasks,), generator=generator)]
+        within = distinct(self._sizes[group_ids], n_rows, generator)
+        ids = self._order[self._starts[group_ids][:, None] + within]
+        drawn = Examples(self._x[ids], self._y[ids], ids=ids)
+        return Episode(drawn.rows(slice(None, n_shot)), drawn.rows(slice(n_shot, None)), {"group_ids": group_ids})
+
+    def to_units(self, y: Tensor) -> Tensor:
+        """Targets or predicted means (..., y_dim) in the units that your own y had."""
+        if self._units is None:
+            return y
+        mean, scale = (moment.to(y) for moment in self._units)
+        return y * scale + mean
+
+
+def to_numbers(values: Any, name: str) -> np.ndarray:
+    """A float64 array of anything that holds numbers; integer images (rows, channels, height, width) end in [0, 1].
+
+    Raises:
+        TypeError: If it holds objects, text or complex numbers, or is sparse.
+        ValueError: If it is a ragged list.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double().numpy() if values.is_floating_point() else values.numpy()
+    if hasattr(values, "toarray"):
+        raise TypeError(f"{name} must be a dense array; got {type(values).__name__}. {name}.toarray() makes it one")
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        shapes = [np.shape(row) for row in values]
+        odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0)
+        hint = f"row {odd} has shape {shapes[odd]}, row 0 has {shapes[0]}"
+        raise ValueError(f"{name} must be rectangular; {hint}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{name} must be an array of numbers; got {array.dtype}. {name}.astype(float) if it holds numbers"
+        )
+    if array.ndim == 4 and array.dtype.kind in "iu":
+        return array / 255
+    return array.astype(np.float64)
+
+
+def finite(array: np.ndarray, name: str) -> np.ndarray:
+    """Return `array` if every value is a finite float32.
+
+    Raises:
+        ValueError: If one is not; the message counts them and names the first.
+    """
+    bad = ~(np.abs(array) <= np.finfo(np.float32).max)
+    if bad.any():
+        first = tuple(np.argwhere(bad)[0].tolist())
+        raise ValueError(
+            f"{name} must be finite; {int(bad.sum())} values are NaN or infinite, the first at index {first}"
+        )
+    return array
+
+
+def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column (rows, columns); 1 for a constant one."""
+    mean, scale = rows.mean(0), rows.std(0)
+    return mean, np.where(scale <= 1e-12 * np.abs(rows).max(0), 1, scale)

@@ -1,0 +1,255 @@
+"""The outer loop: a generator that makes one update per meta-batch and yields what happened."""
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metaicl.checks import check_count, check_device, check_episode, check_positive
+from metaicl.episode import Episode
+from metaicl.learner import Learner
+from metaicl.meta_step import MetaStep, accumulate
+from metaicl.objectives import Objective, query_loss
+from metaicl.task import EpisodeStream, TaskDistribution, derive_seed
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update did.
+
+    Args:
+        index: Which update, from 0; also the chunk of the episode stream it was made from.
+        loss: Mean objective over the tasks of the meta-batch, before the update (nats per row for `query_loss`).
+        grad_norm: Euclidean norm of the whole meta-gradient, before clipping.
+        n_shot: Support rows per class in classification, per task in regression.
+        learning_rate: Of the first parameter group, in this update.
+        seconds: Wall-clock time of sampling and update.
+    """
+
+    index: int
+    loss: float
+    grad_norm: float
+    n_shot: int
+    learning_rate: float
+    seconds: float
+
+
+def outer_loop(
+    learner: Learner,
+    tasks: TaskDistribution,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    objective: Objective = query_loss,
+    meta_batch_size: int = 25,
+    micro_batch_size: int | None = None,
+    n_shot: int | tuple[int, int] = 5,
+    n_query: int = 15,
+    seed: int = 0,
+    start: int = 0,
+    scheduler: LRScheduler | None = None,
+    clip_norm: float | None = None,
+    compile: bool = False,
+    autocast: str | None = None,
+    device: str | torch.device | None = None,
+    workers: int = 0,
+) -> Generator[Step, None, None]:
+    """Train `learner` on `tasks`, one `Step` per update; arguments are checked at once, training starts with `next`.
+
+    Update i uses chunk i of the episode stream (seed, "train"), so a loop that starts at k sees what an uninterrupted
+    one saw. Dropout and the like draw from a seed derived from (seed, i): no global generator is seeded or consumed.
+    The learner is in train mode during an update; between updates every module is in the mode its owner left it in.
+
+    Args:
+        learner: What to train.
+        tasks: Where episodes come from.
+        optimizer: Over parameters of the learner, all of them or some.
+        steps: Updates in the whole training, those before `start` included.
+        objective: (learner, episode) -> loss of each task (B,). Unused by a learner with `meta_gradients`.
+        meta_batch_size: B, tasks per update.
+        micro_batch_size: Tasks in memory at a time; changes the meta-gradient by rounding only. None: all.
+        n_shot: Support rows per class, or per task in regression; a pair (low, high) draws one value per update.
+        n_query: Query rows, likewise.
+        seed: Which stream of episodes.
+        start: First update.
+        scheduler: Stepped after each update.
+        clip_norm: Largest Euclidean norm of the meta-gradient.
+        compile: Try one compiled graph for the whole meta-step, see `MetaStep`.
+        autocast: None or "bf16".
+        device: Where to train; the learner is moved there. None: where the learner is.
+        workers: Processes that sample ahead; they change nothing but the speed.
+
+    Returns:
+        A generator. Episodes are moved to the learner's device and floating dtype.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or the optimizer holds parameters of something else.
+        FloatingPointError: From the generator, when a loss or a gradient is NaN or infinite. The update is not made,
+            and the message names the task or the parameter and how to replay the episode.
+    """
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
+    stream = EpisodeStream(tasks, seed=seed, split="train", n_shot=n_shot, n_query=n_query, chunk_size=meta_batch_size)
+    check_count("start", start, minimum=0)
+    check_count("steps", steps, minimum=start)
+    check_count("workers", workers, minimum=0)
+    if micro_batch_size is not None:
+        check_count("micro_batch_size", micro_batch_size)
+    if clip_norm is not None:
+        check_positive("clip_norm", clip_norm)
+    if device is not None:
+        learner.to(check_device(device))
+    _check_optimizer(optimizer, learner)
+    meta_step = MetaStep(learner, objective, compile=compile, autocast=autocast)
+    update = _Update(meta_step, optimizer, scheduler, stream, clip_norm=clip_norm, micro_batch_size=micro_batch_size)
+    return _steps(update, range(start, steps), workers)
+
+
+def _steps(update: "_Update", indices: range, workers: int) -> Generator[Step, None, None]:
+    stream = update.stream
+    began = time.perf_counter()
+    for index, episode in zip(indices, stream.chunks(indices.start, indices.stop, workers=workers), strict=True):
+        if index == indices.start:
+            check_episode(episode, stream.tasks.spec)
+        yield update(index, episode, began)
+        began = time.perf_counter()
+
+
+class _Update:
+    """One update from one episode: meta-gradient, checks, clipping, optimizer, scheduler."""
+
+    def __init__(
+        self,
+        meta_step: MetaStep,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        stream: EpisodeStream,
+        *,
+        clip_norm: float | None,
+        micro_batch_size: int | None,
+    ) -> None:
+        self.meta_step, self.optimizer, self.scheduler, self.stream = meta_step, optimizer, scheduler, stream
+        self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
+        self.buffers = [(buffer, buffer._version) for buffer in meta_step.learner.buffers()]
+
+    def __call__(self, index: int, episode: Episode, began: float) -> Step:
+        learner, optimizer = self.meta_step.learner, self.optimizer
+        rate = float(optimizer.param_groups[0]["lr"])
+        before = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        with (
+            training_mode(learner),
+            isolated_randomness(derive_seed(self.stream.seed, "learner", index), device_of(learner)),
+        ):
+            losses, gradients = accumulate(self.meta_step, place(episode, learner), self.micro_batch_size)
+        self.buffers = [
+            (buffer, version) for buffer, version in self.buffers if buffer._version != version
+        ]  # the moving ones
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        loss_value, norm_value = torch.stack([losses.mean().to(norm), norm]).tolist()  # the one synchronization
+        problem = None if math.isfinite(loss_value) and math.isfinite(norm_value) else _name_problem(losses, gradients)
+        if problem is not None:
+            for buffer, value in before:
+                buffer.copy_(value)
+            raise FloatingPointError(
+                f"{problem} at step {index}, and the weights are those before it. {self._address(index)}"
+            )
+        self._apply(gradients, norm)
+        return Step(index, loss_value, norm_value, self._n_shot(episode), rate, time.perf_counter() - began)
+
+    def _apply(self, gradients: Mapping[str, Tensor], norm: Tensor) -> None:
+        parameters = self.meta_step.parameters
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.clip_norm, norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    def _address(self, index: int) -> str:
+        stream = self.stream
+        low, high = stream.n_shot
+        n_shot = low if low == high else (low, high)
+        return (
+            f"Replay it with EpisodeStream(tasks, seed={stream.seed}, split={stream.split!r}, n_shot={n_shot}, "
+            f"n_query={stream.n_query}, chunk_size={stream.chunk_size})[{index}]"
+        )
+
+    def _n_shot(self, episode: Episode) -> int:
+        return episode.support.n_rows // (self.stream.tasks.spec.n_way or 1)
+
+
+@contextlib.contextmanager
+def training_mode(learner: nn.Module, mode: bool = True) -> Iterator[None]:
+    """The learner in train mode (or eval mode), and afterwards every module in the mode it had."""
+    modes = [(module, module.training) for module in learner.modules()]
+    learner.train(mode)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def isolated_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators seeded by `seed` inside, and as they were afterwards."""
+    if device.type != "cuda":
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.manual_seed(seed)
+        yield
+
+
+def device_of(learner: nn.Module) -> torch.device:
+    """Where the learner's parameters (or, without any, its buffers) are; the CPU if it has neither."""
+    leaf = next(learner.parameters(), None)
+    leaf = next(learner.buffers(), None) if leaf is None else leaf
+    return torch.device("cpu") if leaf is None else leaf.device
+
+
+def place(episode: Episode, learner: nn.Module) -> Episode:
+    """The episode on the learner's device, its floating fields in the dtype of the learner's floating parameters."""
+    dtype = next((parameter.dtype for parameter in learner.parameters() if parameter.is_floating_point()), None)
+    return episode.to(device_of(learner), dtype)
+
+
+def _check_optimizer(optimizer: Optimizer, learner: Learner) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    own = {id(parameter) for parameter in learner.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in held)
+    if foreign:
+        raise ValueError(
+            f"optimizer must hold parameters of the learner only; {foreign} of its {len(held)} are of something else "
+            f"(was the {type(learner).__name__} rebuilt after the optimizer?)"
+        )
+
+
+def _name_problem(losses: Tensor, gradients: Mapping[str, Tensor]) -> str:
+    wrong = (~losses.isfinite()).flatten().nonzero().flatten().tolist()
+    if wrong:
+        value = losses.flatten()[wrong[0]].item()
+        more = f" ({len(wrong)} of {losses.numel()} tasks)" if len(wrong) > 1 else ""
+        return f"the loss of task {wrong[0]} is {value}{more}"
+    for name, gradient in gradients.items():
+        if not bool(gradient.isfinite().all()):
+            return (
+                f"the meta-gradient of parameter {name} has {int((~gradient.isfinite()).sum())} NaN or infinite values"
+            )
+    name = max(gradients, key=lambda name: float(gradients[name].abs().max()) if gradients[name].numel() else 0.0)
+    return f"the norm of the meta-gradient overflows, with the largest values in parameter {name}"

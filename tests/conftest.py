@@ -1,0 +1,16 @@
+"""Shared by the whole suite: one thread (bits depend on the thread count) and the place of the real data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout."""
+    return SHARED_DATA
