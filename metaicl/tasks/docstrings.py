@@ -69,7 +69,7 @@ class Docstrings(TextClasses):
             texts,
             labels,
             n_way=n_way,
-            class_splits=class_splits,  # type: ignore[arg-type]  # a str is Hashable; dict values are invariant
+            class_splits=class_splits,
             max_tokens=max_tokens,
             vocabulary=vocabulary,
             words=words,

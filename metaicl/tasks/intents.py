@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from metaicl.checks import check_choice
 from metaicl.task import Split
+from metaicl.tasks.sources import cache_folder
+from metaicl.tasks.sources import download as fetch
 from metaicl.tasks.text import TextClasses
 
 Rows = tuple[list[str], list[str]]
@@ -81,7 +83,7 @@ class _Intents(TextClasses):
             texts,
             labels,
             n_way=n_way,
-            class_splits=class_splits,  # type: ignore[arg-type]  # a str is Hashable; dict values are invariant
+            class_splits=class_splits,
             max_tokens=max_tokens,
             vocabulary=vocabulary,
             words=words,
@@ -89,12 +91,7 @@ class _Intents(TextClasses):
         )
 
     def _load(self, folder: str | Path | None, download: bool) -> Rows:
-        if folder is None:
-            from metaicl.tasks.sources import cache_folder
-
-            place = Path(cache_folder()) / self._folder
-        else:
-            place = Path(folder)
+        place = cache_folder() / self._folder if folder is None else Path(folder)
         prepared, originals = place / self._prepared, [place / name for name in self._originals]
         if prepared.is_file():
             return read_prepared(prepared)
@@ -104,9 +101,7 @@ class _Intents(TextClasses):
                     f"{type(self).__name__} needs {self._prepared} or {' and '.join(self._originals)} in {place}; "
                     "download=True fetches the originals"
                 )
-            from metaicl.tasks.sources import download as fetch
-
-            originals = [Path(fetch(url, checksum=sha, folder=place)) for url, sha in self._originals.values()]
+            originals = [fetch(url, checksum=sha, folder=place) for url, sha in self._originals.values()]
         parts = [type(self)._read(path) for path in originals]
         return [text for texts, _ in parts for text in texts], [label for _, labels in parts for label in labels]
 

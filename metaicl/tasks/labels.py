@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.checks import check_count
 from metaicl.task import SPLITS, Split
 from metaicl.tasks.classes import split_classes
 
@@ -67,7 +66,7 @@ def splits_by_name(
     if splits is None:
         if len(names) < len(SPLITS):
             raise ValueError(f"{list(SPLITS)} need a {what} each; got {len(names)} in all: {list(names)}")
-        return split_classes(len(names), fractions=fractions, seed=check_count("seed", seed, minimum=0))
+        return split_classes(len(names), fractions=fractions, seed=seed)
     if fractions is not None:
         raise ValueError("give the splits or the fractions of a random split, not both")
     if not isinstance(splits, Mapping) or set(splits) != set(SPLITS):

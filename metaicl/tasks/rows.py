@@ -122,17 +122,18 @@ def to_numbers(values: Any, name: str) -> np.ndarray:
         TypeError: If it holds objects, text or complex numbers, or is sparse.
         ValueError: If it is a ragged list.
     """
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and values.layout == torch.strided:
         values = values.detach().cpu()
         values = values.double().numpy() if values.is_floating_point() else values.numpy()
-    if hasattr(values, "toarray"):
-        raise TypeError(f"{name} must be a dense array; got {type(values).__name__}. {name}.toarray() makes it one")
+    elif isinstance(values, Tensor) or hasattr(values, "toarray"):
+        method = "to_dense" if isinstance(values, Tensor) else "toarray"
+        raise TypeError(f"{name} must be a dense array; got a sparse one. {name}.{method}() makes it dense")
     try:
         array = np.asarray(values)
     except ValueError as error:
-        shapes = [np.shape(row) for row in values]
-        odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0)
-        hint = f"row {odd} has shape {shapes[odd]}, row 0 has {shapes[0]}"
+        lengths = [len(row) if hasattr(row, "__len__") else 1 for row in values]
+        odd = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
+        hint = "its rows differ inside" if odd is None else f"row {odd} has length {lengths[odd]}, row 0 {lengths[0]}"
         raise ValueError(f"{name} must be rectangular; {hint}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(

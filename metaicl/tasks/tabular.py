@@ -243,8 +243,11 @@ def _targets(table: Table) -> np.ndarray:
 def _standardize(columns: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance per column over the values that are there; missing ones and constants are 0."""
     there = np.isfinite(columns)
+    filled = np.where(there, columns, 0)
+    largest = np.abs(filled).max(0)
+    filled = filled / np.where(largest > 0, largest, 1)  # in [-1, 1], so that squares neither overflow nor vanish
     count = np.maximum(there.sum(0), 1)
-    centered = np.where(there, columns - np.where(there, columns, 0).sum(0) / count, 0)
+    centered = np.where(there, filled - filled.sum(0) / count, 0)
     spread = np.sqrt((centered**2).sum(0) / count)
-    tiny = spread <= 1e-12 * np.abs(np.where(there, columns, 0)).max(0)  # constant up to rounding
-    return (np.where(tiny, 0, centered) / np.where(tiny, 1, spread)).astype(np.float32)
+    constant = spread <= 1e-12  # up to rounding
+    return (np.where(constant, 0, centered) / np.where(constant, 1, spread)).astype(np.float32)
