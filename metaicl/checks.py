@@ -61,7 +61,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value in choices:
         return str(value)
-    close = difflib.get_close_matches(str(value), choices, n=1)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{name} must be one of {choices}; got {value!r}{hint}")
 
@@ -117,7 +117,9 @@ def _check_inputs(name: str, part: Examples, spec: TaskSpec) -> None:
         raise TypeError(f"episode.{name}.x must be long for token inputs; got {part.x.dtype}")
     low, high = int(part.x.min()), int(part.x.max())
     if low < 0 or high >= (spec.vocabulary or 0):
-        raise ValueError(f"episode.{name}.x must hold token ids in [0, {spec.vocabulary}); got values in [{low}, {high}]")
+        raise ValueError(
+            f"episode.{name}.x must hold token ids in [0, {spec.vocabulary}); got values in [{low}, {high}]"
+        )
 
 
 def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
@@ -129,7 +131,9 @@ def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
         return
     if part.y.dtype != torch.long or part.y.ndim != 2:
         hint = "; one-hot rows become indices by .argmax(-1)" if part.y.ndim == 3 else ""
-        raise TypeError(f"episode.{name}.y must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}")
+        raise TypeError(
+            f"episode.{name}.y must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}"
+        )
     bad = part.y[part.real & ((part.y < 0) | (part.y >= (spec.n_way or 0)))]
     if bad.numel():
         found = sorted(set(bad.tolist()))[:_LISTED]

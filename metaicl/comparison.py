@@ -1,12 +1,9 @@
 """Training and judging several learners on the same episodes."""
 
-import copy
-import dataclasses
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,25 +11,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from metaicl.checks import check_choice, check_count, check_seed
-from metaicl.episode import Episode
-from metaicl.evaluation import evaluate_shots
+from metaicl.checks import check_choice, check_count, check_device, check_seed
+from metaicl.comparison_runs import Options, Source, Trainer, Worker, entries_of, jobs_of, make_board
 from metaicl.files import lock_directory
-from metaicl.gallery import example_cards, example_episode, sketches
-from metaicl.learner import Learner, Prepares
+from metaicl.learner import Learner
+from metaicl.meta_training import meta_train
 from metaicl.report import Report
-from metaicl.result_store import ResultStore
-from metaicl.results import Result, Role, json_ready
-from metaicl.task import EVAL_SEED, SPLITS, Split, TaskDistribution, derive_seed
+from metaicl.results import Result, json_ready
+from metaicl.task import EVAL_SEED, SPLITS, Split, TaskDistribution
 from metaicl.train_config import TrainConfig
-from metaicl.training import isolated_randomness
 
-Source = Learner | Callable[[Any], Learner]
-Trainer = Callable[..., Any]
 Budget = TrainConfig | Mapping[Any, TrainConfig]
-
-_FAILURES = (ArithmeticError, torch.linalg.LinAlgError, torch.OutOfMemoryError)
-_CURVE_POINTS = 400  # of a training curve that are kept
 
 
 def compare(
@@ -51,7 +40,7 @@ def compare(
     batch_size: int = 50,
     device: str | torch.device | None = None,
     directory: str | os.PathLike[str] | None = None,
-    trainer: Trainer | None = None,
+    trainer: Trainer = meta_train,
     progress: bool = True,
 ) -> Report:
     """Train every learner on the same addressed episodes, judge all of them on the same others, and report.
@@ -75,24 +64,127 @@ def compare(
         batch_size: Tasks evaluated together.
         device: Where to train and evaluate; by default where the factory puts the learner.
         directory: Keeps each finished result, and the training checkpoints: the same call resumes there.
-        trainer: Called like `metaicl.meta_training.meta_train`, which is the default.
+        trainer: Called like `meta_train`; `functools.partial(meta_train, objective=...)` changes the loss.
         progress: Show progress bars.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a name is unknown, a budget is missing, or `directory` holds results of another comparison.
     """
-    options = _Options(_seed_list(seeds), train, n_episodes, check_choice("split", split, SPLITS), batch_size, device)
-    check_count("n_episodes", n_episodes)
-    _check_learners(learners, baseline)
-    by_name = tasks if isinstance(tasks, Mapping) else {_task_name(tasks): tasks}
-    _check_budget(train, by_name, learners)
-    boards = [_board(name, one, options, (n_shot, n_query, shots or ())) for name, one in by_name.items()]
-    entries = {board.name: _entries(board, learners, references) for board in boards}
-    _check_baseline(baseline, [entry for found in entries.values() for entry in found])
-    jobs = [job for board in boards for entry in entries[board.name] for job in _jobs(board, entry, options)]
-    work = _Work(options, trainer or _meta_train(), directory, progress)
-    with nullcontext() if directory is None else lock_directory(_made(directory)):
+    by_name = dict(tasks) if isinstance(tasks, Mapping) else {type(tasks).__name__: tasks}
+    _check_names(learners, by_name)
+    options = Options(
+        train=_budgets(train, by_name, learners),
+        seeds=_seed_list(seeds),
+        n_episodes=check_count("n_episodes", n_episodes),
+        split=check_choice("split", split, SPLITS),  # type: ignore[arg-type]  # it is one of SPLITS
+        batch_size=check_count("batch_size", batch_size),
+        device=None if device is None else check_device(device),
+    )
+    boards = [make_board(name, one, options, n_shot, n_query, shots or ()) for name, one in by_name.items()]
+    entries = {board.name: entries_of(board, learners, references, baseline) for board in boards}
+    jobs = [job for board in boards for entry in entries[board.name] for job in jobs_of(board, entry, options)]
+    with nullcontext() if directory is None else _owned(directory):
+        worker = Worker(options, trainer, directory, progress)
         bar = tqdm(jobs, disable=not progress, unit="run", desc="compare")
-        results = tuple(work.run(job) for job in bar)
+        results = tuple(worker.run(job) for job in bar)
     return Report(_protocol(options, results), {board.name: board.card(baseline) for board in boards}, results)
+
+
+def _check_names(learners: Mapping[str, Source], tasks: Mapping[str, TaskDistribution]) -> None:
+    if not isinstance(learners, Mapping) or not learners:
+        raise TypeError(f"learners must be a mapping of names to factories or learners, not empty; got {learners!r}")
+    for name, source in learners.items():
+        if not isinstance(source, Learner) and not callable(source):
+            raise TypeError(f"learners[{name!r}] must be a factory spec -> Learner or a Learner; got {source!r}")
+    for name, one in tasks.items():
+        if not isinstance(one, TaskDistribution):
+            raise TypeError(
+                f"tasks must be a TaskDistribution or a mapping to them; got {type(one).__name__} at {name!r}"
+            )
+    if not tasks:
+        raise ValueError("tasks must name at least one task distribution; got an empty mapping")
+
+
+def _seed_list(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    found = tuple(range(check_count("seeds", seeds))) if isinstance(seeds, int) else tuple(map(check_seed, seeds))
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"seeds must be at least one number, each once; got {found}")
+    return found
+
+
+def _budgets(
+    train: Budget | None, tasks: Mapping[str, TaskDistribution], learners: Mapping[str, Source]
+) -> dict[tuple[str, str | None], TrainConfig]:
+    """The budget of each (task, learner), with None for "every other learner"."""
+    if train is None:
+        return {}
+    if isinstance(train, TrainConfig):
+        return {(task, None): train for task in tasks}
+    if not isinstance(train, Mapping):
+        raise TypeError(f"train must be a TrainConfig or a mapping to them; got {type(train).__name__}")
+    found: dict[tuple[str, str | None], TrainConfig] = {}
+    for key, config in train.items():
+        task, learner = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        task = check_choice("train: task", task, tasks)
+        if learner is not None:
+            learner = check_choice("train: learner", learner, [*learners, *tasks[task].references()])
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"train[{key!r}] must be a TrainConfig; got {type(config).__name__}")
+        found[task, learner] = config
+    return found
+
+
+def _owned(directory: str | os.PathLike[str]) -> Any:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    return lock_directory(directory)
+
+
+def _protocol(options: Options, results: Sequence[Result]) -> dict[str, Any]:
+    """How the comparison was made; what belongs to one task distribution stands on its card."""
+    used = sorted({one.device for result in results for one in result.evaluations.values()})
+    return json_ready(
+        {
+            "split": f"meta-{options.split}",
+            "episodes": f"{options.n_episodes} per task distribution, address {EVAL_SEED}",
+            "training_seeds": options.seeds,
+            "training_budget": _budget_text(results),
+            "interval": "95 %, crossed bootstrap over seeds and episodes",
+            "batch_size": options.batch_size,
+            "device": [_device_name(name) for name in used],
+            "threads": torch.get_num_threads(),
+            "versions": {name: _version(name) for name in ("metaicl", "torch", "numpy")}
+            | {"python": platform.python_version()},
+        }
+    )
+
+
+def _budget_text(results: Sequence[Result]) -> Any:
+    """What all trained learners share, and what each has of its own."""
+    budgets = {f"{result.task}, {result.learner}": dict(result.budget) for result in results if result.budget}
+    if not budgets:
+        return "nothing was trained"
+    first, *others = budgets.values()
+    common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    text: dict[str, Any] = {"for all": {name: common[name] for name in _SHOWN if name in common}}
+    for name, budget in budgets.items():
+        own = {key: value for key, value in budget.items() if key not in common}
+        if own:
+            text[name] = own
+    return text
+
+
+_SHOWN = ("steps", "max_seconds", "meta_batch_size", "n_shot", "n_query", "optimizer", "outer_lr", "schedule")
+
+
+def _device_name(name: str) -> str:
+    return (
+        f"{name} ({torch.cuda.get_device_name(name)})" if name.startswith("cuda") else f"{name} ({platform.machine()})"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -89,7 +89,9 @@ class Examples:
         if missing == 0 and self.mask is not None:
             return self
         ids = None if self.ids is None else _pad_rows(self.ids, missing, -1)
-        return Examples(_pad_rows(self.x, missing, 0), _pad_rows(self.y, missing, 0), _pad_rows(self.real, missing, 0), ids)
+        return Examples(
+            _pad_rows(self.x, missing, 0), _pad_rows(self.y, missing, 0), _pad_rows(self.real, missing, 0), ids
+        )
 
     def __getitem__(self, index: int | slice | Tensor) -> "Examples":
         """Tasks at `index`; an integer keeps the task axis (B = 1)."""
@@ -129,14 +131,18 @@ class Episode:
         """Check that support, query and latents agree in the number of tasks and the row shape."""
         support, query = self.support, self.query
         if support.n_tasks != query.n_tasks:
-            raise ValueError(f"Episode.query must have as many tasks as support (B = {support.n_tasks}); got B = {query.n_tasks}")
+            raise ValueError(
+                f"Episode.query must have as many tasks as support (B = {support.n_tasks}); got B = {query.n_tasks}"
+            )
         if support.x.shape[2:] != query.x.shape[2:]:
             expected, got = tuple(support.x.shape[2:]), tuple(query.x.shape[2:])
             raise ValueError(f"Episode.query.x must have rows of the support's shape {expected}; got {got}")
         for name, value in self.latents.items():
             if value.ndim == 0 or value.shape[0] != support.n_tasks:
                 got = tuple(value.shape)
-                raise ValueError(f"Episode.latents[{name!r}] must start with the task axis B = {support.n_tasks}; got {got}")
+                raise ValueError(
+                    f"Episode.latents[{name!r}] must start with the task axis B = {support.n_tasks}; got {got}"
+                )
 
     @property
     def n_tasks(self) -> int:
@@ -180,10 +186,14 @@ class Episode:
 
 def _check_leading(x: Tensor, leaf: Tensor, name: str) -> None:
     if not isinstance(x, Tensor) or not isinstance(leaf, Tensor):
-        raise TypeError(f"Examples.x and Examples.{name} must be tensors; got {type(x).__name__} and {type(leaf).__name__}")
+        raise TypeError(
+            f"Examples.x and Examples.{name} must be tensors; got {type(x).__name__} and {type(leaf).__name__}"
+        )
     if x.ndim < 2 or leaf.shape[:2] != x.shape[:2]:
         got = tuple(leaf.shape[:2])
-        raise ValueError(f"Examples.{name} must start with (B, N) = {tuple(x.shape[:2])}, the leading sizes of x; got {got}")
+        raise ValueError(
+            f"Examples.{name} must start with (B, N) = {tuple(x.shape[:2])}, the leading sizes of x; got {got}"
+        )
     if leaf.device != x.device:
         raise ValueError(f"Examples.{name} must be on the device of x ({x.device}); got {leaf.device}")
 

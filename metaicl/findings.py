@@ -1,7 +1,7 @@
 """What the results of a comparison say: intervals, paired differences, regret."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,13 @@ class Row:
     transductive: bool | None = None
 
     @property
-    def interval_over(self) -> str:
-        """What the interval covers, in words; a single seed is never passed off as certainty."""
-        if not self.metrics:
+    def seeds_text(self) -> str:
+        """How many training runs the interval covers; a single one is never passed off as certainty."""
+        if not self.seeds:
             return "-"
-        over = next(iter(self.metrics.values())).covers
-        return f"{over}; seeds n/a (1 seed)" if len(self.seeds) == 1 and self.seeds[0] is not None else over
+        if self.seeds == (None,):
+            return "fixed"
+        return str(len(self.seeds)) if len(self.seeds) > 1 else "n/a (1 seed)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +78,7 @@ class Findings:
     protocol: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
     results: tuple[Result, ...]
+    _rows: dict[str, list[Row]] = field(default_factory=dict, init=False, compare=False)  # what `rows` has computed
 
     def __post_init__(self) -> None:
         """Refuse to compare what was not judged on the same episodes."""
@@ -117,15 +119,17 @@ class Findings:
         """The mean and its 95 % interval; see `metaicl.statistics.intervals`."""
         return interval(self.values(task, learner, metric, shots=shots))
 
-    def baseline(self, task: str) -> str | None:
-        """What differences are taken to: the declared baseline, or else the learner with the best mean."""
+    def best(self, task: str) -> str | None:
+        """The learner with the best mean (a reference where nothing else finished); None where nothing did."""
         names = self.learners(task, finished=True)
-        declared = self._card(task).get("baseline")
-        if declared in names:
-            return declared
         own = [name for name in names if self.of(task, name)[0].role == "learner"] or names
         sign = 1 if self.metric(task) == "accuracy" else -1
         return max(own, key=lambda name: sign * self.values(task, name).mean(), default=None)
+
+    def baseline(self, task: str) -> str | None:
+        """What differences are taken to: the declared baseline where it finished, or else the best learner."""
+        declared = self._card(task).get("baseline")
+        return declared if declared in self.learners(task, finished=True) else self.best(task)
 
     def reference(self, task: str) -> str | None:
         """The first reference that finished: what regret is taken to."""
@@ -160,9 +164,12 @@ class Findings:
 
     def rows(self, task: str) -> list[Row]:
         """The table of one task distribution."""
-        baseline = self.baseline(task)
-        differences = {} if baseline is None else self.differences(task, baseline=baseline)
-        return [self._row(task, name, differences.get((name, str(baseline)))) for name in self.learners(task)]
+        if task not in self._rows:
+            baseline = self.baseline(task)
+            differences = {} if baseline is None else self.differences(task, baseline=baseline)
+            names = self.learners(task)
+            self._rows[task] = [self._row(task, name, differences.get((name, str(baseline)))) for name in names]
+        return list(self._rows[task])
 
     def pooled_calibration(self, task: str, learner: str) -> Calibration | None:
         """Calibration over the query rows of all episodes and seeds; None where the predictions cannot tell."""

@@ -1,5 +1,7 @@
 """Pure functions on tensors, shared by the learners. Everything here has a second derivative."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,8 +28,15 @@ def positive(raw: Tensor) -> Tensor:
 
 
 def inverse_positive(value: float) -> float:
-    """The raw number for which `positive` gives `value` (> 1e-3)."""
-    return float(torch.log(torch.expm1(torch.tensor(value - _MIN_SCALE, dtype=torch.float64))))
+    """The raw number for which `positive` gives `value`.
+
+    Raises:
+        ValueError: If `value` is not finite and above the floor of 1e-3.
+    """
+    if not _MIN_SCALE < value < math.inf:
+        raise ValueError(f"value must be a finite number > {_MIN_SCALE}, the floor of positive(); got {value}")
+    above = value - _MIN_SCALE
+    return above + math.log(-math.expm1(-above))  # log(exp(x) - 1) without overflow
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:
@@ -56,12 +65,14 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances (..., N, M) of rows a (..., N, D) and b (..., M, D), in square units of the rows.
 
     Written with a matrix product, never with a (N, M, D) intermediate; unlike `torch.cdist` it has a second
-    derivative, and both derivatives are finite at coincident points.
+    derivative, and both derivatives are right at coincident points.
     """
     center = b.mean(-2, keepdim=True)  # distances do not change, but large common offsets would cancel badly
     a, b = a - center, b - center
     product = a @ b.transpose(-1, -2)
-    return (a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * product).clamp(min=0)
+    squared = a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * product
+    # Rounding may leave a coincident pair below zero: correct the value, but do not cut the derivative.
+    return squared + (squared.clamp(min=0) - squared).detach()
 
 
 def cosine_similarities(a: Tensor, b: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ _CLASSES = 5
 _SIDE = 64  # pixels; larger images are thinned
 
 
-def example_episode(tasks: TaskDistribution, *, shots: Sequence[int], n_shot: int, n_query: int, split: Split, seed: int) -> Episode:
+def example_episode(
+    tasks: TaskDistribution, *, shots: Sequence[int], n_shot: int, n_query: int, split: Split, seed: int
+) -> Episode:
     """The first tasks of the evaluation stream, cut to `n_shot`."""
     stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=max(shots), n_query=n_query)
     episode = next(stream.batches(0, N_EXAMPLES, batch_size=N_EXAMPLES))
@@ -73,7 +75,9 @@ def sketches(learner: Learner, episode: Episode, cards: Sequence[Mapping[str, An
             hits = (answer.probs.argmax(-1) == episode.query.y) & episode.query.real
             counts = zip(hits.sum(1).tolist(), episode.query.real.sum(1).tolist(), strict=True)
             return tuple({"right": right, "rows": rows} for right, rows in counts)
-        grid = torch.tensor([card["grid"] for card in cards], dtype=episode.query.x.dtype, device=episode.query.x.device)
+        grid = torch.tensor(
+            [card["grid"] for card in cards], dtype=episode.query.x.dtype, device=episode.query.x.device
+        )
         answer = learner(episode.support, grid[..., None])
         mean, scale = answer.mean[..., 0].tolist(), answer.variance[..., 0].clamp(min=0).sqrt().tolist()
     return tuple({"mean": m, "scale": s} for m, s in zip(mean, scale, strict=True))
@@ -116,4 +120,6 @@ def _pixels(part: Examples, rows: Tensor) -> list[dict[str, Any]]:
     step = -(-max(images.shape[-2:]) // _SIDE)
     images = (images[..., ::step, ::step].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     shape = list(images.shape[1:])
-    return [{"shape": shape, "pixels": base64.b64encode(image.contiguous().numpy().tobytes()).decode()} for image in images]
+    return [
+        {"shape": shape, "pixels": base64.b64encode(image.contiguous().numpy().tobytes()).decode()} for image in images
+    ]

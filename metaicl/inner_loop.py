@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _NormBase
@@ -40,6 +39,8 @@ def unroll(
         # A first-order gradient is taken at detached weights, so that no second graph is ever built.
         at = {name: value.detach() for name, value in fast.items()} if first_order else fast
         gradients = grad(loss)(at, *data)
+        if first_order:  # the loss may also know weights that are not adapted
+            gradients = {name: value.detach() for name, value in gradients.items()}
         fast = {name: value - lr * gradients[name] for name, value in fast.items()}
     return fast
 
@@ -112,18 +113,19 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
 
 
 def check_inner_loop_module(net: nn.Module) -> None:
-    """Refuse what the batched inner loop cannot serve: running statistics and fused recurrent layers.
+    """Refuse what the batched inner loop cannot serve: running statistics and torch's recurrent layers.
 
     Raises:
-        ValueError: If a normalization layer tracks running statistics, or a layer is an RNN, GRU or LSTM.
+        ValueError: If a normalization layer tracks running statistics, or a layer is an RNN, GRU, LSTM or their cell.
     """
     check_no_running_statistics(net)
-    fused = [name or type(layer).__name__ for name, layer in net.named_modules() if isinstance(layer, nn.RNNBase)]
-    if fused:
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    recurrent = [name or type(layer).__name__ for name, layer in net.named_modules() if isinstance(layer, kinds)]
+    if recurrent:
         raise ValueError(
-            f"the batched inner loop cannot serve torch's fused recurrent layers; {type(net).__name__} has {fused[:5]}. "
-            "Step through nn.LSTMCell, nn.GRUCell or nn.RNNCell instead, or adapt task by task with "
-            "metaicl.interop.higher.HigherMAML"
+            "the batched inner loop cannot serve torch's recurrent layers, which vmap does not know; "
+            f"{type(net).__name__} has {recurrent[:5]}. Write the recurrence with nn.Linear, "
+            "or adapt task by task with metaicl.interop.higher.HigherMAML"
         )
 
 

@@ -144,10 +144,10 @@ class _Training:
                 bar.update()
                 if self._logged(self.step):
                     bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                if interruption.pending is not None:
-                    self.save()
-                    interruption.raise_pending()
                 self.seconds = time.perf_counter() - began
+                if self.step % self.config.checkpoint_every == 0 or interruption.pending is not None:
+                    self.save()
+                interruption.raise_pending()
                 if self._out_of_time():
                     break
         self.save()
@@ -220,8 +220,6 @@ class _Training:
                 self.best = {"step": self.step, "loss": loss, "learner": copy.deepcopy(self.learner.state_dict())}
         if "validation_loss" in row or self._logged(self.step):
             self.log.append(row)
-        if self.step % self.config.checkpoint_every == 0:
-            self.save()
 
     def _validation_loss(self) -> float:
         config, learner = self.config, self.learner

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from metaicl.files import atomic_write
 from metaicl.findings import Findings
-from metaicl.html import render_page
-from metaicl.results import Result, json_ready
 from metaicl.report_text import render_text
+from metaicl.results import Result, json_ready
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,6 +87,8 @@ class Report(Findings):
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page: tables, plots, example tasks."""
+        from metaicl.html import render_page  # matplotlib takes a while to import
+
         atomic_write(path, render_page(self).encode())
 
     def _records(self) -> Iterator[tuple[Any, ...]]:

@@ -8,8 +8,8 @@ from metaicl.statistics import Interval
 
 FOOTNOTES = (
     "Intervals are 95 %, by a crossed bootstrap that resamples seeds and episodes independently, with Student tails "
-    "for small numbers of seeds. With one seed, or for a learner that draws nothing, they cover the episodes only: "
-    "they say nothing about another training run.",
+    "for small numbers of seeds. They cover another draw of training runs and test episodes; where seeds "
+    "is n/a (1 seed), or fixed for a learner that draws nothing, another draw of episodes only.",
     "Differences are paired on the same seeds and episodes. p-values are two-sided, bootstrapped and Holm-corrected "
     "over the differences to the baseline of one table.",
     "Regret is how much worse a learner is than the first reference on the same episodes; positive is worse.",
@@ -30,7 +30,7 @@ def columns(findings: Findings, task: str) -> list[str]:
     titles = ["learner", f"{_TITLES[metric]} [95 %]", "nll", error]
     titles += [f"difference to {baseline} [95 %]", "p"] if baseline is not None else []
     titles += [f"regret to {reference}"] if reference is not None else []
-    titles += ["train", "adapt", "predict", "parameters", "transductive", "seeds", "interval over"]
+    titles += ["train", "adapt", "predict", "parameters", "transductive", "seeds"]
     return titles
 
 
@@ -49,7 +49,7 @@ def cells(findings: Findings, task: str, row: Row) -> list[str]:
         found.append("-" if row.regret is None else interval_text(row.regret, signed=True))
     found += [seconds_text(row.train_seconds), seconds_text(row.adapt_seconds), seconds_text(row.predict_seconds)]
     found += [f"{row.parameters:,}", "yes" if row.transductive else "no"]
-    return [*found, "fixed" if row.seeds == (None,) else str(len(row.seeds)), row.interval_over]
+    return [*found, row.seeds_text]
 
 
 def render_text(findings: Findings) -> str:
@@ -142,7 +142,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "-"
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items() if item is not None) or "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value)) or "-"
     return "-" if value is None else str(value)

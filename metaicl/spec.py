@@ -41,13 +41,21 @@ class TaskSpec:
         if self.x_kind not in ranks:
             raise ValueError(f"TaskSpec.x_kind must be one of {sorted(ranks)}; got {self.x_kind!r}")
         if len(self.x_shape) != ranks[self.x_kind] or min(self.x_shape) < 1:
-            raise ValueError(f"TaskSpec.x_shape must have {ranks[self.x_kind]} positive sizes for {self.x_kind}; got {self.x_shape}")
+            raise ValueError(
+                f"TaskSpec.x_shape must have {ranks[self.x_kind]} positive sizes for {self.x_kind}; got {self.x_shape}"
+            )
         if self.kind == "regression" and (self.n_way is not None or self.y_dim is None or self.y_dim < 1):
-            raise ValueError(f"a regression TaskSpec needs y_dim >= 1 and no n_way; got y_dim={self.y_dim}, n_way={self.n_way}")
+            raise ValueError(
+                f"a regression TaskSpec needs y_dim >= 1 and no n_way; got y_dim={self.y_dim}, n_way={self.n_way}"
+            )
         if self.kind == "classification" and (self.y_dim is not None or self.n_way is None or self.n_way < 2):
-            raise ValueError(f"a classification TaskSpec needs n_way >= 2 and no y_dim; got n_way={self.n_way}, y_dim={self.y_dim}")
+            raise ValueError(
+                f"a classification TaskSpec needs n_way >= 2 and no y_dim; got n_way={self.n_way}, y_dim={self.y_dim}"
+            )
         if (self.x_kind == "tokens") != (self.vocabulary is not None):
-            raise ValueError(f"TaskSpec.vocabulary goes with x_kind 'tokens' and with nothing else; got {self.vocabulary} for {self.x_kind!r}")
+            raise ValueError(
+                f"TaskSpec.vocabulary goes with x_kind 'tokens' and with nothing else; got {self.vocabulary} for {self.x_kind!r}"
+            )
 
     @property
     def output_size(self) -> int:

@@ -38,9 +38,7 @@ class TaskDistribution(ABC):
     source_classes: Tensor | None = None
 
     @abstractmethod
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw `n_tasks` tasks at once.
 
         Args:
@@ -147,7 +145,11 @@ class EpisodeStream(Dataset[Episode]):
             yield from (self[index] for index in range(start, stop))
             return
         yield from DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=check_count("workers", workers, 0)
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=check_count("workers", workers, 0),
+            generator=torch.Generator(),  # it would draw the seed of its workers from the global one
         )
 
     def _pieces(self, start: int, stop: int, workers: int) -> Iterator[Episode]:

@@ -5,11 +5,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from torch import nn, optim
+from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
 from metaicl.checks import check_choice, check_count, check_device, check_positive, check_seed
-from metaicl.meta_step import AUTOCAST
+from metaicl.learner import Learner
+from metaicl.meta_step import AUTOCAST, trainable_parameters
 
 _OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
 _SCHEDULES = ("constant", "cosine", "linear")
@@ -120,9 +121,9 @@ class TrainConfig:
             raise ValueError(f"warmup_steps must be below steps = {self.steps}; got {self.warmup_steps}")
 
 
-def make_optimizer(learner: nn.Module, config: TrainConfig) -> tuple[optim.Optimizer, LambdaLR]:
+def make_optimizer(learner: Learner, config: TrainConfig) -> tuple[optim.Optimizer, LambdaLR]:
     """The optimizer over the learner's trainable parameters and the schedule of its rate."""
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    parameters = list(trainable_parameters(learner).values())
     fused = all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
     make = _OPTIMIZERS[config.optimizer]
     optimizer = make(parameters, lr=config.outer_lr, weight_decay=config.weight_decay, fused=fused or None)

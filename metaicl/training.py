@@ -137,20 +137,19 @@ class _Update:
     ) -> None:
         self.meta_step, self.optimizer, self.scheduler, self.stream = meta_step, optimizer, scheduler, stream
         self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
-        self.buffers = [(buffer, buffer._version) for buffer in meta_step.learner.buffers()]
+        self.buffers = list(meta_step.learner.buffers())  # after the first update: those that it changed
+        self.updates = 0
+        self.device, self.dtype = device_of(meta_step.learner), dtype_of(meta_step.learner)
 
     def __call__(self, index: int, episode: Episode, began: float) -> Step:
         learner, optimizer = self.meta_step.learner, self.optimizer
         rate = float(optimizer.param_groups[0]["lr"])
-        before = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        before = [(buffer, buffer.clone()) for buffer in self.buffers]
         with (
             training_mode(learner),
             isolated_randomness(derive_seed(self.stream.seed, "learner", index), device_of(learner)),
         ):
             losses, gradients = accumulate(self.meta_step, place(episode, learner), self.micro_batch_size)
-        self.buffers = [
-            (buffer, version) for buffer, version in self.buffers if buffer._version != version
-        ]  # the moving ones
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         loss_value, norm_value = torch.stack([losses.mean().to(norm), norm]).tolist()  # the one synchronization
         problem = None if math.isfinite(loss_value) and math.isfinite(norm_value) else _name_problem(losses, gradients)
@@ -160,6 +159,9 @@ class _Update:
             raise FloatingPointError(
                 f"{problem} at step {index}, and the weights are those before it. {self._address(index)}"
             )
+        if self.updates == 0:
+            self.buffers = [buffer for buffer, value in before if not torch.equal(buffer, value)]
+        self.updates += 1
         self._apply(gradients, norm)
         return Step(index, loss_value, norm_value, self._n_shot(episode), rate, time.perf_counter() - began)
 
@@ -191,13 +193,14 @@ class _Update:
 @contextlib.contextmanager
 def training_mode(learner: nn.Module, mode: bool = True) -> Iterator[None]:
     """The learner in train mode (or eval mode), and afterwards every module in the mode it had."""
-    modes = [(module, module.training) for module in learner.modules()]
-    learner.train(mode)
+    changing = [module for module in learner.modules() if module.training != mode]
+    if changing:
+        learner.train(mode)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in changing:
+            module.training = not mode
 
 
 @contextlib.contextmanager
@@ -221,10 +224,14 @@ def device_of(learner: nn.Module) -> torch.device:
     return torch.device("cpu") if leaf is None else leaf.device
 
 
+def dtype_of(learner: nn.Module) -> torch.dtype | None:
+    """The dtype of the learner's floating parameters; None if it has none."""
+    return next((parameter.dtype for parameter in learner.parameters() if parameter.is_floating_point()), None)
+
+
 def place(episode: Episode, learner: nn.Module) -> Episode:
     """The episode on the learner's device, its floating fields in the dtype of the learner's floating parameters."""
-    dtype = next((parameter.dtype for parameter in learner.parameters() if parameter.is_floating_point()), None)
-    return episode.to(device_of(learner), dtype)
+    return episode.to(device_of(learner), dtype_of(learner))
 
 
 def _check_optimizer(optimizer: Optimizer, learner: Learner) -> None:

@@ -1,15 +1,20 @@
 """Small tasks and learners for the tests of training, and the check that resuming is exact."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_flatten
 
+from metaicl.checkpoint import load_checkpoint
 from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian, masked_mean, positive, ridge_solve
 from metaicl.learner import Learner, Traits
@@ -17,10 +22,11 @@ from metaicl.meta_training import TrainingRun, meta_train
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 from metaicl.train_config import TrainConfig
+from metaicl.training import Step, outer_loop
 
 
 class Lines(TaskDistribution):
-    """Linear functions of two inputs with a little noise; `bad` makes the loss of that task of chunk 3 NaN."""
+    """Linear functions of two inputs with a little noise; `poison` may spoil an episode in place."""
 
     spec = TaskSpec("regression", (2,), y_dim=1)
 
@@ -190,17 +196,60 @@ class Killed(BaseException):
     """What a kill looks like from inside: nobody handles it."""
 
 
-def kill_at(step: int) -> Callable[[Learner, Episode], Tensor]:
-    """A query loss that ends the process, as it were, in update `step`, before anything is written."""
-    from metaicl.objectives import query_loss
+@contextlib.contextmanager
+def killed_in_update(index: int) -> Iterator[None]:
+    """Training inside the context dies when update `index` is made but not yet recorded."""
 
-    state = {"step": 0, "tasks": 0}
+    def dying(*args: Any, **choices: Any) -> Iterator[Step]:
+        for step in outer_loop(*args, **choices):
+            if step.index == index:
+                raise Killed
+            yield step
 
-    def objective(learner: Learner, episode: Episode) -> Tensor:
-        if state["tasks"] >= step * 4:
-            raise Killed
-        state["tasks"] += episode.n_tasks
-        return query_loss(learner, episode)
+    with patch("metaicl.meta_training.outer_loop", dying), pytest.raises(Killed):
+        yield
 
-    objective.__qualname__ = query_loss.__qualname__  # the same objective, as far as the run can tell
-    return objective
+
+def last_state(directory: Path) -> dict[str, Any]:
+    """The newest checkpoint without its clock."""
+    content = load_checkpoint(max(directory.glob("step-*.ckpt")))
+    del content["seconds"]
+    return content
+
+
+def assert_same_state(found: Any, expected: Any) -> None:
+    """Nested containers equal, tensors to the bit."""
+    left, found_tree = tree_flatten(found)
+    right, expected_tree = tree_flatten(expected)
+    assert found_tree == expected_tree
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
+
+
+def assert_resume_is_exact(
+    make_learner: Callable[[], Learner],
+    tasks: TaskDistribution,
+    config: TrainConfig,
+    tmp_path: Path,
+    cuts: Sequence[int],
+) -> None:
+    """A run killed in each update of `cuts` and resumed ends as a whole one: weights, optimizer, log, files.
+
+    The learner that resumes starts from other weights, so that what it ends with can only come from the checkpoint.
+    """
+    learner = make_learner()
+    whole = meta_train(learner, tasks, config, directory=tmp_path / "whole", progress=False)
+    expected, state = weights_of(learner), last_state(tmp_path / "whole")
+    for cut in cuts:
+        directory = tmp_path / f"cut-{cut}"
+        with killed_in_update(cut):
+            meta_train(make_learner(), tasks, config, directory=directory, progress=False)
+        resumed = make_learner()
+        with torch.no_grad():
+            for parameter in resumed.parameters():
+                parameter.add_(1.0)
+        run = meta_train(resumed, tasks, config, directory=directory, progress=False)
+        assert_same_weights(weights_of(resumed), expected)
+        assert_same_state(last_state(directory), state)
+        assert without_seconds(run) == without_seconds(whole)
+        assert (run.best_step, run.best_loss, run.steps_done) == (whole.best_step, whole.best_loss, config.steps)

@@ -6,7 +6,7 @@ from torch.distributions import Distribution
 
 from metaicl.collation import collate
 from metaicl.episode import Examples
-from metaicl.exam.case import Case, answer, difference, generator, numbers, require_same
+from metaicl.exam.case import Case, answer, difference, fixed_generator, numbers, require_same
 
 _GARBAGE = 1e6
 
@@ -15,21 +15,23 @@ def check_answer_shape(case: Case) -> None:
     """`predict` returns a distribution with batch shape (B, Q) over what the spec says."""
     learner, support, query = case.learner, case.episode.support, case.episode.query
     found = learner.predict(learner.adapt(support), query.x)
-    hint = "return a torch.distributions object, for instance metaicl.functional.categorical(logits) or gaussian(mean, scale)"
+    hint = "return a torch Distribution, such as metaicl.functional.categorical(logits) or gaussian(mean, scale)"
     if not isinstance(found, Distribution):
         raise AssertionError(f"predict must return a Distribution; got {type(found).__name__}. Hint: {hint}")
     spec, shape = learner.spec, tuple(query.x.shape[:2])
     event = () if spec.kind == "classification" else (spec.output_size,)
     got = f"batch shape {tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
     if tuple(found.batch_shape) != shape or tuple(found.event_shape) != event:
-        raise AssertionError(f"predict must have batch shape (B, Q) = {shape} and event shape {event}; got {got}. Hint: {hint}")
+        raise AssertionError(
+            f"predict must have batch shape (B, Q) = {shape} and event shape {event}; got {got}. Hint: {hint}"
+        )
     if spec.kind == "classification":
         total = numbers(found, learner, query.x).exp().sum(-1)
         if bool(((total - 1).abs() > 1e-3).any()):
             low, high = float(total.min()), float(total.max())
             raise AssertionError(
-                f"probabilities of the n_way = {spec.n_way} classes must sum to 1; the sums lie in [{low:.4g}, {high:.4g}]. "
-                f"Hint: give as many logits as the spec has classes"
+                f"probabilities of the n_way = {spec.n_way} classes must sum to 1; the sums lie in "
+                f"[{low:.4g}, {high:.4g}]. Hint: give as many logits as the spec has classes"
             )
 
 
@@ -56,7 +58,10 @@ def check_sizes(case: Case) -> None:
     ):
         found = answer(learner, support, inputs)  # raises where the shape is wrong
         if bool(found.isnan().any()):
-            raise AssertionError(f"with {what} ({support.n_rows} support rows) the answer holds NaN. Hint: no sizes of the first episode may be kept")
+            raise AssertionError(
+                f"with {what} ({support.n_rows} support rows) the answer holds NaN. "
+                "Hint: what divides by N - 1, or by a spread, needs a guard"
+            )
 
 
 def check_same_answer_twice(case: Case) -> None:
@@ -76,7 +81,12 @@ def check_state_returned(case: Case) -> None:
     first = numbers(learner.predict(state, x), learner, x)
     learner.adapt(case.short.support)
     again = numbers(learner.predict(state, x), learner, x)
-    require_same("an older state after adapting to other tasks", first, again, "return the state from adapt, keep nothing on self")
+    require_same(
+        "an older state after adapting to other tasks",
+        first,
+        again,
+        "return the state from adapt, keep nothing on self",
+    )
 
 
 def check_support_used(case: Case) -> None:
@@ -94,7 +104,7 @@ def check_query_independence(case: Case) -> None:
     if case.learner.traits.transductive:
         return
     learner, x = case.learner, case.episode.query.x
-    state, source = learner.adapt(case.episode.support), generator()
+    state, source = learner.adapt(case.episode.support), fixed_generator()
     hint = "no statistics over the query axis (batch normalization has them), or declare Traits(transductive=True)"
 
     def ask(inputs: Tensor) -> Tensor:
@@ -122,7 +132,7 @@ def check_episode_independence(case: Case) -> None:
 def check_batch_equals_loop(case: Case) -> None:
     """A meta-batch gives what its tasks give one at a time."""
     singles = [answer(case.learner, one.support, one.query.x) for one in case.episode]
-    hint = "treat axis B as independent tasks; watch for squeeze, for sizes taken from the wrong axis and for state between calls"
+    hint = "treat axis B as independent tasks; watch for squeeze and for sizes taken from the wrong axis"
     require_same("a meta-batch and a loop over its tasks", case.answer(), torch.cat(singles), hint)
 
 
@@ -131,7 +141,7 @@ def check_support_order(case: Case) -> None:
     if case.learner.traits.order_sensitive:
         return
     support = case.episode.support
-    order = torch.rand(support.x.shape[:2], generator=generator()).argsort(1).to(support.x.device)
+    order = torch.rand(support.x.shape[:2], generator=fixed_generator()).argsort(1).to(support.x.device)
     task = torch.arange(len(support), device=order.device)[:, None]
     ids = None if support.ids is None else support.ids[task, order]
     shuffled = Examples(support.x[task, order], support.y[task, order], support.real[task, order], ids)
@@ -141,7 +151,10 @@ def check_support_order(case: Case) -> None:
 
 def check_masked_rows(case: Case) -> None:
     """Masked rows behave exactly as absent rows, whatever they hold."""
-    x, hint = case.episode.query.x, "weight rows by support.mask before anything is summed, counted, normalized or attended to"
+    x, hint = (
+        case.episode.query.x,
+        "weight rows by support.mask before anything is summed, counted, normalized or attended to",
+    )
     got = answer(case.learner, _with_garbage(case, case.episode.support), x)
     require_same("a support with masked rows of garbage between the real ones", case.answer(), got, hint)
     both = collate([case.short, case.episode])  # the short one is padded at the end
@@ -172,7 +185,7 @@ def check_label_permutation(case: Case) -> None:
 
 def _with_garbage(case: Case, support: Examples) -> Examples:
     """The same real rows in the same order, with masked rows before, between and after them."""
-    source, n_rows = generator(), support.n_rows
+    source, n_rows = fixed_generator(), support.n_rows
     n_all = n_rows + 4
     inner = torch.randperm(n_all - 2, generator=source)[:n_rows].sort().values
     slots = (1 + inner).to(support.x.device)

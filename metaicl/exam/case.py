@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from metaicl.episode import Episode, Examples
+from metaicl.exam.randomness import private_randomness
 from metaicl.learner import Learner, Prepares
 from metaicl.task import EpisodeStream, TaskDistribution
 
@@ -35,6 +37,7 @@ class Case:
         episode: B = 3 tasks; the query is what learners are asked.
         extra: More labeled rows of the same tasks.
         short: Other tasks with fewer support rows.
+        build: What built the learner, where it was not given ready.
     """
 
     learner: Learner
@@ -43,6 +46,7 @@ class Case:
     episode: Episode
     extra: Examples
     short: Episode
+    build: Callable[..., Learner] | None = None
 
     def fresh(self) -> "Case":
         """A copy that shares no tensor with this one."""
@@ -62,7 +66,12 @@ def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistributio
         TypeError: If `learner` is neither a learner nor builds one.
         ValueError: If it was built for another spec.
     """
-    learner = copy.deepcopy(learner) if isinstance(learner, Learner) else learner(tasks.spec)
+    build = None if isinstance(learner, Learner) else learner
+    with private_randomness():
+        return _case(copy.deepcopy(learner if build is None else build(tasks.spec)), tasks, build)
+
+
+def _case(learner: Any, tasks: TaskDistribution, build: Callable[..., Learner] | None) -> Case:
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner or a function spec -> Learner; it gave {type(learner).__name__}")
     if learner.spec != tasks.spec:
@@ -76,9 +85,9 @@ def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistributio
     short, _ = _draw(learner, tasks, 1, n_shot=2 if regression else 1, n_query=8 if regression else 2)
     precise = _in_float64(learner, episode)
     if precise is None:
-        return Case(learner, learner, tasks, episode, extra, short)
+        return Case(learner, learner, tasks, episode, extra, short, build)
     wide = torch.float64
-    return Case(precise, learner, tasks, episode.to(dtype=wide), extra.to(dtype=wide), short.to(dtype=wide))
+    return Case(precise, learner, tasks, episode.to(dtype=wide), extra.to(dtype=wide), short.to(dtype=wide), build)
 
 
 def answer(learner: Learner, support: Examples, x: Tensor) -> Tensor:
@@ -87,8 +96,11 @@ def answer(learner: Learner, support: Examples, x: Tensor) -> Tensor:
 
 
 def numbers(distribution: Distribution, learner: Learner, x: Tensor) -> Tensor:
-    """A prediction as numbers (B, Q, K): log-probabilities of all classes, mean and log-scale of a Gaussian,
-    or log-densities at three fixed targets."""
+    """A prediction as numbers (B, Q, K).
+
+    They are the log-probabilities of all classes, mean and log-scale of a Gaussian, or for any other density its
+    logarithm at three fixed targets.
+    """
     shape, spec = x.shape[:2], learner.spec
     if spec.kind == "classification":
         labels = [torch.full(shape, c, device=x.device) for c in range(spec.output_size)]
@@ -133,7 +145,7 @@ def dtype_of(learner: Learner) -> torch.dtype:
     return next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.float32)
 
 
-def generator() -> torch.Generator:
+def fixed_generator() -> torch.Generator:
     """A generator for the choices of a check: the same ones at every run."""
     return torch.Generator().manual_seed(SEED)
 
@@ -150,7 +162,7 @@ def _draw(
 
 
 def _jitter(learner: Learner) -> None:
-    source = generator()
+    source = fixed_generator()
     with torch.no_grad():
         for value in learner.parameters():
             if value.requires_grad and value.is_floating_point():

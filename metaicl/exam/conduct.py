@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from metaicl.episode import Episode
 from metaicl.exam.case import SEED, Case, answer, dtype_of, require_same
-from metaicl.exam.randomness import global_generators_used
-from metaicl.learner import Learner, Prepares
+from metaicl.exam.randomness import global_generators_used, private_randomness
+from metaicl.learner import Prepares
 from metaicl.task import Split, TaskDistribution
 
 
 def check_module_untouched(case: Case) -> None:
-    """adapt and predict change no parameter, buffer or `.grad`, in neither mode."""
+    """Adapting and predicting change no parameter, buffer or `.grad`, in neither mode."""
     for training in (False, True):
         learner = copy.deepcopy(case.learner).train(training)
         before = {name: value.detach().clone() for name, value in _tensors(learner)}
         answer(learner, case.episode.support, case.episode.query.x)
         after = dict(_tensors(learner))
-        changed = [n for n in {**before, **after} if n not in before or n not in after or not _equal(before[n], after[n])]
+        changed = [
+            n for n in {**before, **after} if n not in before or n not in after or not _equal(before[n], after[n])
+        ]
         graded = [name for name, value in learner.named_parameters() if value.grad is not None]
         if changed or graded:
             mode = "train" if training else "eval"
@@ -33,15 +35,17 @@ def check_module_untouched(case: Case) -> None:
 
 
 def check_episode_untouched(case: Case) -> None:
-    """adapt and predict write into no tensor of the episode."""
+    """Adapting and predicting write into no tensor of the episode."""
     before = case.episode.fingerprint()
     case.answer()
     if case.episode.fingerprint() != before:
-        raise AssertionError("adapt or predict changed the episode's tensors. Hint: no in-place operation on what is passed in")
+        raise AssertionError(
+            "adapt or predict changed the episode's tensors. Hint: no in-place operation on what is passed in"
+        )
 
 
 def check_train_mode(case: Case) -> None:
-    """adapt and predict leave the train or eval mode of every submodule as they found it."""
+    """Adapting and predicting leave the train or eval mode of every submodule as they found it."""
     for training in (True, False):
         learner = copy.deepcopy(case.learner).train(training)
         answer(learner, case.episode.support, case.episode.query.x)
@@ -73,13 +77,16 @@ def check_no_grad(case: Case) -> None:
 
 
 def check_state_dict(case: Case) -> None:
-    """Weights loaded into a copy that had others give the same answer."""
-    other = copy.deepcopy(case.learner)
+    """Weights loaded into a newly built learner (a copy with other weights, if the exam was given a ready one)."""
+    learner = case.learner
+    with private_randomness(seed=1):  # other weights than those the exam began with
+        other = copy.deepcopy(learner if case.build is None else case.build(learner.spec))
+    other.eval().to(dtype=dtype_of(learner))
     with torch.no_grad():
-        for value in [*other.parameters(), *other.buffers()]:
+        for _, value in _tensors(other):
             if value.is_floating_point():
                 value.add_(1.0)
-    other.load_state_dict(case.learner.state_dict())
+    other.load_state_dict(learner.state_dict())
     support, x = case.episode.support, case.episode.query.x
     hint = "everything that shapes an answer is a parameter or a persistent buffer"
     require_same("a state_dict round trip", case.answer(), answer(other, support, x), hint)
@@ -89,22 +96,26 @@ def check_float64(case: Case) -> None:
     """`learner.double()` answers float64 episodes in float64, with the same numbers up to float32 rounding."""
     native: Episode = case.episode.to(dtype=dtype_of(case.native))
     wide = native.to(dtype=torch.float64)
+    double = copy.deepcopy(case.native).double()
     expected = answer(case.native, native.support, native.query.x)
-    got = answer(copy.deepcopy(case.native).double(), wide.support, wide.query.x)
-    hint = "make new tensors with the dtype of the inputs (x.new_zeros, torch.eye(..., dtype=x.dtype)), cast nothing to float32"
+    got = answer(double, wide.support, wide.query.x)
+    hint = "make new tensors with the dtype of the inputs (x.new_zeros, torch.eye(n, dtype=x.dtype)), cast nothing"
     if got.dtype != torch.float64 and wide.query.x.is_floating_point():
         raise AssertionError(f"the answer to a float64 episode must be float64; got {got.dtype}. Hint: {hint}")
     require_same("float32 and float64", expected, got.to(expected.dtype), hint)
 
 
 def check_prepare_split(case: Case) -> None:
-    """`prepare` reads meta-training tasks only, and is a function of its seed."""
-    if not isinstance(case.learner, Prepares):
+    """`prepare` samples meta-training tasks only."""
+    learner = case.native
+    if not isinstance(learner, Prepares):
         return
     spy = _SplitSpy(case.tasks)
-    case.native.prepare(spy, seed=SEED)
+    learner.prepare(spy, seed=SEED)
     if spy.splits - {"train"}:
-        raise AssertionError(f"prepare must sample the train split only; it sampled {sorted(spy.splits)}. Hint: anything else is leakage")
+        raise AssertionError(
+            f"prepare must sample the train split only; it sampled {sorted(spy.splits)}. Hint: anything else is leakage"
+        )
 
 
 class _SplitSpy(TaskDistribution):
@@ -114,9 +125,7 @@ class _SplitSpy(TaskDistribution):
         self._tasks, self.splits = tasks, set[str]()
         self.spec, self.source_classes = tasks.spec, tasks.source_classes
 
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         self.splits.add(split)
         return self._tasks.sample(n_tasks, split=split, n_shot=n_shot, n_query=n_query, generator=generator)
 

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator
 
 
 @contextmanager
-def private_randomness() -> Iterator[None]:
-    """Seed the global generators inside the block and restore them after it: whatever runs here leaves no trace."""
-    numpy_bits, numpy_state, python_state = np.random.get_bit_generator(), _numpy_state(), random.getstate()
+def private_randomness(seed: int = 0) -> Iterator[None]:
+    """Seed torch inside the block and restore every global generator after it: whatever runs here leaves no trace."""
+    numpy_bits, numpy_state, python_state = get_bit_generator(), _numpy_state(), random.getstate()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         try:
             yield
         finally:
@@ -23,7 +23,10 @@ def private_randomness() -> Iterator[None]:
 
 
 def global_generators_used(action: Callable[[], Any]) -> list[str]:
-    """Names of the global generators whose state `action` changes."""
+    """Names of the global generators whose state `action` changes. Call it inside `private_randomness`."""
+    torch.rand(1)  # all move on first, so that a seed that an earlier call has set already shows when set again
+    get_bit_generator().random_raw()
+    random.random()
     before = _states()
     action()
     after = _states()
@@ -43,4 +46,4 @@ def _states() -> dict[str, Any]:
 
 
 def _numpy_state() -> Any:
-    return np.random.get_bit_generator().state
+    return get_bit_generator().state

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaicl.checks import check_choice
+from metaicl.exam.randomness import private_randomness
 
 
 class CheckError(AssertionError):
@@ -85,7 +86,8 @@ class Exam:
     def run(self, name: str, case: Any) -> str | None:
         """What is wrong with the case in the eyes of one check; None if nothing is."""
         try:
-            self.checks[name](case.fresh())
+            with private_randomness():
+                self.checks[name](case.fresh())
         except AssertionError as error:
             return str(error)
         except Exception as error:  # whatever a foreign class raises is a finding, and the other checks go on

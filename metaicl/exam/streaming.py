@@ -22,7 +22,9 @@ def check_update(case: Case) -> None:
     half = learner.update(state, extra.rows(slice(1)))
     half = learner.update(half, extra.rows(slice(1, None)))
     require_same("update in two pieces", expected, _ask(case, half), hint)
-    require_same("the state before update", answer(learner, support, x), _ask(case, state), "update returns a new state")
+    require_same(
+        "the state before update", answer(learner, support, x), _ask(case, state), "update returns a new state"
+    )
 
 
 def check_predict_prefixes(case: Case) -> None:

@@ -51,7 +51,12 @@ class Conv4(nn.Module):
         blocks: list[nn.Module] = []
         for n_in in (in_channels, channels, channels, channels):
             # ceil_mode keeps images smaller than 16 pixels alive
-            blocks += [nn.Conv2d(n_in, channels, 3, padding=1), norm(channels), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+            blocks += [
+                nn.Conv2d(n_in, channels, 3, padding=1),
+                norm(channels),
+                nn.ReLU(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,9 +58,7 @@ class ClassEpisodes(TaskDistribution):
     def rows(self, ids: Tensor) -> Tensor:
         """Inputs (..., *x_shape) of the source rows `ids` (...,)."""
 
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw classes, then rows; see `TaskDistribution.sample`.
 
         Raises:
@@ -155,7 +153,7 @@ def split_classes(
 def _check_splits(class_splits: Mapping[Split, Sequence[int]], names: Sequence[Hashable]) -> dict[Split, Tensor]:
     if set(class_splits) != set(SPLITS):
         raise ValueError(f"class_splits must name exactly {list(SPLITS)}; got {sorted(class_splits)}")
-    owned = {split: [operator.index(c) for c in class_splits[split]] for split in SPLITS}
+    owned: dict[Split, list[int]] = {split: [operator.index(c) for c in class_splits[split]] for split in SPLITS}
     owner: dict[int, str] = {}
     shared = []
     for split, ids in owned.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import BaseHandler, ProxyHandler, Request, build_opener
 
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from metaicl.checks import check_count, check_positive
 _ALGORITHMS = {64: "sha256", 32: "md5"}  # by the number of hexadecimal digits
 _BLOCK = 1 << 16  # bytes read at once
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+_MOST_MEMBERS = 1_000_000
 _SLOWEST = 1024  # bytes per second, below which a transfer counts as stalled
 _SMALL = 1 << 20  # bytes: an archive that unpacks to less is no bomb, however well it is packed
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
@@ -77,10 +78,12 @@ def check_file(path: str | Path, checksum: str) -> Path:
         OSError: If the file cannot be read, or has another checksum.
     """
     digest, expected = _parse_checksum(checksum)
+    head = b""
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
+            head = head or block
             digest.update(block)
-    _check_digest(digest, expected, Path(path))
+    _check_digest(digest, expected, head, f"{path} (delete it to fetch it again)")
     return Path(path)
 
 
@@ -125,7 +128,9 @@ def download(
         except (_TransientError, URLError, TimeoutError, ConnectionError, HTTPException) as error:
             refused = isinstance(error, HTTPError) and error.code < 500 and error.code != 429
             if refused or attempt == retries:
-                raise OSError(f"could not fetch {url}, tried {attempt + 1} times; the last answer was: {error}") from error
+                raise OSError(
+                    f"could not fetch {url}, tried {attempt + 1} times; the last answer was: {error}"
+                ) from error
         time.sleep(2.0**attempt)
     return path
 
@@ -164,9 +169,7 @@ def extract_zip(path: str | Path, folder: str | Path, *, max_bytes: int = 1 << 3
 
 
 @contextmanager
-def open_zip(
-    path: str | Path, *, max_bytes: int = 1 << 34, max_ratio: float = 200.0, max_members: int = 1_000_000
-) -> Iterator[zipfile.ZipFile]:
+def open_zip(path: str | Path, *, max_bytes: int = 1 << 34, max_ratio: float = 200.0) -> Iterator[zipfile.ZipFile]:
     """A zip archive to read, once it is known to be safe to unpack.
 
     Refused are names that are absolute, climb with "..", hold a backslash, a colon or a control character (before
@@ -176,7 +179,6 @@ def open_zip(
         path: The archive.
         max_bytes: Most bytes it may unpack to. Sizes are those the archive declares: `zipfile` reads no further.
         max_ratio: Most times its own size on disk it may unpack to.
-        max_members: Most members.
 
     Raises:
         OSError: If the archive is damaged or hostile, also when that shows only while it is read.
@@ -184,26 +186,26 @@ def open_zip(
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_members(archive, path, max_bytes=max_bytes, max_ratio=max_ratio, max_members=max_members)
+            _check_members(archive, path, max_bytes, max_ratio)
             yield archive
     except _UNREADABLE as error:
         with open(path, "rb") as file:
-            head = file.read(64)
-        raise OSError(f"{path} is not a readable zip archive{_looks_like(head)}: {error}") from error
+            raise OSError(f"{path} is no sound zip archive: {error}{_looks_like(file.read(_BLOCK))}") from error
 
 
 class _TransientError(OSError):
     """A failure that another attempt may not meet."""
 
 
-class _SafeRedirects(HTTPRedirectHandler):
-    """Follows redirects, but never away from https."""
+class _SecureOnly(BaseHandler):
+    """Sees every request before it leaves, those of redirects too."""
 
-    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:  # noqa: D102
-        _check_url(newurl)
-        if req.type == "https" and urlsplit(newurl).scheme != "https":
-            raise ValueError(f"{req.full_url} redirects away from https, to {newurl}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    def http_request(self, request: Request) -> Request:
+        """Refuse what is not https (or on this machine)."""
+        _check_url(request.full_url)
+        return request
+
+    ftp_request = http_request
 
 
 def _check_url(url: str) -> None:
@@ -223,8 +225,8 @@ def _file_name(url: str) -> str:
 def _fetch(url: str, path: Path, checksum: str, timeout: float, max_bytes: int) -> None:
     digest, expected = _parse_checksum(checksum)
     local = urlsplit(url).scheme == "http"
-    opener = build_opener(_SafeRedirects, *([ProxyHandler({})] if local else []))
-    start, received = time.monotonic(), 0
+    opener = build_opener(_SecureOnly, *([ProxyHandler({})] if local else []))
+    start, received, head = time.monotonic(), 0, b""
     with opener.open(Request(url, headers={"User-Agent": "metaicl"}), timeout=timeout) as response:
         assert isinstance(response, HTTPResponse)
         total = response.length
@@ -236,12 +238,13 @@ def _fetch(url: str, path: Path, checksum: str, timeout: float, max_bytes: int) 
                     raise OSError(f"{url} is longer than max_bytes = {max_bytes}")
                 if time.monotonic() - start > timeout + received / _SLOWEST:
                     raise _TransientError(f"stalled after {received} bytes in {time.monotonic() - start:.0f} s")
+                head = head or block
                 digest.update(block)
                 file.write(block)
                 bar.update(len(block))
             if total is not None and received < total:
                 raise _TransientError(f"the connection closed after {received} of {total} bytes")
-            _check_digest(digest, expected, path, url)
+            _check_digest(digest, expected, head, url)
 
 
 def _parse_checksum(checksum: str) -> tuple[Any, str]:
@@ -251,3 +254,47 @@ def _parse_checksum(checksum: str) -> tuple[Any, str]:
     if known is None or algorithm not in ("", known) or set(digits) - set("0123456789abcdef"):
         raise ValueError(f"checksum must be the hexadecimal digits of a SHA-256 (64) or an MD5 (32); got {checksum!r}")
     return hashlib.new(known, usedforsecurity=False), digits
+
+
+def _check_digest(digest: Any, expected: str, head: bytes, what: str) -> None:
+    if digest.hexdigest() != expected:
+        got = f"{digest.name} {digest.hexdigest()}{_looks_like(head)}"
+        raise OSError(f"{what} must have the {digest.name} {expected}; got {got}")
+
+
+def _looks_like(head: bytes) -> str:
+    start = head.lstrip()[:32].lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        return "; it is a web page, perhaps of a proxy or a log-in"
+    return "" if head else "; it is empty"
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path, max_bytes: int, max_ratio: float) -> None:
+    members = archive.infolist()
+    if len(members) > _MOST_MEMBERS:
+        raise OSError(f"{path} must have at most {_MOST_MEMBERS} members; got {len(members)}")
+    seen: dict[tuple[str, ...], bool] = {}  # the names as a case-blind file system sees them: is it a folder?
+    for member in members:
+        name = member.orig_filename  # `filename` is cut at a NUL
+        if any(map(_unsafe, _parts(name))) or not _parts(name) or name.startswith("/"):
+            raise OSError(f"{path} holds the unsafe name {name!r}; nothing was unpacked")
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR) or member.flag_bits & 1:
+            raise OSError(f"{path} holds {name!r}, a link, a device or an encrypted file; nothing was unpacked")
+        key = tuple(unicodedata.normalize("NFKC", part).casefold() for part in _parts(name))
+        if key in seen or any(seen.get(key[:i]) is False for i in range(1, len(key))):
+            raise OSError(f"{path} holds the name {name!r} twice; nothing was unpacked")
+        seen[key] = member.is_dir()
+    total, size = sum(member.file_size for member in members), path.stat().st_size
+    if total > max_bytes or total > max(max_ratio * size, _SMALL):
+        limit = f"{max_bytes} bytes and {max_ratio:g} times its {size} bytes"
+        raise OSError(f"{path} must unpack to at most {limit}; got {total}. It looks like a bomb")
+
+
+def _parts(name: str) -> list[str]:
+    return name.removesuffix("/").split("/") if name.strip("/") else []
+
+
+def _unsafe(part: str) -> bool:
+    """Whether a path part could mean another place on some system."""
+    plain = unicodedata.normalize("NFKC", part)
+    return plain.strip(" .") == "" or any(c in "/\\:" or unicodedata.category(c) == "Cc" for c in part + plain)

@@ -55,7 +55,7 @@ class MAML(Learner[dict[str, Tensor]]):
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
-        self.inner_lr = check_positive("inner_lr", _default_lr(spec) if inner_lr is None else inner_lr)
+        self.inner_lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.first_order = bool(first_order)
         self.net = build_net(spec) if net is None else net
@@ -77,9 +77,7 @@ class MAML(Learner[dict[str, Tensor]]):
             return masked_mean(self._row_loss(output, y), mask, 0)
 
         data = (support.x, support.y, support.mask)
-        return unroll_tasks(
-            loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=self.first_order
-        )
+        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=self.first_order)
 
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
@@ -98,6 +96,6 @@ class MAML(Learner[dict[str, Tensor]]):
         return (output - y).square().mean(-1)
 
 
-def _default_lr(spec: TaskSpec) -> float:
+def default_inner_lr(spec: TaskSpec) -> float:
     """The paper's rates: .01 for regression, .4 for classification (Omniglot)."""
     return 0.01 if spec.kind == "regression" else 0.4

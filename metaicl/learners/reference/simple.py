@@ -148,9 +148,7 @@ class Logistic(Learner[tuple[Tensor, Tensor]]):
         Nesterov, 2004, Introductory Lectures on Convex Optimization, section 2.2 (constant momentum).
     """
 
-    traits = Traits(
-        kinds=("classification",), instead=(("regression", "Ridge"),), trainable=False
-    )
+    traits = Traits(kinds=("classification",), instead=(("regression", "Ridge"),), trainable=False)
 
     def __init__(self, spec: TaskSpec, *, penalty: float = 1e-2, steps: int = 100) -> None:
         """Keep the settings."""

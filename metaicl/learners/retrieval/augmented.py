@@ -73,7 +73,9 @@ class RetrievalAugmented(Learner[RetrievalState]):
         super().__init__(spec)
         self.learner = learner if isinstance(learner, Learner) else learner(spec)
         if self.learner.spec != spec:
-            raise ValueError(f"the wrapped learner must be built for the same spec; got {self.learner.spec}, not {spec}")
+            raise ValueError(
+                f"the wrapped learner must be built for the same spec; got {self.learner.spec}, not {spec}"
+            )
         self.traits = replace(self.learner.traits, trainable=True)
         self.k = check_count("k", k, minimum=0)
         self.n_groups = check_count("n_groups", n_groups, minimum=max(1, k))
@@ -113,7 +115,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
             return RetrievalState(self.learner.adapt(support), support.x.new_zeros(support.n_tasks, 1))
         asking = self._asking_groups(support)  # (B, G, N): rows of each group that looks for its like
         y = support.y if self.spec.kind == "regression" else support.x.new_zeros(*support.y.shape, 0)
-        queries = search_keys(self.spec, support.x[:, None], y[:, None], asking)
+        queries = search_keys(self.spec, support.x[:, None], y[:, None], asking).to(self.bank.keys.dtype)
         index, found = self.bank.search(queries, self.k, forbidden=self._forbidden(support)[:, None])  # (B, G, k)
         scores = self._scores(support, asking, queries, index)
         scores = (scores * found).sum(1) / found.sum(1).clamp(min=1)  # a retrieved set has one group per class

@@ -99,7 +99,7 @@ class MemoryBank(nn.Module):
         _, found = index.search(flat, wanted)  # type: ignore[call-arg]
         at = torch.from_numpy(found).to(queries.device).reshape(*queries.shape[:-1], wanted)
         allowed = ~forbidden.expand(*queries.shape[:-1], -1).gather(-1, at)
-        first = (~allowed).long().argsort(-1, stable=True)[..., :k]
+        first = (~allowed).long().argsort(dim=-1, stable=True)[..., :k]
         return at.gather(-1, first), allowed.gather(-1, first)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

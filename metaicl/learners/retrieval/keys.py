@@ -56,6 +56,7 @@ class GroupEncoder(nn.Module):
         features = _flat_rows(self.spec, x)
         if self.spec.kind == "regression":
             features = torch.cat([features, y], -1)
+        features = features.to(next((p.dtype for p in self.encoder.parameters()), features.dtype))  # tokens have none
         codes = self.encoder(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
         return masked_mean(codes.expand(*real.shape, codes.shape[-1]), real, real.ndim - 1)
 

@@ -1,0 +1,252 @@
+"""The runs of a comparison: what is to be done for each (task distribution, learner, seed), and doing it."""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaicl.checks import check_choice, check_count
+from metaicl.episode import Episode
+from metaicl.evaluation import evaluate_shots
+from metaicl.gallery import example_cards, example_episode, sketches
+from metaicl.learner import Learner, Prepares
+from metaicl.result_store import ResultStore, describe_learner
+from metaicl.results import Result, Role, json_ready
+from metaicl.spec import TaskSpec
+from metaicl.task import EVAL_SEED, Split, TaskDistribution, derive_seed
+from metaicl.train_config import TrainConfig
+from metaicl.training import isolated_randomness
+
+Source = Learner | Callable[[TaskSpec], Learner]
+Trainer = Callable[..., Any]
+
+_LinAlgError: type[Exception] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+_FAILURES = (ArithmeticError, _LinAlgError, torch.OutOfMemoryError)
+_CURVE_POINTS = 400  # kept of a training curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The settings that all runs share; `train` holds the budget of each (task, learner) that has one."""
+
+    train: Mapping[tuple[str, str | None], TrainConfig]
+    seeds: tuple[int, ...]
+    n_episodes: int
+    split: Split
+    batch_size: int
+    device: torch.device | None
+
+    def budget(self, task: str, learner: str) -> TrainConfig | None:
+        """The learner's own budget on that task, or else the one of the task; None without any."""
+        return self.train.get((task, learner), self.train.get((task, None)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """One task distribution and how it is judged, with a few example tasks."""
+
+    name: str
+    tasks: TaskDistribution
+    n_shot: int
+    n_query: int
+    shots: tuple[int, ...]
+    example: Episode
+    cards: list[dict[str, Any]]
+
+    def card(self, baseline: str | None) -> dict[str, Any]:
+        """What the report keeps of it, JSON-ready."""
+        plain = {"distribution": type(self.tasks).__name__, "spec": dataclasses.asdict(self.tasks.spec)}
+        plain |= {"n_shot": self.n_shot, "n_query": self.n_query, "shots": self.shots, "baseline": baseline}
+        return json_ready(plain | {"examples": self.cards})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A learner of the table: a factory, an instance that came trained, or a reference."""
+
+    name: str
+    source: Source
+    role: Role
+
+    @property
+    def ready(self) -> bool:
+        """It is judged as it came."""
+        return self.role == "learner" and isinstance(self.source, Learner)
+
+    def build(self, spec: TaskSpec, seed: int) -> Learner:
+        """A learner of its own, its parameters drawn from the address (seed, "init").
+
+        Raises:
+            TypeError: If the factory gives something else.
+            ValueError: If the learner refuses the spec.
+        """
+        if isinstance(self.source, Learner):
+            return self.source if self.ready else copy.deepcopy(self.source)
+        with isolated_randomness(derive_seed(seed, "init"), torch.device("cpu")):
+            learner = self.source(spec)
+        if not isinstance(learner, Learner):
+            raise TypeError(f"learners[{self.name!r}] must give a Learner for a spec; got {type(learner).__name__}")
+        return learner
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a learner with one seed on one task distribution. `refusal` says why there is nothing to run."""
+
+    board: Board
+    entry: Entry
+    seed: int | None
+    config: TrainConfig | None = None
+    refusal: str = ""
+
+
+def make_board(
+    name: str,
+    tasks: TaskDistribution,
+    options: Options,
+    n_shot: int | None,
+    n_query: int | None,
+    shots: Sequence[int],
+) -> Board:
+    """Settle the numbers of rows, by default those of training, and draw the example tasks."""
+    configs = [config for (task, _), config in options.train.items() if task == name]
+    if n_shot is None:
+        ranges = [(c.n_shot, c.n_shot) if isinstance(c.n_shot, int) else c.n_shot for c in configs]
+        n_shot = _agreed("n_shot", name, [high for _, high in ranges])
+    n_query = _agreed("n_query", name, [config.n_query for config in configs]) if n_query is None else n_query
+    counts = sorted({check_count("n_shot", n_shot), *(check_count("shots", k) for k in shots)})
+    check_count("n_query", n_query)
+    example = example_episode(tasks, shots=counts, n_shot=n_shot, n_query=n_query, split=options.split, seed=EVAL_SEED)
+    cards = example_cards(tasks, example)
+    return Board(
+        name=name, tasks=tasks, n_shot=n_shot, n_query=n_query, shots=tuple(counts), example=example, cards=cards
+    )
+
+
+def entries_of(board: Board, learners: Mapping[str, Source], references: bool, baseline: str | None) -> list[Entry]:
+    """The learners and then the references of a board; a reference whose name is taken gets a longer one."""
+    entries = [Entry(name, source, "learner") for name, source in learners.items()]
+    for name, reference in (board.tasks.references() if references else {}).items():
+        entries.append(Entry(f"{name} (reference)" if name in learners else name, reference, "reference"))
+    if baseline is not None:
+        check_choice("baseline", baseline, [entry.name for entry in entries])
+    return entries
+
+
+def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
+    """One job per seed, or a single one for a learner that draws nothing or cannot serve the tasks.
+
+    Raises:
+        ValueError: If a learner is to be trained and there is no budget for it.
+    """
+    try:
+        learner = entry.build(board.tasks.spec, options.seeds[0])
+    except ValueError as error:
+        return [Job(board, entry, None, refusal=str(error))]
+    built, wanted = learner.spec, board.tasks.spec
+    if (built.kind, built.x_kind, built.x_shape, built.y_dim) != (
+        wanted.kind,
+        wanted.x_kind,
+        wanted.x_shape,
+        wanted.y_dim,
+    ):
+        return [Job(board, entry, None, refusal=f"it was built for {built}")]
+    drawn = not isinstance(entry.source, Learner) and bool(learner.state_dict())
+    if entry.ready or not (learner.traits.trainable or drawn):
+        return [Job(board, entry, None)]
+    config = options.budget(board.name, entry.name) if learner.traits.trainable else None
+    if config is None and learner.traits.trainable:
+        raise ValueError(
+            f"{entry.name} is to be trained on {board.name!r}; give a budget, train=TrainConfig(steps=...)"
+        )
+    return [
+        Job(board, entry, seed, None if config is None else dataclasses.replace(config, seed=seed))
+        for seed in options.seeds
+    ]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Does the jobs one after another; with a directory each finished one is kept and done only once."""
+
+    options: Options
+    trainer: Trainer
+    directory: str | os.PathLike[str] | None
+    progress: bool
+
+    def run(self, job: Job) -> Result:
+        """Train, judge, and say what came of it."""
+        known = {"task": job.board.name, "learner": job.entry.name, "role": job.entry.role, "seed": job.seed}
+        if job.refusal:
+            return Result(**known, status="not served", reason=job.refusal)
+        learner = job.entry.build(job.board.tasks.spec, job.seed or 0)
+        settings = self._settings(job, learner)
+        store = None if self.directory is None else ResultStore(self.directory)
+        stored = None if store is None else store.load(job.board.name, job.entry.name, job.seed, settings)
+        if stored is not None:
+            return stored
+        try:
+            result = Result(**known, **self._train(job, learner, store), **self._judge(job, learner))
+        except _FAILURES as error:
+            return Result(**known, status="failed", reason=f"{type(error).__name__}: {error}")
+        if store is not None:
+            store.save(result, settings)
+        return result
+
+    def _train(self, job: Job, learner: Learner, store: ResultStore | None) -> dict[str, Any]:
+        if job.entry.ready:
+            return {}
+        if self.options.device is not None:
+            learner.to(self.options.device)
+        if job.config is None:
+            if isinstance(learner, Prepares):
+                learner.prepare(job.board.tasks, seed=job.seed or 0)
+            return {}
+        directory = None if store is None else store.run_directory(job.board.name, job.entry.name, job.seed)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        run = self.trainer(learner, job.board.tasks, job.config, directory=directory, progress=self.progress)
+        rows = run.history[:: -(-len(run.history) // _CURVE_POINTS) or 1]
+        names = ("step", "seconds", "loss")
+        history = {name: [row.get(name) for row in rows] for name in names}
+        budget = {name: value for name, value in dataclasses.asdict(job.config).items() if name != "seed"}
+        return json_ready({"train_seconds": run.seconds, "steps": run.steps_done, "budget": budget, "history": history})
+
+    def _judge(self, job: Job, learner: Learner) -> dict[str, Any]:
+        board = job.board
+        evaluations = evaluate_shots(
+            learner,
+            board.tasks,
+            shots=board.shots,
+            n_query=board.n_query,
+            n_episodes=self.options.n_episodes,
+            split=self.options.split,
+            batch_size=self.options.batch_size,
+            device=self.options.device,
+            name=job.entry.name,
+        )
+        return {"evaluations": evaluations, "sketches": sketches(learner, board.example, board.cards)}
+
+    def _settings(self, job: Job, learner: Learner) -> dict[str, Any]:
+        board, options = job.board, self.options
+        return {
+            "train": None if job.config is None else dataclasses.asdict(job.config),
+            "learner": describe_learner(learner),
+            "n_episodes": options.n_episodes,
+            "split": options.split,
+            "shots": board.shots,
+            "n_shot": board.n_shot,
+            "n_query": board.n_query,
+            "example tasks": board.example.fingerprint(),
+        }
+
+
+def _agreed(name: str, task: str, values: Sequence[int]) -> int:
+    if len(set(values)) != 1:
+        found = f"the budgets say {sorted(set(values))}" if values else "there is no budget to take it from"
+        raise ValueError(f"{name} must be given for {task!r}: {found}, and all learners sit the same test")
+    return values[0]

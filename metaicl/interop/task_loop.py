@@ -1,0 +1,107 @@
+"""What the gradient learners of other libraries share: they adapt one task after the other."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import functional_call
+
+from metaicl.checks import check_count
+from metaicl.episode import Examples
+from metaicl.functional import categorical, gaussian, masked_mean, positive
+from metaicl.inner_loop import check_no_running_statistics
+from metaicl.learner import Learner
+from metaicl.second_order import twice_differentiable
+from metaicl.spec import TaskSpec
+
+
+class TaskLoopLearner(Learner[dict[str, Tensor]]):
+    """A gradient learner whose inner loop another library runs, in a Python loop over tasks.
+
+    Losses, the default net and the learned output scale are those of `metaicl.learners.gradient.maml.MAML`. Slower
+    than the batched inner loop, but it serves nets that `vmap` cannot, such as LSTMs. State is a dict of fast
+    weights with leading axis B. A subclass writes `adapt_task`.
+
+    Args:
+        spec: The tasks.
+        inner_steps: Updates of the inner loop.
+        first_order: Drop second derivatives.
+    """
+
+    def __init__(self, spec: TaskSpec, *, inner_steps: int, first_order: bool) -> None:
+        """Check the settings; the subclass brings the net."""
+        super().__init__(spec)
+        self.inner_steps = check_count("inner_steps", inner_steps)
+        self.first_order = bool(first_order)
+        if spec.kind == "regression":
+            self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
+
+    @property
+    @abstractmethod
+    def net(self) -> nn.Module:
+        """The net that is adapted; left alone."""
+
+    @abstractmethod
+    def adapt_task(self, x: Tensor, y: Tensor, *, differentiable: bool) -> dict[str, Tensor]:
+        """Fast weights of one task.
+
+        Args:
+            x: Its real rows (N, *x_shape).
+            y: Their targets.
+            differentiable: Whether an outer loop will differentiate the result; gradients are enabled in any case.
+        """
+
+    def adapt(self, support: Examples) -> dict[str, Tensor]:
+        """Fast weights of every task, with leading axis B. Works under `no_grad` and `inference_mode` too."""
+        differentiable = torch.is_grad_enabled()
+        tasks = []
+        with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
+            for x, y, real in zip(support.x, support.y, support.real, strict=True):
+                # Absent, not masked: a batch normalization must not see the row either.
+                rows = (x, y) if support.mask is None else (x[real], y[real])
+                # A tensor of inference mode takes part in a graph only as a copy.
+                x, y = (part.clone() if part.is_inference() else part for part in rows)
+                fast = self.adapt_task(x, y, differentiable=differentiable)
+                tasks.append(fast if differentiable else {name: value.detach() for name, value in fast.items()})
+        return {name: torch.stack([fast[name] for fast in tasks]) for name in tasks[0]}
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights, again task by task."""
+        shared = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        outputs = []
+        with twice_differentiable():
+            for i, inputs in enumerate(x):
+                weights = {**shared, **{name: value[i] for name, value in state.items()}}
+                outputs.append(functional_call(self.net, weights, (inputs,), strict=True))
+        output = torch.stack(outputs)
+        return categorical(output) if self.spec.kind == "classification" else gaussian(output, positive(self.raw_scale))
+
+    def task_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """The inner loss of one task (scalar): mean cross-entropy in nats, or mean squared error."""
+        if self.spec.kind == "classification":
+            rows = F.cross_entropy(output, y, reduction="none")
+        else:
+            rows = (output - y).square().mean(-1)
+        return masked_mean(rows, torch.ones_like(rows, dtype=torch.bool), 0)  # no row at all gives 0, not NaN
+
+
+def check_net(net: nn.Module) -> nn.Module:
+    """The net, once it is known to have parameters and no running statistics.
+
+    Raises:
+        ValueError: If it has none of the former or some of the latter.
+    """
+    if not isinstance(net, nn.Module) or next(net.parameters(), None) is None:
+        raise ValueError(f"net must be an nn.Module with parameters to adapt; got {type(net).__name__}")
+    check_no_running_statistics(net)
+    return net
+
+
+def all_require_grad(parameters: Iterable[Tensor]) -> None:
+    """Let an inner loop differentiate clones of frozen weights; the weights themselves stay frozen."""
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            parameter.requires_grad_()

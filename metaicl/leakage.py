@@ -1,0 +1,195 @@
+"""The leakage audit: does anything of one split, or of a query, occur where it must not?"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from metaicl.checks import check_count
+from metaicl.episode import Episode, Examples
+from metaicl.spec import TaskSpec
+from metaicl.task import EVAL_SEED, SPLITS, EpisodeStream, Split, TaskDistribution
+
+_LISTED = 5
+_CHUNK = 25
+
+Values = dict[bytes, str]  # a fingerprint, and how to show the value to a reader
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """What was looked at and what was found twice.
+
+    Args:
+        looked_at: Distinct values seen, by what they are.
+        counts: How many of them leak; 0 is what one wants. The keys are those of `looked_at`.
+        examples: Up to five of the leaking values each.
+        n_episodes: Tasks looked at in each split.
+    """
+
+    looked_at: Mapping[str, int]
+    counts: Mapping[str, int]
+    examples: Mapping[str, tuple[str, ...]]
+    n_episodes: int
+
+    @property
+    def leaky(self) -> bool:
+        """Anything leaks."""
+        return any(self.counts.values())
+
+    def __str__(self) -> str:
+        """One line for each thing that was looked at."""
+        lines = [f"leakage in {self.n_episodes} tasks of each split:"]
+        for name, count in self.counts.items():
+            shown = f", for instance {', '.join(self.examples[name])}" if count else ""
+            lines.append(f"  {name}: {count} of {self.looked_at[name]}{shown}")
+        return "\n".join(lines)
+
+    def raise_if_leaky(self) -> None:
+        """Raise with the whole report if anything leaks.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if self.leaky:
+            raise ValueError(str(self))
+
+
+def audit_leakage(
+    tasks: TaskDistribution,
+    *,
+    n_episodes: int = 200,
+    seed: int = EVAL_SEED,
+    n_shot: int = 2,
+    n_query: int = 2,
+) -> LeakageReport:
+    """Sample every split and look for what occurs in two of them, and for query rows in their own support.
+
+    Looked at across splits: the latents named in `tasks.identity`, source rows (`ids`), their classes
+    (`tasks.source_classes`) and the content of rows. Where inputs are discrete (tokens, vectors of integers) the
+    same content occurs by right, and only `ids` count. In a classification family, a latent (B, C, ...) with
+    C = n_way holds one identity per class, any other latent one per task.
+
+    Args:
+        tasks: The distribution.
+        n_episodes: Tasks to sample per split.
+        seed: Of the episode streams.
+        n_shot: Support rows, as in `TaskDistribution.sample`.
+        n_query: Query rows.
+
+    Returns:
+        Counts and examples. A sample cannot prove the absence of rare collisions; it finds frequent ones.
+
+    Raises:
+        ValueError: If `tasks.identity` names a latent that the episodes do not have.
+    """
+    check_count("n_episodes", n_episodes)
+    found: dict[str, dict[Split, Values]] = {}
+    overlap: dict[str, tuple[int, Values]] = {}
+    for split in SPLITS:
+        stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query, chunk_size=_CHUNK)
+        for episode in stream.batches(0, n_episodes, batch_size=_CHUNK):
+            for name, values in _values(tasks, episode):
+                found.setdefault(name, {each: {} for each in SPLITS})[split].update(values)
+            for name, n_rows, values in _overlaps(tasks.spec, episode):
+                seen, known = overlap.get(name, (0, {}))
+                overlap[name] = (seen + n_rows, {**known, **{f"{split} {k!r}".encode(): v for k, v in values.items()}})
+    return _report(found, overlap, n_episodes)
+
+
+def discrete_inputs(x: Tensor, spec: TaskSpec) -> bool:
+    """Whether equal inputs occur by right: tokens, and vectors of whole numbers."""
+    return spec.x_kind == "tokens" or (spec.x_kind == "vector" and bool((x == x.round()).all()))
+
+
+def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Values]]:
+    """Everything in an episode that must not occur in two splits."""
+    n_way = tasks.spec.n_way
+    for name in tasks.identity:
+        if name not in episode.latents:
+            raise ValueError(
+                f"{type(tasks).__name__}.identity names {name!r}; the latents are {sorted(episode.latents)}"
+            )
+        value = episode.latents[name]
+        per_class = n_way is not None and value.ndim >= 2 and value.shape[1] == n_way
+        yield f"identity {name}", _fingerprints(value.flatten(0, 1) if per_class else value)
+    for part in (episode.support, episode.query):
+        if part.ids is not None:
+            ids = part.ids[part.real & (part.ids >= 0)]
+            yield "source rows", _fingerprints(ids)
+            if tasks.source_classes is not None:
+                yield "classes", _fingerprints(tasks.source_classes[ids])
+        if not discrete_inputs(part.x, tasks.spec):
+            yield "row content", _fingerprints(part.x[part.real])
+
+
+def _overlaps(spec: TaskSpec, episode: Episode) -> Iterator[tuple[str, int, Values]]:
+    """Query rows that occur in the support of their own task, by source row and by content."""
+    support, query = episode.support, episode.query
+    n_rows = int(query.real.sum())
+    if support.ids is not None and query.ids is not None:
+        both = (
+            _real_pairs(support, query) & (query.ids[:, :, None] == support.ids[:, None]) & (query.ids >= 0)[..., None]
+        )
+        yield "query rows in the support, by source row", n_rows, _places(both.any(2), episode)
+    if not discrete_inputs(query.x, spec):
+        both = _real_pairs(support, query) & (_keys(query)[:, :, None] == _keys(support)[:, None])
+        yield "query rows in the support, by content", n_rows, _places(both.any(2), episode)
+
+
+def _real_pairs(support: Examples, query: Examples) -> Tensor:
+    return query.real[:, :, None] & support.real[:, None]
+
+
+def _keys(part: Examples) -> Tensor:
+    """A 63-bit key of every row's content, long (B, N)."""
+    keys = [int.from_bytes(_digest(row), "big") >> 1 for row in part.x.flatten(0, 1)]
+    return torch.tensor(keys, dtype=torch.long).reshape(part.x.shape[:2]).to(part.x.device)
+
+
+def _places(where: Tensor, episode: Episode) -> Values:
+    task, row = where.nonzero(as_tuple=True)
+    first = _digest(episode.query.x).hex()  # tells the chunks apart
+    return {
+        f"{first} {t} {r}".encode(): f"query row {r} of a task"
+        for t, r in zip(task.tolist(), row.tolist(), strict=True)
+    }
+
+
+def _fingerprints(values: Tensor) -> Values:
+    return {_digest(value): _show(value) for value in values}
+
+
+def _digest(value: Tensor) -> bytes:
+    return hashlib.blake2b(value.detach().cpu().contiguous().numpy().tobytes(), digest_size=8).digest()
+
+
+def _show(value: Tensor) -> str:
+    flat = value.flatten()[:3].tolist()
+    text = ", ".join(f"{number:.6g}" for number in flat)
+    return text if value.numel() == 1 else f"[{text}{', ...' if value.numel() > 3 else ''}]"
+
+
+def _report(
+    found: Mapping[str, Mapping[Split, Values]], overlap: Mapping[str, tuple[int, Values]], n_episodes: int
+) -> LeakageReport:
+    looked_at, leaks = {}, {}
+    for name, splits in found.items():
+        looked_at[f"{name} in two splits"] = len(set().union(*splits.values()))
+        leaks[f"{name} in two splits"] = _shared(splits)
+    for name, (n_rows, values) in overlap.items():
+        looked_at[name], leaks[name] = n_rows, list(values.values())
+    counts = {name: len(values) for name, values in leaks.items()}
+    examples = {name: tuple(values[:_LISTED]) for name, values in leaks.items()}
+    return LeakageReport(looked_at, counts, examples, n_episodes)
+
+
+def _shared(splits: Mapping[Split, Values]) -> list[str]:
+    shown: dict[bytes, str] = {}
+    for first, second in combinations(splits, 2):
+        for key in sorted(splits[first].keys() & splits[second].keys()):
+            shown.setdefault(key, f"{splits[first][key]} ({first} and {second})")
+    return list(shown.values())

@@ -1,0 +1,208 @@
+"""What every recipe shares: a command line made from a dataclass, criteria, and a verdict that hides no miss."""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+import numpy as np
+import torch
+
+from metaicl.files import atomic_write
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a `RecipeConfig` with the text that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """The options that every recipe has. A recipe adds its own fields, and in SMOKE their values for a smoke run."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {}
+
+    out: Path = option(Path("runs"), "folder for results.json and whatever else the recipe writes")
+    seed: int = option(0, "first seed; seeds count up from it")
+    smoke: bool = option(False, "a run of seconds that proves the recipe works, and nothing else")
+
+
+Config = TypeVar("Config", bound=RecipeConfig)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One measurable part of a claim.
+
+    Args:
+        name: What is measured, with its unit.
+        value: What came out.
+        comparison: ">=" or "<=".
+        bound: What it is held against.
+        ci: 95 % interval of the value, where there is one.
+        reference: The published or the exact value beside ours, where there is one.
+    """
+
+    name: str
+    value: float
+    comparison: Literal[">=", "<="]
+    bound: float
+    ci: tuple[float, float] | None = None
+    reference: float | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the value is on the right side of the bound; NaN never is."""
+        return self.value >= self.bound if self.comparison == ">=" else self.value <= self.bound
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """What a recipe ends in.
+
+    Args:
+        recipe: File name without suffix.
+        claim: The claim, in a sentence.
+        config: The settings of the run.
+        criteria: What decides.
+        smoke: A smoke run decides nothing.
+    """
+
+    recipe: str
+    claim: str
+    config: RecipeConfig
+    criteria: Sequence[Criterion]
+
+    @property
+    def verdict(self) -> str:
+        """ "held", "missed" or, after a smoke run, "smoke"."""
+        if self.config.smoke:
+            return "smoke"
+        return "held" if all(criterion.held for criterion in self.criteria) else "missed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of results.json."""
+        criteria = [
+            {
+                "name": criterion.name,
+                "value": _finite(criterion.value),
+                "ci": None if criterion.ci is None else [_finite(end) for end in criterion.ci],
+                "reference": criterion.reference,
+                "bound": f"{criterion.comparison} {criterion.bound:g}",
+                "held": criterion.held,
+            }
+            for criterion in self.criteria
+        ]
+        config = {name: _plain(value) for name, value in dataclasses.asdict(self.config).items()}
+        return {
+            "recipe": self.recipe,
+            "claim": self.claim,
+            "config": config,
+            "versions": versions(),
+            "criteria": criteria,
+            "verdict": self.verdict,
+        }
+
+    def __str__(self) -> str:
+        """A table of the criteria and the verdict."""
+        rows = [("criterion", "measured", "95 % interval", "reference", "bound", "")]
+        for c in self.criteria:
+            interval = "-" if c.ci is None else f"[{c.ci[0]:.4g}, {c.ci[1]:.4g}]"
+            reference = "-" if c.reference is None else f"{c.reference:.4g}"
+            rows.append(
+                (
+                    c.name,
+                    f"{c.value:.4g}",
+                    interval,
+                    reference,
+                    f"{c.comparison} {c.bound:g}",
+                    "held" if c.held else "MISSED",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.claim, "", *lines, "", f"verdict: {self.verdict}"])
+
+
+def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv: Sequence[str] | None = None) -> None:
+    """The command line of a recipe: parse, run, write results.json (and a line of results.jsonl), print the table.
+
+    Args:
+        main: Turns a config into a result.
+        config_class: Its fields become options.
+        argv: Arguments; None takes those of the process.
+    """
+    config = parse(config_class, argv, description=sys.modules[main.__module__].__doc__)
+    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        result = main(config)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is kept in {config.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    record = result.as_dict()
+    atomic_write(config.out / "results.json", json.dumps(record, indent=2).encode())
+    with (config.out / "results.jsonl").open("a") as history:
+        history.write(json.dumps(record) + "\n")
+    print(result)
+    print(f"written: {config.out / 'results.json'}")
+
+
+def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
+    """Build a config from the command line; `--smoke` brings the values in SMOKE where nothing else was said."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in dataclasses.fields(config_class):
+        flag = f"--{item.name.replace('_', '-')}"
+        text = f"{item.metadata.get('help', '')} (default: {_show(item.default)})"
+        if item.type is bool or item.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif get_origin(item.type) is tuple:
+            parser.add_argument(flag, nargs="+", type=get_args(item.type)[0], default=None, help=text)
+        else:
+            parser.add_argument(flag, type=item.type, default=None, help=text)  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    smoke = config_class.SMOKE if given.get("smoke") else {}
+    return config_class(**{**smoke, **given})
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: Python, torch, numpy, metaicl with its commit, machine and threads."""
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "metaicl": version("metaicl"),
+        "commit": _commit(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,272 @@
+"""A small honest learner, and one descendant for each way of breaking the contract."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.episode import Examples
+from metaicl.functional import gaussian, masked_mean, positive
+from metaicl.learner import Learner, Traits
+from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
+from metaicl.task import TaskDistribution
+
+WIDTH = 24
+
+
+class Honest(Learner[Any]):
+    """A tiny neural process for regression on vectors; it keeps the contract."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        dim, out = spec.x_shape[0], spec.output_size
+        self.encode = nn.Sequential(nn.Linear(dim + out, WIDTH), nn.Tanh())
+        self.decode = nn.Sequential(nn.Linear(dim + WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, out))
+        self.raw_scale = nn.Parameter(torch.zeros(out))
+
+    def rows(self, support: Examples) -> Tensor:
+        return self.encode(torch.cat([support.x, support.y], -1))
+
+    def adapt(self, support: Examples) -> Any:
+        return masked_mean(self.rows(support), support.mask, 1)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return self.decode(torch.cat([x, state[:, None].expand(-1, x.shape[1], -1)], -1))
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return gaussian(self.mean(state, x), positive(self.raw_scale))
+
+
+class HonestStream(Honest):
+    """The same with both optional methods: the state is the sum of the codes and their number."""
+
+    def adapt(self, support: Examples) -> Any:
+        real = support.real[..., None].to(support.y.dtype)
+        return (self.rows(support) * real).sum(1), real.sum(1)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        total, count = state
+        return super().mean(total / count.clamp(min=1), x)
+
+    def update(self, state: Any, examples: Examples) -> Any:
+        total, count = self.adapt(examples)
+        return state[0] + total, state[1] + count
+
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        real = examples.real[..., None].to(examples.y.dtype)
+        codes = self.rows(examples) * real
+        total, count = codes.cumsum(1) - codes, real.cumsum(1) - real
+        inputs = torch.cat([examples.x, total / count.clamp(min=1)], -1)
+        return gaussian(self.decode(inputs), positive(self.raw_scale))
+
+
+class DeclaredTransductive(Honest):
+    """Declares more than it does, which is allowed."""
+
+    traits = Traits(transductive=True, order_sensitive=True)
+
+
+class MutatesWeights(Honest):
+    def adapt(self, support: Examples) -> Any:
+        with torch.no_grad():
+            self.encode[0].weight.mul_(1 + 1e-12)
+        return super().adapt(support)
+
+
+class WritesGradients(Honest):
+    def adapt(self, support: Examples) -> Any:
+        with torch.enable_grad():
+            self.raw_scale.square().sum().backward()
+        return super().adapt(support)
+
+
+class RunningStatistics(Honest):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def adapt(self, support: Examples) -> Any:
+        if self.training:
+            self.seen += 1
+        return super().adapt(support)
+
+
+class WritesIntoEpisode(Honest):
+    def adapt(self, support: Examples) -> Any:
+        support.x.clamp_(-0.1, 0.1)
+        return super().adapt(support)
+
+
+class IgnoresSupport(Honest):
+    def adapt(self, support: Examples) -> Any:
+        return 0 * super().adapt(support)
+
+
+class PeeksAtQueries(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return super().predict(state, x - x.mean(1, keepdim=True))
+
+
+class DeclaredPeeker(PeeksAtQueries):
+    traits = Traits(transductive=True)
+
+
+class MixesEpisodes(Honest):
+    def adapt(self, support: Examples) -> Any:
+        state = super().adapt(support)
+        return state - 0.5 * state.mean(0)
+
+
+class ConsumesGlobalRng(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        torch.rand(1)
+        return super().predict(state, x)
+
+
+class SeedsGlobalRng(Honest):
+    def adapt(self, support: Examples) -> Any:
+        torch.manual_seed(3)
+        return super().adapt(support)
+
+
+class NotFinite(Honest):
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return super().mean(state, x).clamp(max=0).sqrt()
+
+
+class WrongShape(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return gaussian(self.mean(state, x).mT, positive(self.raw_scale))
+
+
+class ReturnsTensor(Honest):
+    def predict(self, state: Any, x: Tensor) -> Any:
+        return self.mean(state, x)
+
+
+class DeadParameter(Honest):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+class DetachedState(Honest):
+    def adapt(self, support: Examples) -> Any:
+        return super().adapt(support).detach()
+
+
+class DoublesTheGradient(Honest):
+    """The right answers, but in a meta-batch the gradient of the state counts twice."""
+
+    def adapt(self, support: Examples) -> Any:
+        state = super().adapt(support)
+        return state if len(support) == 1 else state + (state - state.detach())
+
+
+class TrainableReference(Honest):
+    traits = Traits(trainable=False)
+
+
+class NonDeterministic(Honest):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.calls = 0
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        self.calls += 1
+        return gaussian(self.mean(state, x) + 0.01 * self.calls, positive(self.raw_scale))
+
+
+class NeedsGradMode(Honest):
+    def adapt(self, support: Examples) -> Any:
+        loss = self.raw_scale.square().sum()
+        (step,) = torch.autograd.grad(loss, [self.raw_scale], create_graph=True)
+        return super().adapt(support) - step.sum()
+
+
+class OrderSensitive(Honest):
+    def adapt(self, support: Examples) -> Any:
+        place = support.real.cumsum(1)[..., None]
+        return masked_mean(self.rows(support) / place.clamp(min=1), support.mask, 1)
+
+
+class IgnoresMask(Honest):
+    def adapt(self, support: Examples) -> Any:
+        return self.rows(support).mean(1)
+
+
+class NeedsNoMask(Honest):
+    def adapt(self, support: Examples) -> Any:
+        state = super().adapt(support)
+        return state if support.mask is None else state + 0.01
+
+
+class KeepsState(Honest):
+    def adapt(self, support: Examples) -> Any:
+        self.state = super().adapt(support)
+        return torch.zeros(len(support))
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return super().predict(self.state, x)
+
+
+class Float32Only(Honest):
+    def rows(self, support: Examples) -> Tensor:
+        return self.encode(torch.cat([support.x, support.y], -1).float())
+
+
+class RoundsToFloat32(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        mean, scale = self.mean(state, x), positive(self.raw_scale)
+        return gaussian(mean.float(), scale.float())
+
+
+class FlipsMode(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        self.decode.train(not self.decode.training)
+        return super().predict(state, x)
+
+
+class HiddenTensor(Honest):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.hidden = [torch.randn(WIDTH)]
+
+    def adapt(self, support: Examples) -> Any:
+        return super().adapt(support) + self.hidden[0].to(support.y)
+
+
+class FixedSizes(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        if x.shape[1] == 1:
+            return gaussian(self.mean(state, x.squeeze()), positive(self.raw_scale))
+        return super().predict(state, x)
+
+
+class ForgetsInUpdate(HonestStream):
+    def update(self, state: Any, examples: Examples) -> Any:
+        return self.adapt(examples)
+
+
+class PrefixesSeeTheAnswer(HonestStream):
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        real = examples.real[..., None].to(examples.y.dtype)
+        codes = (self.rows(examples) * real).cumsum(1)
+        inputs = torch.cat([examples.x, codes / real.cumsum(1).clamp(min=1)], -1)
+        return gaussian(self.decode(inputs), positive(self.raw_scale))
+
+
+class ClimbsTheLoss(Honest):
+    def meta_gradients(self, episode: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = query_loss(self, episode).mean()
+        named = dict(self.named_parameters())
+        found = torch.autograd.grad(loss, list(named.values()))
+        return loss.detach(), {name: -value for name, value in zip(named, found, strict=True)}
+
+
+class ReadsTestTasks(Honest):
+    def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
+        source = torch.Generator().manual_seed(seed)
+        tasks.sample(4, split="test", n_shot=2, n_query=2, generator=source)

@@ -1,0 +1,62 @@
+"""Learners of other libraries sit the same exam as ours, and stand beside ours in a comparison."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from metaicl.comparison import compare
+from metaicl.interop.higher import HigherMAML
+from metaicl.interop.learn2learn import L2LGBML, L2LMAML, L2LMetaSGD
+from metaicl.interop.sklearn import SklearnLearner
+from metaicl.learners.gradient.maml import MAML
+from metaicl.objectives import squared_error
+from metaicl.task import derive_generator
+from metaicl.tasks.functions import LinearRegression, Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.testing import parametrize_with_checks
+from metaicl.train_config import TrainConfig
+
+LEARNERS = {
+    "L2LMAML": L2LMAML,
+    "L2LMetaSGD": L2LMetaSGD,
+    "L2LGBML": partial(L2LGBML, inner_steps=2),
+    "HigherMAML": partial(HigherMAML, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01)),
+}
+
+
+@parametrize_with_checks(LEARNERS, {"sinusoid": Sinusoid(), "gaussians": GaussianClasses(n_way=3, dim=4)})
+def test_adapters_keep_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks({"Logistic": partial(SklearnLearner, estimator=LogisticRegression())}, {"gaussians": GaussianClasses(n_way=3, dim=4)})
+def test_scikit_learn_classifier_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks({"Ridge": partial(SklearnLearner, estimator=Ridge())}, {"linear": LinearRegression(dim=3)})
+def test_scikit_learn_regressor_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_side_by_side_with_ours():
+    """Trained on the same episodes from the same weights, MAML by three engines ends in the same place."""
+    settings = {"inner_lr": 0.01, "inner_steps": 1}
+    sgd = partial(torch.optim.SGD, lr=0.01)
+    learners = {"MAML": partial(MAML, **settings), "L2LMAML": partial(L2LMAML, **settings), "HigherMAML": partial(HigherMAML, optimizer=sgd)}
+    train = TrainConfig(steps=3, meta_batch_size=4, n_shot=5, n_query=5, compile=False)
+    report = compare(learners, Sinusoid(), train=train, n_episodes=8, seeds=1, references=False, progress=False)
+    print(report)
+    losses = [report.results]
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_inference_mode_changes_nothing(learner):
+    made = LEARNERS[learner](Sinusoid().spec)
+    episode = Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference"))
+    with torch.inference_mode():
+        inside = squared_error(made, Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference")))
+    assert torch.equal(inside.clone(), squared_error(made, episode))

@@ -1,0 +1,101 @@
+"""Reference learners against scikit-learn and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as SklearnRidge
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+
+from metaicl.episode import Examples
+from metaicl.learners.reference.from_scratch import FromScratch
+from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors, Ridge
+from metaicl.task import EpisodeStream
+from metaicl.tasks.functions import LinearRegression, Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(scope="module")
+def regression():
+    tasks = LinearRegression(dim=3)
+    stream = EpisodeStream(tasks, seed=0, split="test", n_shot=12, n_query=5, chunk_size=4)
+    return tasks, stream[0].to(dtype=DOUBLE)
+
+
+@pytest.fixture(scope="module")
+def classification():
+    tasks = GaussianClasses(dim=3, radius=1.5)
+    stream = EpisodeStream(tasks, seed=0, split="test", n_shot=6, n_query=5, chunk_size=4)
+    return tasks, stream[0].to(dtype=DOUBLE)
+
+
+def test_ridge_equals_sklearn(regression) -> None:
+    tasks, episode = regression
+    answer = Ridge(tasks.spec, penalty=0.7)(episode.support, episode.query.x)
+    for task in range(4):
+        oracle = SklearnRidge(alpha=0.7).fit(episode.support.x[task].numpy(), episode.support.y[task].numpy())
+        expected = oracle.predict(episode.query.x[task].numpy()).reshape(-1, 1)
+        np.testing.assert_allclose(answer.mean[task].numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_nearest_neighbors_equals_sklearn(regression, classification, k: int) -> None:
+    tasks, episode = regression
+    answer = NearestNeighbors(tasks.spec, k=k)(episode.support, episode.query.x)
+    for task in range(4):
+        oracle = KNeighborsRegressor(k).fit(episode.support.x[task].numpy(), episode.support.y[task].numpy())
+        np.testing.assert_allclose(answer.mean[task].numpy(), oracle.predict(episode.query.x[task].numpy()), atol=1e-10)
+    tasks, episode = classification
+    answer = NearestNeighbors(tasks.spec, k=k)(episode.support, episode.query.x)
+    for task in range(4):
+        oracle = KNeighborsClassifier(k).fit(episode.support.x[task].numpy(), episode.support.y[task].numpy())
+        votes = oracle.predict_proba(episode.query.x[task].numpy()) * k + 1 / 5
+        np.testing.assert_allclose(answer.probs[task].numpy(), votes / votes.sum(1, keepdims=True), atol=1e-10)
+
+
+def test_logistic_equals_sklearn(classification) -> None:
+    tasks, episode = classification
+    answer = Logistic(tasks.spec, penalty=0.1, steps=3000)(episode.support, episode.query.x)
+    for task in range(4):
+        x, queries = episode.support.x[task].numpy(), episode.query.x[task].numpy()
+        center = x.mean(0)
+        spread = np.sqrt(((x - center) ** 2).sum(1).mean())
+        model = LogisticRegression(C=1 / (0.1 * len(x)), fit_intercept=False, tol=1e-12, max_iter=10_000)
+        model.fit((x - center) / spread, episode.support.y[task].numpy())
+        expected = model.predict_proba((queries - center) / spread)
+        np.testing.assert_allclose(answer.probs[task].numpy(), expected, atol=1e-6)
+
+
+def test_constant_is_the_mean_or_the_smoothed_frequencies() -> None:
+    support = Examples(
+        torch.zeros(1, 4, 1), torch.tensor([[[1.0], [3.0], [5.0], [100.0]]]), torch.tensor([[1, 1, 1, 0]]).bool()
+    )
+    answer = Constant(Sinusoid().spec)(support, torch.zeros(1, 2, 1))
+    torch.testing.assert_close(answer.mean, torch.full((1, 2, 1), 3.0))
+    torch.testing.assert_close(answer.stddev, torch.full((1, 2, 1), (8 / 3) ** 0.5))
+    spec = GaussianClasses(n_way=3, dim=1).spec
+    answer = Constant(spec)(Examples(torch.zeros(1, 3, 1), torch.tensor([[0, 0, 2]])), torch.zeros(1, 2, 1))
+    torch.testing.assert_close(answer.probs[0, 0], torch.tensor([3.0, 1.0, 2.0]) / 6)
+
+
+def test_from_scratch_fits_its_support_and_has_nothing_to_train() -> None:
+    tasks = Sinusoid()
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=5, n_query=5, chunk_size=8)[0]
+    torch.manual_seed(0)
+    few, many = FromScratch(tasks.spec, steps=1), FromScratch(tasks.spec, steps=400)
+    many.load_state_dict(few.state_dict())
+    error = {
+        learner.steps: float((learner(episode.support, episode.support.x).mean - episode.support.y).square().mean())
+        for learner in (few, many)
+    }
+    assert error[400] < 0.25 * error[1]
+    assert not [p for p in few.parameters() if p.requires_grad]
+
+
+def test_the_right_learner_is_named() -> None:
+    with pytest.raises(ValueError, match="Ridge serves regression, not classification; use Logistic instead"):
+        Ridge(GaussianClasses().spec)
+    with pytest.raises(ValueError, match="Logistic serves classification, not regression; use Ridge instead"):
+        Logistic(Sinusoid().spec)

@@ -1,0 +1,87 @@
+"""The Bayes references against published figures, quadrature and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from metaicl.task import EVAL_SEED, EpisodeStream
+from metaicl.tasks.bayes import BayesianLinearRegression, SinusoidPosterior, gaussian_nll_floor
+from metaicl.tasks.functions import LinearRegression, Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+
+
+@pytest.mark.parametrize(("n_shot", "exact"), [(1, 0.646), (5, 0.841)])
+def test_gaussian_bayes_accuracy(n_shot: int, exact: float) -> None:
+    tasks = GaussianClasses(dim=16, radius=0.75, n_way=5)
+    bayes = tasks.references()["Bayes"]
+    stream = EpisodeStream(tasks, seed=EVAL_SEED, split="test", n_shot=n_shot, n_query=15, chunk_size=500)
+    hits = [
+        (bayes(chunk.support, chunk.query.x).logits.argmax(-1) == chunk.query.y).float().mean().item()
+        for chunk in stream.chunks(0, 12)
+    ]
+    assert abs(np.mean(hits) - exact) < 0.003
+
+
+@pytest.mark.parametrize(("k", "risk"), [(8, 0.182), (16, 0.033)])
+def test_linear_bayes_risk(k: int, risk: float) -> None:
+    """Risk / d of ridge with lambda = sigma^2 / tau^2 at d = 8, sigma^2 = .25, judged against the clean target."""
+    tasks = LinearRegression(dim=8, noise=0.5, noisy_query=False)
+    episode = EpisodeStream(tasks, seed=EVAL_SEED, split="test", n_shot=k, n_query=20, chunk_size=6000)[0]
+    error = tasks.references()["Bayes"](episode.support, episode.query.x).mean - episode.query.y
+    assert abs(error.square().mean().item() / 8 - risk) < 0.05 * risk
+
+
+def test_linear_bayes_is_calibrated_under_noise() -> None:
+    tasks = LinearRegression(dim=5, noise=0.5)
+    bayes = tasks.references()["Bayes"]
+    published = {2: 1.914, 5: 1.432, 10: 1.040, 20: 0.868}  # exact expected negative log-likelihoods, noise included
+    for k, nll in published.items():
+        episode = EpisodeStream(tasks, seed=EVAL_SEED, split="test", n_shot=k, n_query=20, chunk_size=4000)[0]
+        ours = -bayes(episode.support, episode.query.x).log_prob(episode.query.y).mean().item()
+        assert abs(ours - nll) < 0.02
+
+
+def test_linear_posterior_equals_the_textbook_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 6, n, generator=generator, dtype=torch.float64) for n in (3, 1))
+    learner = BayesianLinearRegression(LinearRegression(dim=3).spec, noise=0.3, weight_scale=2.0)
+    from metaicl.episode import Examples
+
+    mean, covariance = learner.adapt(Examples(x, y))
+    a, b = x[0].numpy(), y[0].numpy()
+    precision = a.T @ a / 0.09 + np.eye(3) / 4.0
+    np.testing.assert_allclose(covariance[0].numpy(), np.linalg.inv(precision), rtol=1e-10)
+    np.testing.assert_allclose(mean[0].numpy(), np.linalg.solve(precision, a.T @ b / 0.09), rtol=1e-10)
+
+
+def test_sinusoid_posterior_equals_brute_force() -> None:
+    tasks = Sinusoid(noise=0.3)
+    learner = SinusoidPosterior(tasks.spec, amplitude=tasks.amplitude, phase=tasks.phase, noise=0.3, grid=64)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=3, n_query=4, chunk_size=1)[0]
+    answer = learner(episode.support, episode.query.x)
+    a, p = np.linspace(0.1, 5, 64)[:, None, None], np.linspace(0, math.pi, 64)[None, :, None]
+    xs, ys = episode.support.x[0, :, 0].double().numpy(), episode.support.y[0, :, 0].double().numpy()
+    log_weight = -0.5 * ((ys - a * np.sin(xs + p)) ** 2).sum(-1) / 0.09
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    xq = episode.query.x[0, :, 0].double().numpy()
+    waves = a * np.sin(xq + p)
+    mean = (weight[..., None] * waves).sum((0, 1))
+    variance = (weight[..., None] * waves**2).sum((0, 1)) - mean**2 + 0.09
+    np.testing.assert_allclose(answer.mean[0, :, 0].numpy(), mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answer.stddev[0, :, 0].numpy(), np.sqrt(variance), rtol=1e-4)
+
+
+def test_masked_rows_count_as_absent_for_the_references() -> None:
+    for tasks in (Sinusoid(noise=0.1), LinearRegression(dim=3), GaussianClasses(dim=3)):
+        learner = next(iter(tasks.references().values()))
+        episode = EpisodeStream(tasks, seed=0, split="test", n_shot=4, n_query=4, chunk_size=3)[0]
+        padded = episode.support.pad(episode.support.n_rows + 5)
+        ours = learner(padded, episode.query.x).log_prob(episode.query.y)
+        torch.testing.assert_close(ours, learner(episode.support, episode.query.x).log_prob(episode.query.y))
+
+
+def test_nll_floor() -> None:
+    assert abs(gaussian_nll_floor(1.0) - 1.4189385) < 1e-6

@@ -1,0 +1,76 @@
+"""Every way of breaking the contract is caught by the check that is meant for it, and by few others."""
+
+import broken_learners as broken
+import pytest
+
+from metaicl.learner import Learner
+from metaicl.tasks.functions import LinearRegression
+from metaicl.testing import LEARNER_CHECKS, LearnerCheckError, check_learner
+
+TASKS = LinearRegression(dim=2, noise=0.1)
+
+# The learner, the check that must catch it, and what else its fault spoils.
+FAULTS: list[tuple[type[Learner], str, set[str]]] = [
+    (broken.MutatesWeights, "module_untouched", set()),
+    (broken.WritesGradients, "module_untouched", {"no_grad"}),
+    (broken.RunningStatistics, "module_untouched", set()),
+    (broken.WritesIntoEpisode, "episode_untouched", set()),
+    (broken.IgnoresSupport, "support_used", {"meta_gradient", "learns"}),
+    (broken.IgnoresSupport, "learns", {"meta_gradient", "support_used"}),
+    (broken.PeeksAtQueries, "query_independence", set()),
+    (broken.MixesEpisodes, "episode_independence", {"batch_equals_loop", "batch_gradient", "masked_rows"}),
+    (broken.MixesEpisodes, "batch_equals_loop", {"episode_independence", "batch_gradient", "masked_rows"}),
+    (broken.ConsumesGlobalRng, "global_rng", set()),
+    (broken.SeedsGlobalRng, "global_rng", set()),
+    (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "learns"}),
+    (broken.WrongShape, "answer_shape", set()),
+    (broken.ReturnsTensor, "answer_shape", set()),
+    (broken.DeadParameter, "meta_gradient", set()),
+    (broken.DetachedState, "meta_gradient", set()),
+    (broken.DoublesTheGradient, "batch_gradient", set()),
+    (broken.TrainableReference, "meta_gradient", set()),
+    (broken.NeedsGradMode, "no_grad", set()),
+    (broken.OrderSensitive, "support_order", set()),
+    (broken.IgnoresMask, "masked_rows", set()),
+    (broken.NeedsNoMask, "full_mask", {"masked_rows", "support_order"}),
+    (broken.KeepsState, "state_returned", set()),
+    (broken.Float32Only, "float64", set()),
+    (broken.RoundsToFloat32, "float64", set()),
+    (broken.FlipsMode, "train_mode", set()),
+    (broken.HiddenTensor, "state_dict", set()),
+    (broken.FixedSizes, "sizes", {"query_independence"}),
+    (broken.ForgetsInUpdate, "update", set()),
+    (broken.PrefixesSeeTheAnswer, "predict_prefixes", set()),
+    (broken.ClimbsTheLoss, "learns", set()),
+    (broken.ReadsTestTasks, "prepare_split", set()),
+]
+
+
+@pytest.mark.parametrize(("learner", "check", "related"), FAULTS, ids=lambda v: getattr(v, "__name__", None))
+def test_fault_is_caught_by_its_check(learner: type[Learner], check: str, related: set[str]) -> None:
+    with pytest.raises(LearnerCheckError) as caught:
+        check_learner(learner, TASKS)
+    failures = caught.value.failures
+    assert check in failures
+    assert set(failures) <= {check, *related}
+    assert "Hint: " in failures[check] or "raised" in failures[check]
+
+
+def test_non_deterministic_learner_is_caught() -> None:
+    with pytest.raises(LearnerCheckError) as caught:
+        check_learner(broken.NonDeterministic, TASKS)
+    assert "asking one state twice" in caught.value.failures["same_answer_twice"]
+    untouched = {"answer_shape", "answer_finite", "module_untouched", "episode_untouched", "train_mode", "global_rng"}
+    assert not untouched & set(caught.value.failures)
+
+
+def test_every_check_has_a_fault_that_it_catches() -> None:
+    elsewhere = {"same_answer_twice", "label_permutation"}  # caught above; optional, see test_testing.py
+    assert {check for _, check, _ in FAULTS} | elsewhere == set(LEARNER_CHECKS)
+
+
+@pytest.mark.parametrize(
+    "learner", [broken.Honest, broken.HonestStream, broken.DeclaredTransductive, broken.DeclaredPeeker]
+)
+def test_honest_learners_pass(learner: type[Learner]) -> None:
+    assert check_learner(learner, TASKS) is None

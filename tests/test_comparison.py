@@ -1,0 +1,298 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from metaicl.comparison import compare
+from metaicl.episode import Episode, Examples
+from metaicl.files import lock_directory
+from metaicl.functional import gaussian, masked_mean
+from metaicl.learner import Learner, Traits
+from metaicl.meta_training import meta_train
+from metaicl.spec import TaskSpec
+from metaicl.task import TaskDistribution
+from metaicl.train_config import TrainConfig
+
+
+class Levels(TaskDistribution):
+    spec = TaskSpec("regression", (1,), y_dim=1)
+
+    def __init__(self, noise=0.1):
+        self.noise = noise
+
+    def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+        level = torch.randn(n_tasks, 1, 1, generator=generator)
+        rows = [torch.randn(n_tasks, n, 1, generator=generator) for n in (n_shot, n_query)]
+        return Episode(*(Examples(torch.zeros_like(row), level + self.noise * row) for row in rows))
+
+    def references(self):
+        return {"closed form": Mean(self.spec)}
+
+
+class Mean(Learner):
+    traits = Traits(trainable=False)
+
+    def adapt(self, support):
+        return masked_mean(support.y, support.mask, 1)
+
+    def predict(self, state, x):
+        mean = state[:, None].expand(-1, x.shape[1], -1)
+        return gaussian(mean, torch.full_like(mean, 0.1))
+
+
+class Scaled(Mean):
+    """The mean times a weight that training brings to one."""
+
+    traits = Traits()
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.weight = torch.nn.Parameter(1 + torch.randn(()))
+
+    def adapt(self, support):
+        return self.weight * super().adapt(support)
+
+
+class OnlyClasses(Scaled):
+    traits = Traits(kinds=("classification",), instead=(("regression", "Scaled"),))
+
+
+class Diverging(Scaled):
+    """Fine in training, NaN afterwards."""
+
+    def predict(self, state, x):
+        return super().predict(state if self.training else state * float("nan"), x)
+
+
+class Random(Scaled):
+    """Nothing to train, but parameters that are drawn."""
+
+    traits = Traits(trainable=False)
+
+
+class Trainer:
+    """Stands in for meta_train: notes what it was asked for, and moves the weight half the way to one."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, learner, tasks, config, *, directory=None, progress=True):
+        self.calls.append((type(learner).__name__, config.seed, learner.weight.item(), directory))
+        with torch.no_grad():
+            learner.weight.lerp_(torch.ones(()), 0.5)
+        return SimpleNamespace(history=[{"step": 1, "loss": 2.0, "seconds": 0.1}], seconds=0.5, steps_done=1)
+
+
+CONFIG = TrainConfig(steps=2, meta_batch_size=4, n_shot=3, n_query=4, validate_every=None)
+SIZES = {"train": CONFIG, "n_episodes": 20, "seeds": 2, "progress": False}
+
+
+def test_every_learner_is_trained_once_per_seed_from_the_same_address():
+    trainer = Trainer()
+    report = compare({"a": Scaled, "b": lambda spec: Scaled(spec)}, Levels(), trainer=trainer, **SIZES)
+    assert [call[:2] for call in trainer.calls] == [("Scaled", 0), ("Scaled", 1)] * 2
+    assert trainer.calls[0][2] == trainer.calls[2][2] != trainer.calls[1][2]
+    assert report.values("Levels", "a").shape == (2, 20)
+    assert report.differences("Levels", baseline="a")["b", "a"].mean == 0.0
+    rows = {row.learner: row for row in report.rows("Levels")}
+    assert rows["a"].seeds == (0, 1)
+    assert rows["a"].train_seconds == 0.5
+    assert rows["closed form"].seeds == (None,)
+    assert rows["a"].regret is not None
+    assert rows["a"].regret.mean > 0
+
+
+def test_the_real_trainer_is_the_default_and_learns():
+    config = TrainConfig(
+        steps=60, outer_lr=0.2, schedule="cosine", n_shot=3, n_query=4, validate_every=None, log_every=10
+    )
+    report = compare({"a": Scaled}, Levels(), train=config, n_episodes=50, seeds=2, progress=False)
+    result = report.of("Levels", "a")[0]
+    assert result.steps == 60
+    assert result.history["step"][-1] == 60
+    assert result.budget["steps"] == 60
+    assert report.values("Levels", "a").mean() == pytest.approx(0.01 * 4 / 3, rel=0.2)
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    compare({"a": Scaled}, Levels(), trainer=Trainer(), **SIZES)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_refusing_and_diverging_learners_do_not_stop_the_others():
+    learners = {"no": OnlyClasses, "nan": Diverging, "yes": Scaled}
+    report = compare(learners, Levels(), references=False, **SIZES)
+    rows = {row.learner: row for row in report.rows("Levels")}
+    assert (rows["no"].status, rows["nan"].status, rows["yes"].status) == ("not served", "failed", "finished")
+    assert "OnlyClasses serves classification, not regression; use Scaled instead" in rows["no"].note
+    assert "FloatingPointError: nan failed in episodes" in rows["nan"].note
+    assert "(seed 1)" in rows["nan"].note
+
+
+def test_errors_of_a_learner_that_are_no_divergence_are_not_hidden():
+    def broken(learner, tasks, config, **options):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        compare({"a": Scaled}, Levels(), trainer=broken, **SIZES)
+
+
+def test_an_instance_is_judged_as_it_is_and_left_as_it_is():
+    learner, trainer = Scaled(Levels.spec), Trainer()
+    weight = learner.weight.item()
+    report = compare({"mine": learner}, Levels(), trainer=trainer, **SIZES)
+    assert trainer.calls == []
+    assert learner.weight.item() == weight
+    assert report.rows("Levels")[0].seeds_text == "fixed"
+    assert report.of("Levels", "mine")[0].train_seconds is None
+
+
+def test_an_instance_for_other_tasks_is_not_served():
+    report = compare({"mine": Mean(TaskSpec("regression", (3,), y_dim=1))}, Levels(), **SIZES)
+    assert report.rows("Levels")[0].status == "not served"
+    assert "x_shape=(3,)" in report.rows("Levels")[0].note
+
+
+def test_untrained_learners_run_per_seed_only_if_something_is_drawn():
+    report = compare({"drawn": Random, "fixed": Mean}, Levels(), trainer=Trainer(), **SIZES)
+    assert [row.seeds for row in report.rows("Levels")] == [(0, 1), (None,), (None,)]
+
+
+def test_nothing_to_train_needs_no_budget_but_the_numbers_of_rows():
+    report = compare({"a": Mean}, Levels(), n_shot=2, n_query=3, n_episodes=5, progress=False)
+    assert report.protocol["training_budget"] == "nothing was trained"
+    with pytest.raises(ValueError, match="n_shot must be given for 'Levels': there is no budget"):
+        compare({"a": Mean}, Levels(), n_episodes=5, progress=False)
+
+
+def test_one_seed_is_never_certain():
+    report = compare({"a": Scaled}, Levels(), trainer=Trainer(), **{**SIZES, "seeds": 1})
+    assert report.rows("Levels")[0].seeds_text == "n/a (1 seed)"
+    assert "n/a (1 seed)" in str(report)
+    assert report.interval("Levels", "a").covers == "episodes"
+
+
+def test_several_distributions_budgets_and_shots():
+    small = TrainConfig(steps=1, n_shot=(1, 3), n_query=4, validate_every=None)
+    report = compare(
+        {"a": Scaled, "b": Scaled},
+        {"quiet": Levels(), "loud": Levels(1.0)},
+        train={"quiet": CONFIG, "loud": small, ("quiet", "b"): small},
+        n_episodes=20,
+        seeds=[3, 5],
+        shots=(1, 5),
+        trainer=Trainer(),
+        progress=False,
+    )
+    assert [result.budget["steps"] for result in report.results if result.budget] == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert report.shots("quiet") == [1, 3, 5]
+    assert report.rows("quiet")[0].seeds == (3, 5)
+    means = [report.values("quiet", "closed form", shots=k).mean() for k in (1, 3, 5)]
+    assert means == sorted(means, reverse=True)
+    assert report.values("loud", "closed form").mean() > 10 * report.values("quiet", "closed form").mean()
+    assert report.protocol["training_budget"]["quiet, b"]["steps"] == 1
+
+
+def test_a_killed_comparison_continues(tmp_path):
+    class Killed(Trainer):
+        def __call__(self, *args, **options):
+            if len(self.calls) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **options)
+
+    learners, killed, trainer = {"a": Scaled, "b/..": Scaled}, Killed(), Trainer()
+    with pytest.raises(KeyboardInterrupt):
+        compare(learners, Levels(), trainer=killed, directory=tmp_path / "run", **SIZES)
+    again = compare(learners, Levels(), trainer=trainer, directory=tmp_path / "run", **SIZES)
+    whole = compare(learners, Levels(), trainer=Trainer(), **SIZES)
+    assert [call[1] for call in trainer.calls] == [1]
+    assert killed.calls[0][3].is_relative_to(tmp_path / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    for name in ("a", "b/.."):
+        assert again.values("Levels", name).tolist() == whole.values("Levels", name).tolist()
+    assert again.rows("Levels")[0].difference == whole.rows("Levels")[0].difference
+
+
+def test_the_real_trainer_resumes_in_the_directory(tmp_path):
+    config = TrainConfig(steps=3, n_shot=3, n_query=4, validate_every=None, log_every=1)
+    runs = [
+        compare({"a": Scaled}, Levels(), train=config, seeds=1, n_episodes=5, directory=tmp_path, progress=False)
+        for _ in range(2)
+    ]
+    assert runs[0].values("Levels", "a").tolist() == runs[1].values("Levels", "a").tolist()
+    assert list(tmp_path.rglob("learner.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_episodes": 21}, "n_episodes was 20, is 21"),
+        ({"shots": (1,)}, r"shots was \[3\], is \[1, 3\]"),
+        ({"train": TrainConfig(steps=3, n_shot=3, n_query=4)}, "'steps': 2.*'steps': 3"),
+        ({"tasks": Levels(0.2)}, "example tasks was"),
+        ({"learners": {"a": Random}}, "'class': 'Scaled'.*'class': 'Random'"),
+    ],
+)
+def test_results_of_another_comparison_are_not_taken_over(tmp_path, change, message):
+    first = {"learners": {"a": Scaled}, "tasks": Levels(), "trainer": Trainer(), "directory": tmp_path, **SIZES}
+    compare(**first)
+    with pytest.raises(ValueError, match=message):
+        compare(**{**first, **change})
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    with lock_directory(tmp_path), pytest.raises(BlockingIOError, match="in use"):
+        compare({"a": Mean}, Levels(), directory=tmp_path, **SIZES)
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    compare({"a": Mean}, Levels(), directory=tmp_path, references=False, **SIZES)
+    path = next(tmp_path.rglob("fixed.json"))
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=r"fixed\.json is damaged; remove it"):
+        compare({"a": Mean}, Levels(), directory=tmp_path, references=False, **SIZES)
+
+
+def test_a_result_is_json_that_others_can_read(tmp_path):
+    compare({"a": Mean}, Levels(), directory=tmp_path, references=False, **SIZES)
+    stored = json.loads(next(tmp_path.rglob("fixed.json")).read_text())
+    assert len(stored["result"]["evaluations"]["3"]["metrics"]["mse"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"learners": {}}, TypeError, "mapping of names"),
+        ({"learners": [Mean]}, TypeError, "mapping of names"),
+        ({"learners": {"a": "MAML"}}, TypeError, r"learners\['a'\] must be a factory"),
+        ({"learners": {"a": lambda spec: 3}}, TypeError, "must give a Learner for a spec; got int"),
+        ({"tasks": 3}, TypeError, "TaskDistribution"),
+        ({"tasks": {}}, ValueError, "at least one task distribution"),
+        ({"seeds": 0}, ValueError, "seeds must be an int >= 1"),
+        ({"seeds": []}, ValueError, "at least one number"),
+        ({"seeds": [1, 1]}, ValueError, "each once"),
+        ({"n_episodes": 0}, ValueError, "n_episodes"),
+        ({"shots": (0,)}, ValueError, "shots must be an int >= 1; got 0"),
+        ({"split": "dev"}, ValueError, "split"),
+        ({"train": None, "n_shot": 1, "n_query": 1}, ValueError, "a is to be trained on 'Levels'; give a budget"),
+        ({"train": {"Level": CONFIG}}, ValueError, "did you mean 'Levels'"),
+        ({"train": {("Levels", "A"): CONFIG}}, ValueError, "train: learner must be one of"),
+        ({"train": {"Levels": 3}}, TypeError, "must be a TrainConfig; got int"),
+        ({"train": 3}, TypeError, "train must be a TrainConfig"),
+        ({"baseline": "b"}, ValueError, "baseline must be one of"),
+        ({"device": "gpu"}, ValueError, "device must be one of"),
+        ({"train": {"Levels": CONFIG, ("Levels", "a"): TrainConfig(steps=1)}}, ValueError, "n_shot must be given"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    trainer = Trainer()
+    arguments = {"learners": {"a": Scaled}, "tasks": Levels(), "trainer": trainer, **SIZES, **change}
+    with pytest.raises(error, match=message):
+        compare(**arguments)
+    assert trainer.calls == []
+
+
+def test_meta_train_is_the_default():
+    assert compare.__kwdefaults__["trainer"] is meta_train

@@ -1,0 +1,122 @@
+"""Every bundled learner sits the public exam, on small families of both kinds. A new learner is one line."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from sklearn.linear_model import BayesianRidge, LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from metaicl.interop.sklearn import SklearnLearner
+from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
+from metaicl.learners.incontext.transformer import CausalInContextTransformer, InContextTransformer
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.ridge_head import RidgeHead
+from metaicl.learners.reference.from_scratch import FromScratch
+from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors, Ridge
+from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.tasks.arrays import tasks_from_arrays
+from metaicl.tasks.functions import LinearRegression, Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.tasks.text import TextClasses
+from metaicl.testing import parametrize_with_checks
+
+retrieve = partial(RetrievalAugmented, n_groups=24, rows_per_group=2, k=2)
+
+LEARNERS = {
+    "MAML": MAML,
+    "FOMAML": partial(MAML, first_order=True, inner_steps=3),
+    "ANIL": partial(MAML, adapt="4.*", inner_steps=2),  # the last layer of the default net for vectors
+    "RidgeHead": RidgeHead,
+    "InContextTransformer": partial(InContextTransformer, dim=32, depth=2),
+    "CausalInContextTransformer": partial(CausalInContextTransformer, dim=32, depth=2),
+    "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=32),
+    "Retrieval(MAML)": partial(retrieve, learner=MAML),
+    "Retrieval(CNP)": partial(retrieve, learner=partial(ConditionalNeuralProcess, dim=32), frozen=True),
+    "Constant": Constant,
+    "NearestNeighbors": partial(NearestNeighbors, k=2),
+    "Ridge": Ridge,
+    "Logistic": Logistic,
+    "FromScratch": partial(FromScratch, steps=10),
+}
+
+REGRESSORS = {"sklearn ridge": partial(SklearnLearner, estimator=BayesianRidge())}
+CLASSIFIERS = {
+    "ProtoNet": ProtoNet,
+    "Retrieval(ProtoNet)": partial(retrieve, learner=ProtoNet),
+    "sklearn logistic": partial(SklearnLearner, estimator=LogisticRegression()),
+    "sklearn k-NN": partial(SklearnLearner, estimator=KNeighborsClassifier(1)),
+}
+
+
+def source_rows():
+    """Classes of an array, whose episodes name the source row of every example."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(24).repeat_interleave(8)
+    centers = torch.randn(24, 4, generator=generator)
+    x = centers[labels] + 0.3 * torch.randn(len(labels), 4, generator=generator)
+    return tasks_from_arrays(x, labels, n_way=3)
+
+
+def images():
+    """Classes of small images."""
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(12).repeat(6)
+    centers = torch.rand(12, 1, 16, 16, generator=generator)
+    x = (centers[labels] + 0.1 * torch.rand(len(labels), 1, 16, 16, generator=generator)) / 1.1
+    return tasks_from_arrays(x.numpy(), labels, n_way=2)
+
+
+def sentences():
+    """Classes of short sentences."""
+    nouns = ["cat", "dog", "bird", "fish", "horse", "cow", "sheep", "goat", "frog", "toad", "snake", "newt"]
+    verbs = ["runs", "sleeps", "eats", "waits", "jumps", "looks"]
+    texts = [f"the {noun} {verb} now" for noun in nouns for verb in verbs]
+    return TextClasses(texts, np.repeat(nouns, len(verbs)), n_way=2, max_tokens=6, vocabulary=64)
+
+
+TASKS = {
+    "sinusoid": Sinusoid(),
+    "linear": LinearRegression(dim=3, noise=0.1),
+    "gaussians": GaussianClasses(n_way=3, dim=4),
+    "arrays": source_rows(),
+}
+EXPECTED = {
+    "Constant-gaussians": {"support_used": "balanced labels have the same frequencies in every task"},
+    "Constant-arrays": {"support_used": "balanced labels have the same frequencies in every task"},
+}
+
+IMAGES_AND_TOKENS = {"images": images(), "tokens": sentences()}
+
+REFERENCES = {name: tasks.references() for name, tasks in TASKS.items()}
+
+
+@parametrize_with_checks(LEARNERS, TASKS, expected_failures=EXPECTED)
+def test_bundled_learner_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(CLASSIFIERS, {name: TASKS[name] for name in ("gaussians", "arrays")})
+def test_bundled_classifier_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(REGRESSORS, {name: TASKS[name] for name in ("sinusoid", "linear")})
+def test_bundled_regressor_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    {name: LEARNERS[name] for name in LEARNERS if name not in ("ANIL", "Ridge", "Constant")}, IMAGES_AND_TOKENS
+)
+def test_bundled_learner_keeps_the_contract_on_images_and_tokens(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    {f"{name} {which}": learner for name, found in REFERENCES.items() for which, learner in found.items()}, TASKS
+)
+def test_bayes_reference_keeps_the_contract(check: Callable[[], None]) -> None:
+    check()

@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from metaicl.episode import Episode, Examples
+from metaicl.leakage import audit_leakage
+from metaicl.spec import TaskSpec
+from metaicl.task import TaskDistribution
+from metaicl.tasks.functions import LinearRegression, Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+
+OWNED = {"train": [0, 1, 2, 3, 4, 5], "validation": [6, 7, 8], "test": [9, 10, 11]}
+PER_CLASS = 6
+
+
+class Pool(TaskDistribution):
+    """Twelve classes of six rows each; `owned` may let splits share classes, `repeat` query rows be support rows."""
+
+    identity = ("class_ids",)
+
+    def __init__(self, owned=OWNED, *, repeat=False, integers=False, named=True):
+        generator = torch.Generator().manual_seed(0)
+        self.spec = TaskSpec("classification", (3,), n_way=2)
+        self.rows = torch.randn(12 * PER_CLASS, 3, generator=generator)
+        if integers:
+            self.rows = (self.rows > 0).float()
+        self.source_classes = torch.arange(12).repeat_interleave(PER_CLASS)
+        self.owned, self.repeat, self.named = owned, repeat, named
+
+    def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+        owned = torch.tensor(self.owned[split])
+        draw = torch.rand(n_tasks, len(owned), generator=generator).argsort(1)[:, :2]
+        class_ids = owned[draw]
+        within = torch.rand(n_tasks, 2, PER_CLASS, generator=generator).argsort(2)
+        ids = class_ids[..., None] * PER_CLASS + within
+        query_ids = ids[..., :n_query] if self.repeat else ids[..., n_shot : n_shot + n_query]
+        return Episode(
+            self.part(ids[..., :n_shot], generator), self.part(query_ids, generator), {"class_ids": class_ids}
+        )
+
+    def part(self, ids, generator):
+        y = torch.arange(2)[:, None].expand(ids.shape).flatten(1)
+        order = torch.rand(y.shape, generator=generator).argsort(1)
+        ids, y = ids.flatten(1).gather(1, order), y.gather(1, order)
+        return Examples(self.rows[ids], y, ids=ids if self.named else None)
+
+
+@pytest.mark.parametrize("tasks", [Sinusoid(), LinearRegression(dim=3), GaussianClasses(n_way=3, dim=4), Pool()])
+def test_clean_families_have_no_leak(tasks):
+    report = audit_leakage(tasks, n_episodes=60)
+    assert not report.leaky
+    assert set(report.counts.values()) == {0}
+    assert min(report.looked_at.values()) > 0
+    assert report.raise_if_leaky() is None
+
+
+def test_one_shared_class_is_counted_exactly():
+    report = audit_leakage(Pool({**OWNED, "test": [9, 10, 3]}), n_episodes=100)
+    assert report.counts["identity class_ids in two splits"] == 1
+    assert report.counts["classes in two splits"] == 1
+    assert report.counts["source rows in two splits"] == PER_CLASS
+    assert report.counts["row content in two splits"] == PER_CLASS
+    assert report.examples["classes in two splits"] == ("3 (train and test)",)
+    assert report.looked_at["classes in two splits"] == 11
+    with pytest.raises(ValueError, match=r"classes in two splits: 1 of 11, for instance 3 \(train and test\)"):
+        report.raise_if_leaky()
+
+
+def test_query_rows_in_the_support_are_counted():
+    report = audit_leakage(Pool(repeat=True), n_episodes=10, n_shot=2, n_query=3)
+    # Of 2 x 3 query rows per task 2 x 2 are support rows, in each of 10 tasks of 3 splits.
+    assert report.counts["query rows in the support, by source row"] == 120
+    assert report.looked_at["query rows in the support, by source row"] == 180
+    assert report.counts["query rows in the support, by content"] == 120
+
+
+def test_content_alone_is_enough_where_rows_have_no_ids():
+    report = audit_leakage(Pool({**OWNED, "validation": [0, 7, 8]}, named=False), n_episodes=100)
+    assert "source rows in two splits" not in report.counts
+    assert report.counts["row content in two splits"] == PER_CLASS
+
+
+def test_discrete_inputs_are_told_apart_by_ids_only():
+    report = audit_leakage(Pool(integers=True), n_episodes=50)
+    assert "row content in two splits" not in report.counts
+    assert not report.leaky
+
+
+def test_masked_rows_do_not_count():
+    class Masked(Pool):
+        def part(self, ids, generator):
+            rows = super().part(ids, generator)
+            ghost = rows.x.new_zeros(len(rows), 1, 3)
+            x, y = torch.cat([rows.x, ghost], 1), torch.cat([rows.y, rows.y[:, :1]], 1)
+            mask = torch.ones(y.shape, dtype=torch.bool)
+            mask[:, -1] = False
+            return Examples(x, y, mask)
+
+    report = audit_leakage(Masked(), n_episodes=50)
+    assert report.counts["row content in two splits"] == 0
+    assert report.counts["query rows in the support, by content"] == 0
+
+
+def test_a_regression_identity_is_one_value_per_task():
+    class SameWaves(Sinusoid):
+        def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+            return super().sample(n_tasks, split="train", n_shot=n_shot, n_query=n_query, generator=fixed())
+
+    def fixed():
+        return torch.Generator().manual_seed(7)
+
+    report = audit_leakage(SameWaves(), n_episodes=25)
+    assert report.counts["identity phase in two splits"] == report.looked_at["identity phase in two splits"] == 25
+
+
+def test_an_unknown_identity_and_bad_counts_are_refused():
+    class Unnamed(Sinusoid):
+        identity = ("frequency",)
+
+    with pytest.raises(
+        ValueError, match=r"Unnamed.identity names 'frequency'; the latents are \['amplitude', 'phase'\]"
+    ):
+        audit_leakage(Unnamed())
+    with pytest.raises(ValueError, match="n_episodes must be an int >= 1"):
+        audit_leakage(Sinusoid(), n_episodes=0)
+    with pytest.raises(TypeError, match="tasks must be a TaskDistribution"):
+        audit_leakage(object())

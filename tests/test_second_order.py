@@ -1,0 +1,108 @@
+"""Written-out operations equal the native ones, in value and in derivatives, wherever the native ones are right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metaicl.nets.norm import BatchStatNorm
+from metaicl.second_order import twice_differentiable
+from metaicl.task import derive_generator
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=derive_generator("second order", *shape), dtype=torch.float64)
+
+
+CASES = {
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b), (3, 4), 4),
+    "layer_norm_plain": (lambda x, w, b: F.layer_norm(x, [3, 4]), (2, 3, 4), 4),
+    "layer_norm_weight_only": (lambda x, w, b: F.layer_norm(x, (4,), weight=w, eps=1e-3), (3, 4), 4),
+    "batch_norm": (lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), (5, 4), 4),
+    "batch_norm_images": (lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, eps=1e-3), (5, 4, 3, 2), 4),
+    "batch_norm_plain": (lambda x, w, b: F.batch_norm(x, None, None, training=True), (5, 4), 4),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), (5, 4, 3, 2), 4),
+    "instance_norm_plain": (lambda x, w, b: F.instance_norm(x), (5, 4, 3), 4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_written_out_equals_native_to_the_second_derivative(name):
+    function, shape, channels = CASES[name]
+    inputs = tuple(value.requires_grad_() for value in (randn(*shape), randn(channels) + 1.5, randn(channels)))
+    results = []
+    for context in (twice_differentiable, torch.enable_grad):
+        with context():
+            out = function(*inputs)
+        first = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True, materialize_grads=True, allow_unused=True)
+        total = sum((part.square().sum() for part in first if part.requires_grad), torch.zeros(()))
+        second = torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)
+        results.append([out, *first, *second])
+    size = max(float(part.detach().abs().max()) for part in results[1])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).detach().abs().max()) < 1e-12 * max(size, 1)
+
+
+def test_running_statistics_stay_native():
+    for layer in (nn.BatchNorm1d(4).double(), nn.InstanceNorm1d(4, track_running_stats=True).double()):
+        x = randn(5, 4, 3)
+        with twice_differentiable():
+            trained, mean = layer(x), layer.running_mean.clone()
+            evaluated = layer.eval()(x)
+        layer.reset_running_stats()
+        assert torch.equal(layer.train()(x), trained)
+        assert torch.equal(layer.running_mean, mean)
+        assert torch.equal(layer.eval()(x), evaluated)
+
+
+def test_batch_stat_norm_equals_native_batch_norm():
+    layer, native = BatchStatNorm(4).double(), nn.BatchNorm2d(4, track_running_stats=False).double()
+    x = randn(5, 4, 3, 2)
+    assert float((layer(x) - native(x)).detach().abs().max()) < 1e-12
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+def test_attention_gets_a_second_derivative():
+    x = randn(2, 3, 4).requires_grad_()
+    with twice_differentiable():
+        (first,) = torch.autograd.grad(F.scaled_dot_product_attention(x, x, x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert float(second.abs().max()) > 1e-3
+    with twice_differentiable():
+        assert torch.autograd.gradgradcheck(lambda v: F.scaled_dot_product_attention(v, v, v), (x,))
+
+
+def test_context_leaves_no_trace():
+    calls = []
+    with twice_differentiable(), twice_differentiable():  # learners inside learners
+        calls.append(F.layer_norm(randn(3, 4), (4,)))
+    out = F.layer_norm(randn(3, 4).requires_grad_(), (4,))
+    assert "LayerNorm" in type(out.grad_fn).__name__
+    assert float((calls[0] - out).detach().abs().max()) < 1e-14
+
+
+def test_compiled_gradients_are_right_too():
+    net = nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y, xq, yq = randn(3, 5, 1), randn(3, 5, 1).sin(), randn(3, 6, 1), randn(3, 6, 1).cos()
+    weights = {name: value.detach() for name, value in net.named_parameters()}
+
+    def task_loss(params, inputs, targets):
+        return (torch.func.functional_call(net, params, (inputs,)) - targets).square().mean()
+
+    def after_one_step(params, *task):
+        gradients = torch.func.grad(task_loss)(params, *task[:2])
+        return task_loss({name: params[name] - 0.5 * gradients[name] for name in params}, *task[2:])
+
+    def meta_gradient(params):
+        def total(params):
+            with twice_differentiable():
+                return torch.func.vmap(lambda *task: after_one_step(params, *task))(x, y, xq, yq).sum()
+
+        return torch.func.grad(total)(params)
+
+    start = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    loop = sum(after_one_step(start, *task) for task in zip(x, y, xq, yq, strict=True))
+    expected = dict(zip(start, torch.autograd.grad(loop, list(start.values())), strict=True))
+    for compute in (meta_gradient, torch.compile(meta_gradient, fullgraph=True, backend="aot_eager")):
+        found = compute(weights)
+        assert max(float((found[name] - expected[name]).abs().max()) for name in found) < 1e-12
