@@ -19,7 +19,7 @@ from metaicl.results import Result, Role, json_ready
 from metaicl.spec import TaskSpec
 from metaicl.task import EVAL_SEED, Split, TaskDistribution, derive_seed
 from metaicl.train_config import TrainConfig
-from metaicl.training import isolated_randomness
+from metaicl.training import device_of, isolated_randomness
 
 Source = Learner | Callable[[TaskSpec], Learner]
 Trainer = Callable[..., Any]
@@ -147,14 +147,8 @@ def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
         learner = entry.build(board.tasks.spec, options.seeds[0])
     except ValueError as error:
         return [Job(board, entry, None, refusal=str(error))]
-    built, wanted = learner.spec, board.tasks.spec
-    if (built.kind, built.x_kind, built.x_shape, built.y_dim) != (
-        wanted.kind,
-        wanted.x_kind,
-        wanted.x_shape,
-        wanted.y_dim,
-    ):
-        return [Job(board, entry, None, refusal=f"it was built for {built}")]
+    if _shape(learner.spec) != _shape(board.tasks.spec):
+        return [Job(board, entry, None, refusal=f"it was built for {learner.spec}")]
     drawn = not isinstance(entry.source, Learner) and bool(learner.state_dict())
     if entry.ready or not (learner.traits.trainable or drawn):
         return [Job(board, entry, None)]
@@ -204,7 +198,9 @@ class Worker:
             learner.to(self.options.device)
         if job.config is None:
             if isinstance(learner, Prepares):
-                learner.prepare(job.board.tasks, seed=job.seed or 0)
+                seed = job.seed or 0
+                with isolated_randomness(derive_seed(seed, "prepare"), device_of(learner)):
+                    learner.prepare(job.board.tasks, seed=seed)
             return {}
         directory = None if store is None else store.run_directory(job.board.name, job.entry.name, job.seed)
         if directory is not None:
@@ -243,6 +239,10 @@ class Worker:
             "n_query": board.n_query,
             "example tasks": board.example.fingerprint(),
         }
+
+
+def _shape(spec: TaskSpec) -> tuple[Any, ...]:
+    return spec.kind, spec.x_kind, spec.x_shape, spec.vocabulary, spec.output_size
 
 
 def _agreed(name: str, task: str, values: Sequence[int]) -> int:

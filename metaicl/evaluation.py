@@ -204,7 +204,7 @@ class _Tally:
             last = self.n_episodes + query.n_tasks - 1
             raise FloatingPointError(f"{self.name} failed in episodes {self.n_episodes} to {last}: {error}") from error
         for metric, value in values.items():
-            self.metrics.setdefault(metric, []).append(value.double().cpu())
+            self.metrics.setdefault(metric, []).append(value.cpu().double())
         counts = calibration_counts(distribution, query, self.spec)
         if counts is not None:
             self.counts = counts if self.counts is None else self.counts + counts

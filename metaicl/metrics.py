@@ -103,12 +103,12 @@ def calibration_counts(distribution: Distribution, query: Examples, spec: TaskSp
     real = query.real
     if spec.kind == "classification":
         confidence, label = _probabilities(distribution).max(-1)
-        promised, observed = confidence[real].double(), (label == query.y)[real].double()
+        promised, observed = confidence[real].cpu().double(), (label == query.y)[real].cpu().double()
         bins = (promised * N_BINS).long().clamp(0, N_BINS - 1)
         sums = [
             torch.bincount(bins, weights=w, minlength=N_BINS) for w in (promised, observed, torch.ones_like(promised))
         ]
-        return torch.stack(sums).cpu().numpy()
+        return torch.stack(sums).numpy()
     rank = _ranks(distribution, query.y)
     if rank is None:
         return None
@@ -118,7 +118,7 @@ def calibration_counts(distribution: Distribution, query: Examples, spec: TaskSp
     )  # y lies in the central interval of this level and above
     inside = (spread <= levels).double().sum(0)
     count = torch.full_like(levels, spread.shape[0])
-    return torch.stack([levels * count, inside, count]).cpu().numpy()
+    return torch.stack([levels * count, inside, count]).numpy()
 
 
 def calibration(counts: NDArray[np.float64], kind: str) -> Calibration:

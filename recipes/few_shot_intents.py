@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from metaicl import CLINC150, InContextTransformer, MAML, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
+from metaicl import MAML, InContextTransformer, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
 from metaicl.functional import unit_rows
 from metaicl.learners import RetrievalAugmented
 from metaicl.nets.backbones import BagOfWords
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
+from metaicl.tasks import CLINC150
 
 SHOTS = (1, 5)
 PUBLISHED_FLOOR = {1: 0.748, 5: 0.921}

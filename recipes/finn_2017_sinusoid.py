@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from metaicl import InContextTransformer, MAML, RidgeHead, Sinusoid, TrainConfig, compare
+from metaicl import MAML, InContextTransformer, RidgeHead, Sinusoid, TrainConfig, compare
 from metaicl.learners import ConditionalNeuralProcess, Constant, FromScratch, RetrievalAugmented
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 

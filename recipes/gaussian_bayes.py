@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from metaicl import GaussianClasses, InContextTransformer, MAML, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
+from metaicl import MAML, GaussianClasses, InContextTransformer, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 
 TASK = "GaussianClasses"

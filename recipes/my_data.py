@@ -13,8 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from metaicl import Glyphs, ImageClasses, InContextTransformer, MAML, ProtoNet, TrainConfig, check_tasks, compare
-from metaicl import tasks_from_csv
+from metaicl import (
+    MAML,
+    Glyphs,
+    ImageClasses,
+    InContextTransformer,
+    ProtoNet,
+    TrainConfig,
+    check_tasks,
+    compare,
+    tasks_from_csv,
+)
 from metaicl.learners import Constant, Logistic
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 

@@ -88,8 +88,6 @@ EXPECTED = {
     "Constant-arrays": {"support_used": "balanced labels have the same frequencies in every task"},
 }
 
-IMAGES_AND_TOKENS = {"images": images(), "tokens": sentences()}
-
 REFERENCES = {name: tasks.references() for name, tasks in TASKS.items()}
 
 
@@ -109,9 +107,19 @@ def test_bundled_regressor_keeps_the_contract(check: Callable[[], None]) -> None
 
 
 @parametrize_with_checks(
-    {name: LEARNERS[name] for name in LEARNERS if name not in ("ANIL", "Ridge", "Constant")}, IMAGES_AND_TOKENS
+    {name: LEARNERS[name] for name in LEARNERS if name not in ("ANIL", "Ridge", "Constant")},
+    {"tokens": sentences()},
+    expected_failures={"NearestNeighbors": {"masked_rows": "rounding decides which of two equally near texts votes"}},
 )
-def test_bundled_learner_keeps_the_contract_on_images_and_tokens(check: Callable[[], None]) -> None:
+def test_bundled_learner_keeps_the_contract_on_tokens(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    {name: LEARNERS[name] for name in ("MAML", "RidgeHead", "CausalInContextTransformer", "Logistic")},
+    {"images": images()},
+)
+def test_bundled_learner_keeps_the_contract_on_images(check: Callable[[], None]) -> None:
     check()
 
 

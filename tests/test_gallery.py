@@ -4,20 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.gallery import example_cards, example_episode, sketches
 from metaicl.learner import Learner
 from metaicl.learners.reference.simple import Constant, NearestNeighbors
-from metaicl.task import EVAL_SEED, EpisodeStream
+from metaicl.spec import TaskSpec
+from metaicl.task import EVAL_SEED, EpisodeStream, Split
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.tasks.rows import ArrayClasses
 
 SIZES = {"shots": (1, 3), "n_shot": 2, "n_query": 4, "split": "test", "seed": EVAL_SEED}
-
-
-class Images(GaussianClasses):
-    """Classes as flat grey images of two channels' worth of rows."""
 
 
 def test_the_examples_are_the_first_tasks_of_the_evaluation():
@@ -76,8 +74,10 @@ def test_points_in_the_plane_and_a_score():
 @pytest.mark.parametrize(("channels", "side", "shown"), [(1, 8, 8), (3, 100, 50)])
 def test_images_are_bytes_and_large_ones_are_thinned(channels, side, shown):
     images = torch.rand(6 * 8, channels, side, side, generator=torch.Generator().manual_seed(0))
-    splits = {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
-    tasks = ArrayClasses(images, torch.arange(6).repeat_interleave(8), n_way=2, class_splits=splits)
+    splits: dict[Split, list[int]] = {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
+    spec = TaskSpec("classification", (channels, side, side), "image", n_way=2)
+    labels = torch.arange(6).repeat_interleave(8)
+    tasks = ArrayClasses(spec, images, labels=labels, class_splits=splits, class_names=list("abcdef"))
     episode = example_episode(tasks, **SIZES)
     row = example_cards(tasks, episode)[0]["classes"][1]
     assert (len(row["support"]), len(row["query"]), row["label"]) == (2, 1, 1)
@@ -90,8 +90,6 @@ def test_images_are_bytes_and_large_ones_are_thinned(channels, side, shown):
 
 class Described(GaussianClasses):
     def sample(self, n_tasks, **options):
-        from metaicl.episode import Episode, Examples
-
         episode = super().sample(n_tasks, **options)
         parts = []
         for start, part in ((0, episode.support), (100, episode.query)):

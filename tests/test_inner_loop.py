@@ -112,7 +112,9 @@ def test_select_parameters():
         select_parameters(nn.ReLU(), None)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+)
 def test_running_statistics_are_refused(layer):
     for check in (check_inner_loop_module, check_no_running_statistics):
         with pytest.raises(ValueError, match=r"Sequential tracks them in \['0'\].*BatchStatNorm"):
@@ -126,7 +128,9 @@ def test_recurrent_layers_are_refused(layer):
     check_no_running_statistics(nn.Sequential(layer))
 
 
-@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False), BatchStatNorm(4)])
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False), BatchStatNorm(4)]
+)
 def test_other_normalizations_are_welcome(layer):
     check_inner_loop_module(nn.Sequential(layer))
     assert select_parameters(layer, None) == {"weight", "bias"}

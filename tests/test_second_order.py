@@ -34,7 +34,9 @@ def test_written_out_equals_native_to_the_second_derivative(name):
     for context in (twice_differentiable, torch.enable_grad):
         with context():
             out = function(*inputs)
-        first = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True, materialize_grads=True, allow_unused=True)
+        first = torch.autograd.grad(
+            out.sin().sum(), inputs, create_graph=True, materialize_grads=True, allow_unused=True
+        )
         total = sum((part.square().sum() for part in first if part.requires_grad), torch.zeros(()))
         second = torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)
         results.append([out, *first, *second])

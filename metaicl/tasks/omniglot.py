@@ -45,13 +45,14 @@ class Omniglot(ImageClasses):
     """N-way tasks over Omniglot: grey images (1, 28, 28), ink bright, in [0, 1].
 
     Both splits hold out the alphabets Armenian, Bengali, Early Aramaic, Hebrew and Mkhedruli (172 characters) for
-    meta-validation. The rules below give the published lists character by character.
+    meta-validation.
 
-      - "vinyals": meta-test is characters 1201 to 1623 (423); the other 1028 are for meta-training.
+      - "vinyals": meta-test is characters 1201 to 1623 (423); the other 1028 are for meta-training. That is the
+        published list, character by character.
       - "lake": meta-test is the 20 evaluation alphabets (659), meta-training the rest of the background set (792).
 
     The arrays come from `omniglot.npz` in the folder, else from the three originals there (`images_background.zip`,
-    `images_evaluation.zip`, `all_runs.zip`), which `download=True` fetches (13 MB). What is built from the originals
+    `images_evaluation.zip`, `all_runs.zip`), which `download=True` fetches (16 MB). What is built from the originals
     is kept beside them as `omniglot.npz`, if the folder can be written. A pixel is the mean of those of the 105 x 105
     original whose centers lie in it (3 or 4 each way), not thresholded.
 
@@ -138,7 +139,7 @@ def _load(folder: Path, fetch: bool) -> Arrays:
         if not fetch:
             raise FileNotFoundError(
                 f"Omniglot needs {_PREPARED}, or the originals {', '.join(_ORIGINALS)}, in {folder}. Name the folder "
-                "with folder=..., or fetch them with download=True (13 MB). Glyphs needs no data"
+                "with folder=..., or fetch them with download=True (16 MB). Glyphs needs no data"
             )
         originals = [download(url, checksum=checksum, folder=folder) for url, checksum in _ORIGINALS.values()]
     arrays = _build(*originals)

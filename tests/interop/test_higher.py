@@ -67,7 +67,9 @@ def test_fast_weights_equal_the_optimizer_itself(name):
 def test_meta_gradients_equal_finite_differences(name):
     learner, episode = make(OPTIMIZERS[name]), waves()
     parameters = list(learner.net.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(squared_error(learner, episode).sum(), parameters), strict=True):
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(squared_error(learner, episode).sum(), parameters), strict=True
+    ):
         place, values = int(gradient.abs().argmax()), []
         with torch.no_grad():
             for shift in (1e-6, -2e-6):
@@ -80,7 +82,9 @@ def test_meta_gradients_equal_finite_differences(name):
 def test_default_is_our_maml():
     net = build_net(SINUSOID.spec)
     ours, theirs = (learner(SINUSOID.spec, net=net, inner_steps=2).double() for learner in (MAML, HigherMAML))
-    expected, found = (torch.autograd.grad(query_loss(each, waves()).sum(), list(net.parameters())) for each in (ours, theirs))
+    expected, found = (
+        torch.autograd.grad(query_loss(each, waves()).sum(), list(net.parameters())) for each in (ours, theirs)
+    )
     assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) < 1e-12
 
 
@@ -89,7 +93,9 @@ def test_first_order_takes_gradients_as_constants():
     assert torch.equal(squared_error(second, waves()), squared_error(first, waves()))
     fast = {name: value.detach().requires_grad_() for name, value in first.adapt(waves().support).items()}
     loss = (first.predict(fast, waves().query.x).mean - waves().query.y).square().sum(-1).mean(1).sum()
-    expected = [part.sum(0) for part in torch.autograd.grad(loss, list(fast.values()))]  # d fast / d start is the identity
+    expected = [
+        part.sum(0) for part in torch.autograd.grad(loss, list(fast.values()))
+    ]  # d fast / d start is the identity
     found = torch.autograd.grad(squared_error(first, waves()).sum(), list(first.net.parameters()))
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-12
 

@@ -32,7 +32,10 @@ def test_adapters_keep_the_contract(check: Callable[[], None]) -> None:
     check()
 
 
-@parametrize_with_checks({"Logistic": partial(SklearnLearner, estimator=LogisticRegression())}, {"gaussians": GaussianClasses(n_way=3, dim=4)})
+@parametrize_with_checks(
+    {"Logistic": partial(SklearnLearner, estimator=LogisticRegression())},
+    {"gaussians": GaussianClasses(n_way=3, dim=4)},
+)
 def test_scikit_learn_classifier_keeps_the_contract(check: Callable[[], None]) -> None:
     check()
 
@@ -46,11 +49,20 @@ def test_side_by_side_with_ours():
     """Trained on the same episodes from the same weights, MAML by three engines ends in the same place."""
     settings = {"inner_lr": 0.01, "inner_steps": 1}
     sgd = partial(torch.optim.SGD, lr=0.01)
-    learners = {"MAML": partial(MAML, **settings), "L2LMAML": partial(L2LMAML, **settings), "HigherMAML": partial(HigherMAML, optimizer=sgd)}
-    train = TrainConfig(steps=3, meta_batch_size=4, n_shot=5, n_query=5, compile=False)
+    learners = {
+        "MAML": partial(MAML, **settings),
+        "L2LMAML": partial(L2LMAML, **settings),
+        "HigherMAML": partial(HigherMAML, optimizer=sgd),
+    }
+    train = TrainConfig(steps=3, meta_batch_size=4, n_shot=5, n_query=5, validate_every=None)
+    learners["Ridge"] = partial(SklearnLearner, estimator=Ridge())
     report = compare(learners, Sinusoid(), train=train, n_episodes=8, seeds=1, references=False, progress=False)
-    print(report)
-    losses = [report.results]
+    assert [result.status for result in report.results] == ["finished"] * 4
+    assert report.results[3].seed is None  # there was nothing to train
+    ours, *others = ([*result.history["loss"], *result.evaluations[5].metrics["nll"]] for result in report.results[:3])
+    assert ours[0] > 1  # losses to speak of
+    for other in others:
+        assert other == pytest.approx(ours, rel=1e-5)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -58,5 +70,7 @@ def test_inference_mode_changes_nothing(learner):
     made = LEARNERS[learner](Sinusoid().spec)
     episode = Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference"))
     with torch.inference_mode():
-        inside = squared_error(made, Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference")))
+        inside = squared_error(
+            made, Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference"))
+        )
     assert torch.equal(inside.clone(), squared_error(made, episode))

@@ -55,14 +55,22 @@ def rows_of(n_classes, first=0, per_class=7):
 def taskset(n_classes=5, *, first=0, k=6, num_tasks=-1, remap=True, dataset=None, shuffle=True):
     l2l = import_learn2learn()
     data = l2l.data.MetaDataset(rows_of(n_classes, first)) if dataset is None else dataset
-    transforms = [l2l.data.transforms.NWays(data, n=2), l2l.data.transforms.KShots(data, k=k), l2l.data.transforms.LoadData(data)]
+    transforms = [
+        l2l.data.transforms.NWays(data, n=2),
+        l2l.data.transforms.KShots(data, k=k),
+        l2l.data.transforms.LoadData(data),
+    ]
     if remap:
         transforms.append(l2l.data.transforms.RemapLabels(data, shuffle=shuffle))
     return l2l.data.Taskset(data, transforms, num_tasks=num_tasks)
 
 
 def three_splits(**settings):
-    tasksets = {"train": taskset(6, **settings), "validation": taskset(4, first=6, **settings), "test": taskset(5, first=10, **settings)}
+    tasksets = {
+        "train": taskset(6, **settings),
+        "validation": taskset(4, first=6, **settings),
+        "test": taskset(5, first=10, **settings),
+    }
     return TasksetDistribution(tasksets, VECTORS)
 
 
@@ -90,7 +98,9 @@ def test_algorithms_start_as_our_maml(learner, first_order):
     net = MAML(SINUSOID.spec).net
     settings = {"net": net, "inner_lr": 0.05, "inner_steps": 3, "first_order": first_order}
     ours, theirs = MAML(SINUSOID.spec, **settings).double(), learner(SINUSOID.spec, **settings).double()
-    expected, found = (torch.autograd.grad(squared_error(each, waves()).sum(), list(net.parameters())) for each in (ours, theirs))
+    expected, found = (
+        torch.autograd.grad(squared_error(each, waves()).sum(), list(net.parameters())) for each in (ours, theirs)
+    )
     assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) < 1e-12
     with torch.no_grad():
         silent = theirs(waves().support, waves().query.x)
@@ -117,7 +127,9 @@ def test_meta_sgd_learns_its_step_sizes_by_hand():
     expected = [torch.zeros_like(lr) for lr in made.algorithm.lrs]
     for task in waves():
         weights = [p.detach().clone().requires_grad_() for p in made.net.parameters()]
-        inner = torch.autograd.grad((task.support.x[0] @ weights[0].T + weights[1] - task.support.y[0]).square().mean(), weights)
+        inner = torch.autograd.grad(
+            (task.support.x[0] @ weights[0].T + weights[1] - task.support.y[0]).square().mean(), weights
+        )
         fast = [w - 0.125 * g for w, g in zip(weights, inner, strict=True)]
         outer = torch.autograd.grad((task.query.x[0] @ fast[0].T + fast[1] - task.query.y[0]).square().mean(), weights)
         expected = [e - g * o for e, g, o in zip(expected, inner, outer, strict=True)]
@@ -131,7 +143,9 @@ def test_gbml_takes_any_transform_and_adapts_it():
     curvature = L2LGBML(
         SINUSOID.spec, transform=l2l.optim.MetaCurvatureTransform, inner_steps=3, inner_lr=0.1, adapt_transform=True
     ).double()
-    plain = L2LGBML(SINUSOID.spec, net=curvature.net, transform=l2l.optim.MetaCurvatureTransform, inner_steps=3, inner_lr=0.1).double()
+    plain = L2LGBML(
+        SINUSOID.spec, net=curvature.net, transform=l2l.optim.MetaCurvatureTransform, inner_steps=3, inner_lr=0.1
+    ).double()
     with torch.no_grad():
         assert float((squared_error(curvature, waves()) - squared_error(plain, waves())).abs().max()) > 1e-6
     with pytest.raises(ValueError, match="adapt_transform and first_order"):
@@ -144,7 +158,10 @@ def test_masked_rows_are_absent():
     learner, episode = L2LMAML(SINUSOID.spec).double(), waves()
     mask = torch.arange(5) < 3
     support = Examples(episode.support.x, episode.support.y, mask.expand(3, 5))
-    masked, removed = learner(support, episode.query.x).mean, learner(episode.support.rows(slice(0, 3)), episode.query.x).mean
+    masked, removed = (
+        learner(support, episode.query.x).mean,
+        learner(episode.support.rows(slice(0, 3)), episode.query.x).mean,
+    )
     assert torch.equal(masked, removed)
     empty = Examples(episode.support.x, episode.support.y, torch.zeros(3, 5, dtype=torch.bool))
     unadapted = learner.net(episode.query.x)
@@ -255,7 +272,9 @@ def test_taskset_errors():
     with pytest.raises(ValueError, match="n_shot \\+ n_query = 7 rows .* gives 6"):
         tasks.sample(1, split="train", n_shot=3, n_query=4, generator=generator)
     with pytest.raises(ValueError, match="n_way = 3; the task set gave a task of 2"):
-        TasksetDistribution(shared, VECTORS.with_n_way(3)).sample(1, split="train", n_shot=1, n_query=1, generator=generator)
+        TasksetDistribution(shared, VECTORS.with_n_way(3)).sample(
+            1, split="train", n_shot=1, n_query=1, generator=generator
+        )
     with pytest.raises(ValueError, match=r"rows of shape \(4,\); the task set gave \(3,\)"):
         other = TaskSpec("classification", (4,), n_way=2)
         TasksetDistribution(shared, other).sample(1, split="train", n_shot=1, n_query=1, generator=generator)

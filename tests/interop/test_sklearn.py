@@ -77,7 +77,9 @@ def test_missing_classes_single_class_and_no_rows():
     assert float((nothing - 1 / 3).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("estimator", [RandomForestClassifier(5), make_pipeline(StandardScaler(), RandomForestClassifier(5))])
+@pytest.mark.parametrize(
+    "estimator", [RandomForestClassifier(5), make_pipeline(StandardScaler(), RandomForestClassifier(5))]
+)
 def test_same_answer_twice_and_in_any_order(estimator):
     learner, episode = SklearnLearner(GAUSSIANS.spec, estimator), draw(GAUSSIANS)
     first = learner(episode.support, episode.query.x).probs

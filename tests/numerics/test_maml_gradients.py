@@ -23,7 +23,9 @@ IMAGES = TaskSpec("classification", (1, 8, 8), "image", n_way=3)
 
 
 def waves(n_tasks=4, n_shot=5, n_query=6):
-    episode = SINUSOID.sample(n_tasks, split="train", n_shot=n_shot, n_query=n_query, generator=derive_generator("waves"))
+    episode = SINUSOID.sample(
+        n_tasks, split="train", n_shot=n_shot, n_query=n_query, generator=derive_generator("waves")
+    )
     return episode.to(dtype=torch.float64)
 
 
@@ -124,7 +126,9 @@ def test_equals_finite_differences(case, steps):
 def test_equals_the_closed_form_of_linear_regression():
     """One step on |X w - y|^2 / n: w' = w - lr G, dw'/dw = I - 2 lr X'X / n, all by hand."""
     generator = derive_generator("closed form")
-    x, y, xq, yq = (torch.randn(3, rows, size, generator=generator).double() for rows, size in [(6, 4), (6, 1), (5, 4), (5, 1)])
+    x, y, xq, yq = (
+        torch.randn(3, rows, size, generator=generator).double() for rows, size in [(6, 4), (6, 1), (5, 4), (5, 1)]
+    )
     net = seeded(lambda: nn.Linear(4, 1, bias=False))
     learner = MAML(TaskSpec("regression", (4,), y_dim=1), net=net, inner_lr=0.1).double()
     found = meta_gradient(learner, Episode(Examples(x, y), Examples(xq, yq)), squared_error)[0]

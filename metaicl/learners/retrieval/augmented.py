@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 from metaicl.checks import check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
-from metaicl.functional import categorical, class_weights, raw_features, unit_rows
+from metaicl.functional import categorical, class_weights, unit_rows
 from metaicl.learner import Learner, Prepares
 from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
