@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from metaicl.checks import check_choice, check_count, check_device, check_seed
+from metaicl.comparison_pool import run_jobs
 from metaicl.comparison_runs import Options, Source, Trainer, Worker, entries_of, jobs_of, make_board
 from metaicl.files import lock_directory
 from metaicl.learner import Learner
@@ -40,6 +40,7 @@ def compare(
     batch_size: int = 50,
     device: str | torch.device | None = None,
     directory: str | os.PathLike[str] | None = None,
+    processes: int = 1,
     trainer: Trainer = meta_train,
     progress: bool = True,
 ) -> Report:
@@ -64,6 +65,8 @@ def compare(
         batch_size: Tasks evaluated together.
         device: Where to train and evaluate; by default where the factory puts the learner.
         directory: Keeps each finished result, and the training checkpoints: the same call resumes there.
+        processes: Runs at a time, each in a process of its own with its share of the threads; learners must then be
+            classes or functions that can be sent there (no lambdas).
         trainer: Called like `meta_train`; `functools.partial(meta_train, objective=...)` changes the loss.
         progress: Show progress bars.
 
@@ -86,9 +89,10 @@ def compare(
     jobs = [job for board in boards for entry in entries[board.name] for job in jobs_of(board, entry, options)]
     with nullcontext() if directory is None else _owned(directory):
         worker = Worker(options, trainer, directory, progress)
-        bar = tqdm(jobs, disable=not progress, unit="run", desc="compare")
-        results = tuple(worker.run(job) for job in bar)
-    return Report(_protocol(options, results), {board.name: board.card(baseline) for board in boards}, results)
+        results = run_jobs(worker, jobs, processes=check_count("processes", processes))
+    return Report(
+        _protocol(options, results, processes), {board.name: board.card(baseline) for board in boards}, results
+    )
 
 
 def _check_names(learners: Mapping[str, Source], tasks: Mapping[str, TaskDistribution]) -> None:
@@ -140,7 +144,7 @@ def _owned(directory: str | os.PathLike[str]) -> Any:
     return lock_directory(directory)
 
 
-def _protocol(options: Options, results: Sequence[Result]) -> dict[str, Any]:
+def _protocol(options: Options, results: Sequence[Result], processes: int) -> dict[str, Any]:
     """How the comparison was made; what belongs to one task distribution stands on its card."""
     used = sorted({one.device for result in results for one in result.evaluations.values()})
     return json_ready(
@@ -152,7 +156,8 @@ def _protocol(options: Options, results: Sequence[Result]) -> dict[str, Any]:
             "interval": "95 %, crossed bootstrap over seeds and episodes",
             "batch_size": options.batch_size,
             "device": [_device_name(name) for name in used],
-            "threads": torch.get_num_threads(),
+            "threads": max(1, torch.get_num_threads() // processes),
+            "runs_at_a_time": processes,
             "versions": {name: _version(name) for name in ("metaicl", "torch", "numpy")}
             | {"python": platform.python_version()},
         }

@@ -60,7 +60,7 @@ svg text{font-family:inherit!important}
 figcaption{color:var(--gray);font-size:.86rem;margin-top:.35rem}
 .examples{display:flex;flex-wrap:wrap;gap:1.5rem 2.5rem}
 .across{width:100%}
-.images{max-width:23rem}
+.images{max-width:20rem}
 .images table,.texts table{width:auto}
 .images th,.images td,.texts th,.texts td{text-align:left;padding:.25rem 1rem .25rem 0;border:0}
 .images img{display:block;height:44px;width:calc(var(--n)*44px);image-rendering:pixelated;border-radius:3px}

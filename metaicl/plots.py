@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, ScalarFormatter
 
 from metaicl.findings import Findings
 from metaicl.statistics import intervals
@@ -125,8 +125,11 @@ def plot_cost(findings: Findings, task: str, *, legend: bool = True) -> Figure |
             gap = None if one.low is None or one.high is None else [[one.mean - one.low], [one.high - one.mean]]
             marker = "D" if row.role == "reference" else "o"
             axes.errorbar([cost], [one.mean], gap, fmt=marker, color=styles[row.learner]["color"], label=row.learner)
+        low, high = axes.dataLim.intervalx
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.set_xlim(low / 3, high * 3)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         y = f"{_UNITS[metric]}, {_UP[metric]}"
         _label(axes, f"{_NAMES[metric]} against cost", "adapt and predict, ms per task", y)
         return _finish(figure, axes, legend)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import operator
 import platform
 import subprocess
 import sys
@@ -44,7 +45,7 @@ class Criterion:
     Args:
         name: What is measured, with its unit.
         value: What came out.
-        comparison: ">=" or "<=".
+        comparison: ">", ">=" or "<=".
         bound: What it is held against.
         ci: 95 % interval of the value, where there is one.
         reference: The published or the exact value beside ours, where there is one.
@@ -52,7 +53,7 @@ class Criterion:
 
     name: str
     value: float
-    comparison: Literal[">=", "<="]
+    comparison: Literal[">", ">=", "<="]
     bound: float
     ci: tuple[float, float] | None = None
     reference: float | None = None
@@ -60,7 +61,8 @@ class Criterion:
     @property
     def held(self) -> bool:
         """Whether the value is on the right side of the bound; NaN never is."""
-        return self.value >= self.bound if self.comparison == ">=" else self.value <= self.bound
+        compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}[self.comparison]
+        return compare(self.value, self.bound)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Operations whose fused kernels have no second derivative, or a wrong one, written out where inner loops run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+_OPTIONS = ("input", "running_mean", "running_var", "weight", "bias", "statistics", "momentum", "eps")
+"""Arguments of torch's batch and instance normalization, in order."""
 
 
 @contextmanager
@@ -37,10 +40,10 @@ class _WrittenOut(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm:
             return _layer_norm(*args, **kwargs)
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            return _instance_norm(*args, **kwargs)
+        if func is F.batch_norm or func is F.instance_norm:
+            options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
+            if options.get("running_mean") is None:
+                return _channel_norm(options, over_rows=func is F.batch_norm)
         return func(*args, **kwargs)
 
 
@@ -56,42 +59,16 @@ def _layer_norm(
     return out if bias is None else out + bias
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is not None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _per_channel(_standardize(input, (0, *range(2, input.ndim)), eps), weight, bias)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is not None:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _per_channel(_standardize(input, tuple(range(2, input.ndim)), eps), weight, bias)
+def _channel_norm(options: Mapping[str, Any], *, over_rows: bool) -> Tensor:
+    """Batch normalization (over rows and places) or instance normalization (over places) of (rows, channels, ...)."""
+    x, weight, bias = options["input"], options.get("weight"), options.get("bias")
+    places = tuple(range(2, x.ndim))
+    out = _standardize(x, (0, *places) if over_rows else places, options.get("eps", 1e-5))
+    shape = (-1,) + (1,) * len(places)
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 def _standardize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     centered = x - x.mean(axes, keepdim=True)
     return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    shape = (-1,) + (1,) * (x.ndim - 2)
-    x = x if weight is None else x * weight.view(shape)
-    return x if bias is None else x + bias.view(shape)

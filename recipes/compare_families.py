@@ -127,8 +127,8 @@ def criteria(report: Report) -> list[Criterion]:
             gap = gaps[name, "constant"]
             low, high = (float("nan") if end is None else better * end for end in (gap.low, gap.high))
             ci = (min(low, high), max(low, high))
-            label = f"{task}: {report.metric(task)} gained over constant, {family} ({name})"
-            found.append(Criterion(label, ci[0], ">=", 0.0, ci=ci))
+            label = f"{task}: {report.metric(task)} gained over constant, lower end, {family} ({name})"
+            found.append(Criterion(label, ci[0], ">", 0.0, ci=ci))
     return found
 
 

@@ -52,7 +52,7 @@ def test_positive_and_its_inverse():
         back = functional.positive(torch.tensor(functional.inverse_positive(value), dtype=torch.float64))
         assert float(back) == pytest.approx(value, rel=1e-9)
     for value in (1e-3, 0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="finite number > 0.001"):
+        with pytest.raises(ValueError, match=r"finite number > 0\.001"):
             functional.inverse_positive(value)
     assert twice(functional.positive, randn(5))
 

@@ -235,6 +235,7 @@ class NanReference(Sinusoid):
         (IgnoresGenerator(), "deterministic", {"row_order"}),
         (KnowsItsProcess(), "addressed", set()),
         (Pool(repeat=True), "rows_disjoint", set()),
+        (Pool(repeat=True, named=False), "rows_disjoint", set()),
         (RepeatsRows(), "rows_disjoint", set()),
         (Pool({**OWNED, "test": [9, 10, 0]}), "splits_disjoint", set()),
         (WrongSpec(), "spec", set()),

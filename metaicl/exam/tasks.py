@@ -108,7 +108,7 @@ def check_addressed(case: TaskCase) -> None:
 
 
 def check_rows_disjoint(case: TaskCase) -> None:
-    """No query row occurs in the support of its task, nor any row twice in one part."""
+    """No query row occurs in the support of its task, nor any row twice; `ids` decide, content where there are none."""
     episode = case.sample("rows", n_tasks=25)
     for name, part in (("support", episode.support), ("query", episode.query)):
         if discrete_inputs(part.x, case.tasks.spec) and part.ids is None:
@@ -118,7 +118,8 @@ def check_rows_disjoint(case: TaskCase) -> None:
             raise AssertionError(
                 f"{repeated} rows of the {name} occur twice in their task. Hint: draw without replacement"
             )
-    _require_no_leaks(case, "in the support")
+    named = episode.support.ids is not None and episode.query.ids is not None
+    _require_no_leaks(case, "in the support, by source row" if named else "in the support, by content")
 
 
 def check_splits_disjoint(case: TaskCase) -> None:

@@ -9,14 +9,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from metaicl.comparison import compare
 from metaicl.interop.higher import HigherMAML
-from metaicl.interop.learn2learn import L2LGBML, L2LMAML, L2LMetaSGD
+from metaicl.interop.learn2learn import L2LGBML, L2LMAML, L2LMetaSGD, TasksetDistribution, import_learn2learn
 from metaicl.interop.sklearn import SklearnLearner
 from metaicl.learners.gradient.maml import MAML
 from metaicl.objectives import squared_error
-from metaicl.task import derive_generator
+from metaicl.spec import TaskSpec
+from metaicl.task import SPLITS, derive_generator
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
-from metaicl.testing import parametrize_with_checks
+from metaicl.testing import check_tasks, parametrize_with_checks
 from metaicl.train_config import TrainConfig
 
 LEARNERS = {
@@ -74,3 +75,22 @@ def test_inference_mode_changes_nothing(learner):
             made, Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference"))
         )
     assert torch.equal(inside.clone(), squared_error(made, episode))
+
+
+def test_tasksets_sit_the_exam_of_task_distributions():
+    l2l = import_learn2learn()
+
+    def taskset(split, n_classes):
+        generator = derive_generator("taskset", split)
+        labels = torch.arange(n_classes).repeat_interleave(20)
+        x = 3 * torch.randn(n_classes, 4, generator=generator)[labels] + torch.randn(
+            len(labels), 4, generator=generator
+        )
+        data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
+        steps = l2l.data.transforms
+        return l2l.data.Taskset(data, [steps.NWays(data, 3), steps.KShots(data, 16), steps.LoadData(data)])
+
+    tasks = TasksetDistribution(
+        {split: taskset(split, 12) for split in SPLITS}, TaskSpec("classification", (4,), n_way=3)
+    )
+    check_tasks(tasks)

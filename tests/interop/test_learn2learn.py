@@ -269,15 +269,15 @@ def test_taskset_errors():
     generator = derive_generator("errors")
     with pytest.raises(ValueError, match=r"no task set for split 'test'.*\['train'\]"):
         tasks.sample(1, split="test", n_shot=1, n_query=1, generator=generator)
-    with pytest.raises(ValueError, match="n_shot \\+ n_query = 7 rows .* gives 6"):
+    with pytest.raises(ValueError, match=r"n_shot \+ n_query = 7 rows .* gives 6"):
         tasks.sample(1, split="train", n_shot=3, n_query=4, generator=generator)
     with pytest.raises(ValueError, match="n_way = 3; the task set gave a task of 2"):
         TasksetDistribution(shared, VECTORS.with_n_way(3)).sample(
             1, split="train", n_shot=1, n_query=1, generator=generator
         )
+    other = TasksetDistribution(shared, TaskSpec("classification", (4,), n_way=2))
     with pytest.raises(ValueError, match=r"rows of shape \(4,\); the task set gave \(3,\)"):
-        other = TaskSpec("classification", (4,), n_way=2)
-        TasksetDistribution(shared, other).sample(1, split="train", n_shot=1, n_query=1, generator=generator)
+        other.sample(1, split="train", n_shot=1, n_query=1, generator=generator)
 
 
 # Our distributions as their task sets

@@ -127,7 +127,7 @@ def test_masked_rows_are_absent_and_images_are_flattened():
 def test_wrong_estimators():
     with pytest.raises(TypeError, match="must be a scikit-learn classifier for a classification spec; got Ridge"):
         SklearnLearner(GAUSSIANS.spec, SkRidge())
-    with pytest.raises(TypeError, match="RidgeClassifier has no predict_proba.*CalibratedClassifierCV"):
+    with pytest.raises(TypeError, match=r"RidgeClassifier has no predict_proba.*CalibratedClassifierCV"):
         SklearnLearner(GAUSSIANS.spec, RidgeClassifier())
     with pytest.raises(ValueError, match="scale must be a finite number > 0"):
         SklearnLearner(LINEAR.spec, SkRidge(), scale=-1)
@@ -162,7 +162,7 @@ def test_classifier_answers_as_the_learner():
 
 
 def test_fewer_classes_leave_outputs_out_and_more_are_refused():
-    X, y, X_new, y_new = data(n_way=2)
+    X, y, X_new, _ = data(n_way=2)
     model = InContextClassifier(MAML(GAUSSIANS.spec, inner_steps=5)).fit(X, y)
     probabilities = model.predict_proba(X_new)
     assert probabilities.shape == (len(X_new), 2)

@@ -179,10 +179,8 @@ def dense(norm):
 
 
 def convolutional(norm):
-    return nn.Sequential(
-        nn.Linear(1, 16), nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 3), norm(8), nn.Tanh(), nn.Conv2d(8, 8, 1), norm(8),
-        nn.Tanh(), nn.Flatten(), nn.Linear(32, 1),
-    )  # fmt: skip
+    blocks = [nn.Conv2d(1, 8, 3), norm(8), nn.Tanh(), nn.Conv2d(8, 8, 1), norm(8), nn.Tanh()]
+    return nn.Sequential(nn.Linear(1, 16), nn.Unflatten(1, (1, 4, 4)), *blocks, nn.Flatten(), nn.Linear(32, 1))
 
 
 class Attention(nn.Module):
@@ -228,9 +226,12 @@ def test_second_order_through_every_layer_equals_plain_autograd(name, training):
     net = seeded(NETS[name]).train(training)
     learner = MAML(SINUSOID.spec, net=net, inner_lr=0.1, inner_steps=2).double().train(training)
     found = meta_gradient(learner, waves(), squared_error)
+    by_higher = HigherMAML(SINUSOID.spec, net=net, inner_steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    looped = meta_gradient(by_higher.double().train(training), waves(), squared_error)
     expected = loop_gradient(net.train(), waves(), F.mse_loss, lr=0.1, steps=2)  # in eval mode torch fuses the layer
     size = max(float(part.abs().max()) for part in expected)
     assert largest_gap(found, expected) < 1e-12 * max(size, 1)
+    assert largest_gap(looped, expected) < 1e-12 * max(size, 1)
     net.train(training)
     with torch.no_grad():
         assert squared_error(learner, waves()).isfinite().all()

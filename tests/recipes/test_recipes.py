@@ -1,0 +1,48 @@
+"""Every recipe in smoke size: a recipe without a test cannot exist."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from metaicl.recipe import run
+
+RECIPES = sorted(Path(__file__).resolve().parents[2].joinpath("recipes").glob("*.py"))
+NEEDS_DATA = ("omniglot", "few_shot_intents")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, shared_data: Path, capsys) -> None:
+    module = load(path)
+    data = ["--data", str(shared_data)] if path.stem in NEEDS_DATA else []
+    run(module.main, module.Config, ["--smoke", "--out", str(tmp_path), "--seed", "3", *data])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"recipe", "claim", "config", "versions", "criteria", "verdict"}
+    assert results["recipe"] == path.stem
+    assert results["verdict"] == "smoke"
+    assert results["config"]["seed"] == 3
+    assert results["criteria"]
+    for criterion in results["criteria"]:
+        assert set(criterion) == {"name", "value", "ci", "reference", "bound", "held"}
+    assert results["claim"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_explains_itself(path: Path, capsys) -> None:
+    module = load(path)
+    with pytest.raises(SystemExit):
+        run(module.main, module.Config, ["--help"])
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--smoke", "--out", "--seed"))
+    assert module.__doc__.splitlines()[0][:40] in text

@@ -1,0 +1,73 @@
+"""Recipes' command line, criteria and verdicts."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, parse, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    SMOKE: ClassVar = {"steps": 2, "names": ("a",)}
+
+    steps: int = option(100, "updates")
+    rate: float = option(0.5, "a rate")
+    names: tuple[str, ...] = option((), "some names")
+    fast: bool = option(True, "a switch")
+
+
+def make(config: Config) -> RecipeResult:
+    """A recipe whose value is its number of steps."""
+    return RecipeResult("toy", "many steps", config, [Criterion("steps", config.steps, ">=", 50, ci=(1.0, math.inf))])
+
+
+def test_options_come_from_the_fields() -> None:
+    found = parse(Config, ["--steps", "7", "--rate", "1e-3", "--names", "x", "y", "--no-fast", "--out", "somewhere"])
+    assert found == Config(steps=7, rate=1e-3, names=("x", "y"), fast=False, out=Path("somewhere"))
+
+
+def test_smoke_values_yield_to_what_was_said() -> None:
+    assert parse(Config, ["--smoke"]) == Config(smoke=True, steps=2, names=("a",))
+    assert parse(Config, ["--smoke", "--steps", "9"]).steps == 9
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(Config, ["--stepz", "1"])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(("arguments", "verdict"), [([], "held"), (["--steps", "49"], "missed"), (["--smoke"], "smoke")])
+def test_results_are_written_with_their_verdict(arguments, verdict: str, tmp_path: Path, capsys) -> None:
+    for _ in range(2):
+        run(make, Config, [*arguments, "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["verdict"] == verdict
+    assert written["criteria"][0]["ci"] == [1.0, None]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert f"verdict: {verdict}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "comparison", "held"),
+    [(1.0, ">=", True), (1.0, ">", False), (1.0, "<=", True), (0.9, ">=", False), (1.1, "<=", False)],
+)
+def test_bounds(value: float, comparison, held: bool) -> None:
+    assert Criterion("x", value, comparison, 1.0).held == held
+    assert not Criterion("x", math.nan, comparison, 1.0).held
+
+
+def test_interruption_exits_with_130(tmp_path: Path) -> None:
+    def interrupted(config: Config) -> RecipeResult:
+        raise KeyboardInterrupt
+
+    interrupted.__module__ = __name__
+    with pytest.raises(SystemExit) as error:
+        run(interrupted, Config, ["--out", str(tmp_path)])
+    assert error.value.code == 130
+    assert not (tmp_path / "results.json").exists()
