@@ -24,7 +24,8 @@ class Examples:
         x: Inputs (B, N, *x_shape). Token inputs are long, 0 is padding; images are float in [0, 1].
         y: Targets (B, N, y_dim) float for regression, class indices (B, N) long for classification.
         mask: bool (B, N), True = real row. None means that every row is real.
-            A masked row behaves exactly as an absent one.
+            A masked row behaves exactly as an absent one; what it held is blanked (zeros, id -1), so that nothing
+            can come of it.
         ids: long (B, N), the row of the source each example was drawn from, -1 = no source row.
             Memory banks use them to exclude a query's own row.
 
@@ -49,6 +50,11 @@ class Examples:
             _check_leading(self.x, self.ids, "ids")
             if self.ids.dtype != torch.long or self.ids.ndim != 2:
                 raise TypeError(f"Examples.ids must be long (B, N); got {self.ids.dtype} {tuple(self.ids.shape)}")
+        if self.mask is not None:
+            for name, blank in (("x", 0), ("y", 0), ("ids", -1)):
+                leaf = getattr(self, name)
+                if leaf is not None:
+                    object.__setattr__(self, name, _blanked(leaf, self.mask, blank))
 
     @property
     def n_tasks(self) -> int:
@@ -196,6 +202,11 @@ def _check_leading(x: Tensor, leaf: Tensor, name: str) -> None:
         )
     if leaf.device != x.device:
         raise ValueError(f"Examples.{name} must be on the device of x ({x.device}); got {leaf.device}")
+
+
+def _blanked(leaf: Tensor, mask: Tensor, value: int) -> Tensor:
+    keep = mask.reshape(mask.shape + (1,) * (leaf.ndim - 2))
+    return torch.where(keep, leaf, torch.full((), value, dtype=leaf.dtype, device=leaf.device))
 
 
 def _to(leaf: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

@@ -92,14 +92,14 @@ def call_tasks(net: nn.Module, fast: Params, frozen: Params, x: Tensor) -> Tenso
 
 
 def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> frozenset[str]:
-    """Names of the parameters of `net` that match any of the shell-style `patterns`; None selects all.
+    """Names of the trainable parameters of `net` that match any of the shell-style `patterns`; None selects all.
 
     Raises:
-        ValueError: If the net has no parameters or a pattern matches nothing; the message names close matches.
+        ValueError: If the net has no trainable parameters or a pattern matches nothing; the message names close matches.
     """
-    names = [name for name, _ in net.named_parameters()]
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     if not names:
-        raise ValueError(f"{type(net).__name__} has no parameters to adapt")
+        raise ValueError(f"{type(net).__name__} has no trainable parameters to adapt")
     if patterns is None:
         return frozenset(names)
     chosen: set[str] = set()

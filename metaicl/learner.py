@@ -1,13 +1,14 @@
 """The contract of every learner: adapt to a support, then predict for new inputs."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Episode, Examples
+from metaicl.nets.norm import mixes_rows
 from metaicl.spec import Kind, TaskSpec
 
 State = TypeVar("State")
@@ -58,6 +59,11 @@ class Learner(nn.Module, ABC, Generic[State]):
             hint = f"; use {other} instead" if other else ""
             raise ValueError(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
         self.spec = spec
+
+    def declare_nets(self, *nets: nn.Module) -> None:
+        """Declare the learner transductive if one of its nets mixes the rows it is given (batch statistics)."""
+        if any(mixes_rows(net) for net in nets):
+            self.traits = replace(self.traits, transductive=True)
 
     @abstractmethod
     def adapt(self, support: Examples) -> State:

@@ -67,10 +67,7 @@ def main(config: Config) -> RecipeResult:
     print(report)
     report.to_html(config.out / "report.html")
     found = {name: report.interval("Omniglot", name) for name in learners}
-    ci = {
-        name: (one.low, one.high) if one.low is not None and one.high is not None else None
-        for name, one in found.items()
-    }
+    ci = {name: (one.low, one.high) if one.low and one.high else None for name, one in found.items()}
     criteria = [
         Criterion("ProtoNet accuracy", found["ProtoNet"].mean, ">=", 0.92, ci=ci["ProtoNet"], reference=0.96),
         Criterion("raw pixels, distance to .269", abs(found["raw pixels"].mean - 0.269), "<=", 0.01, reference=0.269),

@@ -91,7 +91,9 @@ def test_budgets(path: Path) -> None:
             length = (body[-1].end_lineno or 0) - body[0].lineno + 1
             assert length <= 40, f"{path.name}:{node.lineno} {node.name} has a body of {length} lines"
         positional = [a for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
-        assert len(positional) <= 6, f"{path.name}:{node.lineno} {node.name} takes {len(positional)} positional parameters"
+        assert len(positional) <= 6, (
+            f"{path.name}:{node.lineno} {node.name} takes {len(positional)} positional parameters"
+        )
 
 
 def test_there_is_no_utils() -> None:

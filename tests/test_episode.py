@@ -82,7 +82,11 @@ def test_pytrees_pass_through_vmap_and_compile() -> None:
 def test_to_casts_numbers_and_leaves_labels() -> None:
     moved = episode(labels=True, mask=True, ids=True).to("cpu", torch.float64)
     assert (moved.support.x.dtype, moved.latents["w"].dtype) == (torch.float64, torch.float64)
-    assert (moved.support.y.dtype, moved.support.mask.dtype, moved.support.ids.dtype) == (torch.long, torch.bool, torch.long)
+    assert (moved.support.y.dtype, moved.support.mask.dtype, moved.support.ids.dtype) == (
+        torch.long,
+        torch.bool,
+        torch.long,
+    )
 
 
 def test_indexing_keeps_the_task_axis() -> None:

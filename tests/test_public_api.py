@@ -7,7 +7,18 @@ import metaicl
 import metaicl.learners
 import metaicl.tasks
 
-OPTIONAL = ("sklearn", "pandas", "faiss", "learn2learn", "higher", "tensorboard", "torchvision", "gym", "matplotlib", "PIL")
+OPTIONAL = (
+    "sklearn",
+    "pandas",
+    "faiss",
+    "learn2learn",
+    "higher",
+    "tensorboard",
+    "torchvision",
+    "gym",
+    "matplotlib",
+    "PIL",
+)
 
 
 def test_the_public_names_exist_and_are_few() -> None:

@@ -42,7 +42,9 @@ def test_unknown_options_are_refused() -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize(("arguments", "verdict"), [([], "held"), (["--steps", "49"], "missed"), (["--smoke"], "smoke")])
+@pytest.mark.parametrize(
+    ("arguments", "verdict"), [([], "held"), (["--steps", "49"], "missed"), (["--smoke"], "smoke")]
+)
 def test_results_are_written_with_their_verdict(arguments, verdict: str, tmp_path: Path, capsys) -> None:
     for _ in range(2):
         run(make, Config, [*arguments, "--out", str(tmp_path)])

@@ -15,19 +15,30 @@ class MLP(nn.Sequential):
     Args:
         sizes: Layer widths, input first, output last.
         activation: Makes the nonlinearity.
+        activate_last: Put one after the last layer too.
     """
 
-    def __init__(self, sizes: Sequence[int], *, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        activate_last: bool = False,
+    ) -> None:
         """Build the layers with torch's default initialization."""
         layers: list[nn.Module] = []
         for n_in, n_out in zip(sizes, sizes[1:], strict=False):
             layers += [nn.Linear(n_in, n_out), activation()]
-        super().__init__(*layers[:-1])
+        super().__init__(*(layers if activate_last else layers[:-1]))
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalization with 8 groups (or fewer, where 8 does not divide the channels)."""
-    return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
+    """Group normalization with up to 8 groups of at least 4 channels.
+
+    A group of one channel would blank an image that pooling has shrunk to one place.
+    """
+    groups = next(n for n in (8, 4, 2, 1) if n == 1 or (channels % n == 0 and channels // n >= 4))
+    return nn.GroupNorm(groups, channels)
 
 
 class Conv4(nn.Module):
@@ -125,8 +136,12 @@ def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-class Classifier(nn.Sequential):
+class EncoderWithHead(nn.Sequential):
     """An encoder followed by a linear head; what gradient-based learners adapt.
+
+    A classification head starts at zero: labels are arbitrary in every task, so no class should start ahead of another
+    (Ye & Chao, 2022, arXiv:2106.16245, make the same point; without it MAML spends its first thousands of updates at
+    chance). A regression head starts at torch's default.
 
     Args:
         encoder: (rows, *x_shape) -> (rows, D).
@@ -136,18 +151,22 @@ class Classifier(nn.Sequential):
     def __init__(self, encoder: nn.Module, spec: TaskSpec) -> None:
         """Build the head on the encoder's output."""
         super().__init__()
+        head = nn.Linear(encoder_dim(encoder, spec), spec.output_size)
+        if spec.kind == "classification":
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         self.add_module("encoder", encoder)
-        self.add_module("head", nn.Linear(encoder_dim(encoder, spec), spec.output_size))
+        self.add_module("head", head)
 
 
 def build_net(spec: TaskSpec, *, dim: int | None = None) -> nn.Module:
-    """A sensible net from inputs to outputs: two hidden layers of 40 for vectors (Finn et al. 2017), else Conv4-32 or words.
+    """A sensible net for the inner loop, in two parts called `encoder` and `head`.
 
     Args:
-        spec: Inputs and outputs.
+        spec: Inputs and outputs. Vectors get two hidden layers (Finn et al. 2017), images Conv4, tokens a bag of words.
         dim: Width; None takes 40 for vectors, 32 filters for images, 64 for tokens.
     """
     width = dim or {"vector": 40, "image": 32, "tokens": 64}[spec.x_kind]
     if spec.x_kind == "vector":
-        return MLP((spec.x_shape[0], width, width, spec.output_size))
-    return Classifier(build_encoder(spec, dim=width), spec)
+        return EncoderWithHead(MLP((spec.x_shape[0], width, width), activate_last=True), spec)
+    return EncoderWithHead(build_encoder(spec, dim=width), spec)

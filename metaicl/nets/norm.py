@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BatchStatNorm(nn.Module):
@@ -32,3 +33,11 @@ class BatchStatNorm(nn.Module):
         variance = centered.square().mean(axes, keepdim=True)
         shape = (-1,) + (1,) * (x.ndim - 2)
         return centered * (variance + self.eps).rsqrt() * self.weight.view(shape) + self.bias.view(shape)
+
+
+def mixes_rows(net: nn.Module) -> bool:
+    """Whether the net normalizes by the statistics of the rows it is given, in evaluation too."""
+    layers = net.modules()
+    return any(
+        isinstance(m, BatchStatNorm) or (isinstance(m, _BatchNorm) and not m.track_running_stats) for m in layers
+    )

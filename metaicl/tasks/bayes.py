@@ -72,7 +72,13 @@ class SinusoidPosterior(Learner[dict[str, Tensor]]):
     traits = Traits(kinds=("regression",), trainable=False)
 
     def __init__(
-        self, spec: TaskSpec, *, amplitude: tuple[float, float], phase: tuple[float, float], noise: float, grid: int = 256
+        self,
+        spec: TaskSpec,
+        *,
+        amplitude: tuple[float, float],
+        phase: tuple[float, float],
+        noise: float,
+        grid: int = 256,
     ) -> None:
         """Lay out the grid."""
         super().__init__(spec)

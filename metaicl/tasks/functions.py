@@ -34,7 +34,11 @@ class Sinusoid(TaskDistribution):
     identity: ClassVar[tuple[str, ...]] = ("phase",)
 
     def __init__(
-        self, *, amplitude: tuple[float, float] = (0.1, 5.0), phase: tuple[float, float] = (0.0, math.pi), noise: float = 0.0
+        self,
+        *,
+        amplitude: tuple[float, float] = (0.1, 5.0),
+        phase: tuple[float, float] = (0.0, math.pi),
+        noise: float = 0.0,
     ) -> None:
         """Keep the ranges."""
         for name, (low, high) in (("amplitude", amplitude), ("phase", phase)):
@@ -45,9 +49,7 @@ class Sinusoid(TaskDistribution):
         self.spec = TaskSpec("regression", (1,), y_dim=1)
         self.amplitude, self.phase, self.noise = amplitude, phase, float(noise)
 
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw waves and points; see `TaskDistribution.sample`."""
         amplitude = _uniform((n_tasks, 1, 1), self.amplitude, generator)
         phase = hold_out(_uniform((n_tasks, 1, 1), self.phase, generator), split, generator, cell=_CELL)
@@ -105,9 +107,7 @@ class LinearRegression(TaskDistribution):
         self._factor = factor.float()
         self.spec = TaskSpec("regression", (dim,), y_dim=1)
 
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw weights and points; see `TaskDistribution.sample`."""
         dim = self.spec.x_shape[0]
         weights = torch.randn(n_tasks, dim, 1, generator=generator)

@@ -35,9 +35,7 @@ class GaussianClasses(TaskDistribution):
         self.spec = TaskSpec("classification", (check_count("dim", dim),), n_way=check_count("n_way", n_way, 2))
         self.radius, self.within = check_positive("radius", radius), check_positive("within", within)
 
-    def sample(
-        self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator
-    ) -> Episode:
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw means, then rows; see `TaskDistribution.sample`."""
         dim = self.spec.x_shape[0]
         means = torch.randn(n_tasks, self.spec.output_size, dim, generator=generator)

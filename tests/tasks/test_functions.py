@@ -93,7 +93,10 @@ def test_a_range_of_shots_is_drawn_per_chunk() -> None:
         (lambda: EpisodeStream(Sinusoid(), seed=2**70, split="train", n_shot=1, n_query=1), "seed must be in"),
         (lambda: EpisodeStream(Sinusoid(), seed=0, split="val", n_shot=1, n_query=1), "did you mean 'validation'"),
         (lambda: EpisodeStream(Sinusoid(), seed=0, split="test", n_shot=0, n_query=1), "n_shot must be an int >= 1"),
-        (lambda: EpisodeStream(Sinusoid(), seed=0, split="test", n_shot=(3, 2), n_query=1), "n_shot must be an int >= 3"),
+        (
+            lambda: EpisodeStream(Sinusoid(), seed=0, split="test", n_shot=(3, 2), n_query=1),
+            "n_shot must be an int >= 3",
+        ),
         (lambda: EpisodeStream(Sinusoid(), seed=0, split="test", n_shot=1, n_query=0), "n_query must be an int >= 1"),
     ],
 )

@@ -33,7 +33,8 @@ class MAML(Learner[dict[str, Tensor]]):
             here "head.*" gives ANIL and "encoder.*" gives BOIL.
 
     Raises:
-        TypeError, ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
+        TypeError: If a count is no int.
+        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
 
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400. ANIL: Raghu et al. 2020, arXiv:1909.09157.
@@ -60,6 +61,7 @@ class MAML(Learner[dict[str, Tensor]]):
         self.first_order = bool(first_order)
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
+        self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
         if adapt is None:  # a table of word vectors is too large to copy per task, and a support moves few of its rows
             tables = {f"{name}.weight" for name, m in self.net.named_modules() if isinstance(m, nn.Embedding)}
@@ -69,6 +71,8 @@ class MAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
+        if support.mask is not None and self.traits.transductive:
+            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
         start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
         frozen = self._frozen()
 

@@ -32,6 +32,7 @@ class ConditionalNeuralProcess(Learner[Tensor]):
         """Build row encoder, decoder and head."""
         super().__init__(spec)
         self.embed = RowEmbedding(spec, dim=dim, encoder=encoder)
+        self.declare_nets(self.embed)
         self.summarize = nn.Sequential(nn.ReLU(), MLP((dim, dim, dim, dim)))
         n_summaries = spec.output_size if spec.kind == "classification" else 1
         self.decode = nn.Sequential(MLP(((n_summaries + 1) * dim, dim, dim, dim)), nn.ReLU())

@@ -37,6 +37,7 @@ class InContextTransformer(Learner[Cache]):
         """Build embedding, layers and head."""
         super().__init__(spec)
         self.embed = RowEmbedding(spec, dim=dim, encoder=encoder)
+        self.declare_nets(self.embed)
         self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=False)
         self.head = AnswerHead(spec, dim=dim)
 
@@ -74,6 +75,7 @@ class CausalInContextTransformer(Learner[Cache]):
         """Build embedding, layers and head."""
         super().__init__(spec)
         self.embed = RowEmbedding(spec, dim=dim, encoder=encoder)
+        self.declare_nets(self.embed)
         self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=True)
         self.head = AnswerHead(spec, dim=dim)
 

@@ -42,6 +42,7 @@ class ProtoNet(Learner[Tensor]):
         """Build the encoder where none is given."""
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
         log_temperature = torch.tensor(float(temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learn_temperature)
 

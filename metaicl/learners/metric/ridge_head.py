@@ -54,6 +54,7 @@ class RidgeHead(Learner[RidgeState]):
         if encoder is None and spec.x_kind == "vector":
             encoder = MLP((spec.x_shape[0], 64, 64, 64))  # a linear head needs one hidden layer more than prototypes
         self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
         self.raw_penalty = nn.Parameter(torch.tensor(inverse_positive(check_positive("penalty", penalty))))
         if spec.kind == "classification":
             self.log_temperature = nn.Parameter(torch.tensor(2.0))

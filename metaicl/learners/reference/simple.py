@@ -20,6 +20,7 @@ from metaicl.functional import (
 from metaicl.learner import Learner, Traits
 from metaicl.spec import TaskSpec
 
+_TIE = 1e-5  # relative difference of squared distances below which two rows are equally near
 _MIN_SCALE = 1e-2  # of a Gaussian fitted to a handful of residuals, in units of the targets
 
 
@@ -57,7 +58,7 @@ class Constant(Learner[MeanAndScale | Tensor]):
 class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
     """k nearest neighbors in raw features (Euclidean; texts by the cosine of word counts).
 
-    Classification votes with Laplace smoothing; regression answers the neighbors' mean, with the support's
+    Rows tied with the k-th nearest vote too. Classification votes with Laplace smoothing; regression answers the neighbors' mean, with the support's
     leave-one-out error as its scale.
 
     Args:
@@ -94,8 +95,10 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
 
     def _average(self, queries: Tensor, features: Tensor, y: Tensor, allowed: Tensor) -> Tensor:
         distances = squared_distances(queries, features).masked_fill(~allowed, float("inf"))
-        near, index = distances.topk(min(self.k, features.shape[1]), -1, largest=False)  # (B, Q, k)
-        weights = torch.zeros_like(distances).scatter(-1, index, near.isfinite().to(y.dtype))
+        last = distances.topk(min(self.k, features.shape[1]), -1, largest=False).values  # (B, Q, k)
+        last = last.masked_fill(last.isinf(), 0).amax(-1, keepdim=True)
+        # Rows as near as the k-th one vote too: a choice among them would depend on their order and on rounding.
+        weights = (distances <= last + _TIE * (1 + last)).to(y.dtype)
         return weights @ y / weights.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -135,8 +135,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
             return categorical(torch.logsumexp(logits + state.log_weights[:, :, None, None], 1))
         mean, scale = (value.unflatten(0, (-1, n_sets)).movedim(1, 2) for value in (answers.mean, answers.stddev))
         weights = state.log_weights[:, None].expand(*mean.shape[:3])
-        parts = Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
-        return MixtureSameFamily(Categorical(logits=weights, validate_args=False), parts, validate_args=False)
+        return _mixture(weights, mean, scale)
 
     def _asking_groups(self, support: Examples) -> Tensor:
         if self.spec.kind == "regression":
@@ -192,6 +191,17 @@ class RetrievalAugmented(Learner[RetrievalState]):
         if saved is not None:  # its length is the source's, not the architecture's
             self.row_classes = torch.empty_like(saved, device=self.row_classes.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _mixture(log_weights: Tensor, mean: Tensor, scale: Tensor) -> Distribution:
+    """Mixture over S of diagonal Gaussians: log-weights (B, Q, S), mean and scale (B, Q, S, y_dim)."""
+    if mean.shape[-1] > 1:
+        parts = Independent(Normal(mean, scale, validate_args=False), 1, validate_args=False)
+        return MixtureSameFamily(Categorical(logits=log_weights, validate_args=False), parts, validate_args=False)
+    # One output: mix inside, so that the answer has a cumulative distribution and its calibration can be measured.
+    weights = Categorical(logits=log_weights[:, :, None], validate_args=False)
+    normals = Normal(mean.mT, scale.mT, validate_args=False)
+    return Independent(MixtureSameFamily(weights, normals, validate_args=False), 1, validate_args=False)
 
 
 def _by_class(rows: Examples, n_way: int) -> Examples:
