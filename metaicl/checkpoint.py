@@ -61,7 +61,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         CorruptCheckpointError: If the file was truncated or changed, or is something else; the message says what.
-        IncompatibleCheckpointError: If a newer version wrote it.
+        IncompatibleCheckpointError: If it has another format than this version writes.
     """
     path = Path(path)
     if path.is_dir():

@@ -92,16 +92,19 @@ def call_tasks(net: nn.Module, fast: Params, frozen: Params, x: Tensor) -> Tenso
 
 
 def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> frozenset[str]:
-    """Names of the trainable parameters of `net` that match any of the shell-style `patterns`; None selects all.
+    """Names of the trainable parameters of `net` that match any of the shell-style `patterns`.
+
+    None selects all but word vectors: their table is too large to copy for each task, and a support moves few rows.
 
     Raises:
-        ValueError: If the net has no trainable parameters or a pattern matches nothing; the message names close matches.
+        ValueError: If there are no trainable parameters, or a pattern matches none (the message names close ones).
     """
     names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     if not names:
         raise ValueError(f"{type(net).__name__} has no trainable parameters to adapt")
     if patterns is None:
-        return frozenset(names)
+        tables = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, nn.Embedding)}
+        return frozenset(names) - tables
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = fnmatch.filter(names, pattern)

@@ -73,8 +73,7 @@ class RecipeResult:
         recipe: File name without suffix.
         claim: The claim, in a sentence.
         config: The settings of the run.
-        criteria: What decides.
-        smoke: A smoke run decides nothing.
+        criteria: What decides; after a smoke run nothing does.
     """
 
     recipe: str
@@ -84,7 +83,7 @@ class RecipeResult:
 
     @property
     def verdict(self) -> str:
-        """ "held", "missed" or, after a smoke run, "smoke"."""
+        """Either "held", "missed" or, after a smoke run, "smoke"."""
         if self.config.smoke:
             return "smoke"
         return "held" if all(criterion.held for criterion in self.criteria) else "missed"

@@ -54,7 +54,7 @@ class TaskSpec:
             )
         if (self.x_kind == "tokens") != (self.vocabulary is not None):
             raise ValueError(
-                f"TaskSpec.vocabulary goes with x_kind 'tokens' and with nothing else; got {self.vocabulary} for {self.x_kind!r}"
+                f"TaskSpec.vocabulary goes with x_kind 'tokens' alone; got {self.vocabulary} for {self.x_kind!r}"
             )
 
     @property

@@ -46,7 +46,7 @@ from my_learner import KernelRegressor
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"repeats": 2, "learners": ("ProtoNet", "KernelRegressor")}
+    SMOKE: ClassVar = {"repeats": 2, "learners": ("KernelRegressor",)}
 
     repeats: int = option(30, "timed calls of each variant")
     learners: tuple[str, ...] = option((), "names to time; none times all")
@@ -70,7 +70,7 @@ def pairs(chosen: tuple[str, ...]) -> dict[str, tuple[Learner[Any], EpisodeStrea
     tasks: dict[str, tuple[TaskDistribution, int, int, int]] = {
         "sine waves": (Sinusoid(), 10, 10, 25),
         "Gaussian classes": (GaussianClasses(), 5, 15, 25),
-        "letters": (Glyphs(n_way=5), 1, 15, 4),
+        "letters": (Glyphs(n_way=5), 1, 5, 4),
     }
     found = {}
     for name, factory in LEARNERS.items():
@@ -130,8 +130,8 @@ def against_learn2learn(inner_steps: int, bound: float, config: Config) -> Crite
     theirs = L2LMAML(tasks.spec, inner_steps=inner_steps, net=ours.net, inner_lr=ours.inner_lr)
     steps = {"ours": MetaStep(ours, compile=not config.smoke), "theirs": MetaStep(theirs)}
     episode = stream[0]
-    first, second = (dict(step(episode)[1]) for step in steps.values())
-    torch.testing.assert_close(first["net.0.weight"], second["net.0.weight"], rtol=1e-4, atol=1e-6)
+    gradients = [list(step(episode)[1].values()) for step in steps.values()]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     repeats = max(2, config.repeats // 3)
     seconds = medians({name: partial(update, step, episode) for name, step in steps.items()}, repeats)
     ratio = seconds["theirs"] / seconds["ours"]

@@ -11,7 +11,7 @@ Differs  no pretrained language model: texts are bags of hashed words; published
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class TfIdf(nn.Module):
         super().__init__()
         counts = Counter(token for row in documents.tolist() for token in set(row) - {0})
         idf = [math.log((1 + len(documents)) / (1 + counts[token])) + 1 for token in range(vocabulary)]
+        self.idf: Tensor
         self.register_buffer("idf", torch.tensor(idf))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def encoder(spec: TaskSpec) -> BagOfWords:
     return BagOfWords(spec.vocabulary or 0, dim=256)
 
 
-def families(floor: ProtoNet) -> dict[str, object]:
+def families(floor: ProtoNet) -> dict[str, Any]:
     """One learner of each family, all on the same encoder."""
     return {
         "ProtoNet": lambda spec: ProtoNet(spec, encoder=encoder(spec), temperature=0.05),
@@ -84,6 +85,7 @@ def families(floor: ProtoNet) -> dict[str, object]:
 def main(config: Config) -> RecipeResult:
     """Train on the meta-training intents, judge on unseen ones."""
     tasks = CLINC150(n_way=5, split=config.split, folder=config.data or None, download=config.download)
+    assert tasks.source_classes is not None  # every distribution over labeled rows has them
     owned = torch.isin(tasks.source_classes, tasks.class_splits["train"]).nonzero().flatten()
     tfidf = TfIdf(tasks.rows(owned), tasks.spec.vocabulary or 0)
     floor = ProtoNet(tasks.spec, encoder=tfidf, learn_temperature=False)

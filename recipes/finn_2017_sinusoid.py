@@ -20,10 +20,11 @@ from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1, "compile": False}
+    SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1, "processes": 1, "compile": False}
 
     steps: int = option(6000, "updates of each learner")
     seeds: int = option(3, "training seeds")
+    processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")
     compile: bool = option(True, "compile the meta-step")
 
@@ -47,7 +48,13 @@ def main(config: Config) -> RecipeResult:
     )
     seeds = range(config.seed, config.seed + config.seeds)
     report = compare(
-        LEARNERS, tasks, train=train, n_episodes=config.n_episodes, seeds=seeds, directory=config.out / "comparison"
+        LEARNERS,
+        tasks,
+        train=train,
+        n_episodes=config.n_episodes,
+        seeds=seeds,
+        directory=config.out / "comparison",
+        processes=config.processes,
     )
     print(report)
     report.to_html(config.out / "report.html")

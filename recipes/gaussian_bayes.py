@@ -23,10 +23,11 @@ EXACT = {1: {"Bayes": 0.646, "nearest class mean": 0.599}, 5: {"Bayes": 0.841, "
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1}
+    SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1, "processes": 1}
 
     steps: int = option(3000, "updates of each learner")
     seeds: int = option(3, "training seeds")
+    processes: int = option(2, "runs at a time")
     n_episodes: int = option(4000, "meta-test episodes")
 
 
@@ -56,6 +57,7 @@ def main(config: Config) -> RecipeResult:
         n_query=15,
         shots=(1, 2, 3, 5),
         directory=config.out / "comparison",
+        processes=config.processes,
     )
     print(report)
     report.to_html(config.out / "report.html")

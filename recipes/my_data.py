@@ -77,12 +77,12 @@ def write_example_csv(path: Path) -> Path:
     """Scikit-learn's 8 x 8 digits, one row per image."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([f"pixel_{i}" for i in range(digits.data.shape[1])] + ["label"])
-        writer.writerows([*pixels, f"digit {label}"] for pixels, label in zip(digits.data, digits.target, strict=True))
+        writer.writerow([f"pixel_{i}" for i in range(64)] + ["label"])
+        writer.writerows([*row, f"digit {label}"] for row, label in zip(pixels, labels, strict=True))
     return path
 
 

@@ -24,12 +24,13 @@ from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"seconds": 2.0, "n_episodes": 10, "seeds": 1}
+    SMOKE: ClassVar = {"seconds": 2.0, "n_episodes": 10, "seeds": 1, "processes": 1}
 
     data: str = option("", "folder with omniglot.npz")
     download: bool = option(False, "fetch the public originals instead")
     seconds: float = option(240.0, "training budget of each learner and seed")
     seeds: int = option(3, "training seeds")
+    processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")
 
 
@@ -63,6 +64,7 @@ def main(config: Config) -> RecipeResult:
         seeds=range(config.seed, config.seed + config.seeds),
         batch_size=10,
         directory=config.out / "comparison",
+        processes=config.processes,
     )
     print(report)
     report.to_html(config.out / "report.html")

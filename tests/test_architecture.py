@@ -33,7 +33,7 @@ def imported(path: Path) -> set[str]:
 
 
 def layer(module: str) -> int:
-    room = (module.split(".") + [""])[1]
+    room = [*module.split("."), ""][1]
     return next((level for level, rooms in LAYERS.items() if room in rooms), 3)
 
 

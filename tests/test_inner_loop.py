@@ -108,7 +108,7 @@ def test_select_parameters():
     assert select_parameters(net, ["*.bias", "0.*"]) == {"0.weight", "0.bias", "2.bias"}
     with pytest.raises(ValueError, match=r"'2\.wieght' matches no parameter; there are 4, such as \['2\.weight'"):
         select_parameters(net, "2.wieght")
-    with pytest.raises(ValueError, match="ReLU has no parameters to adapt"):
+    with pytest.raises(ValueError, match="ReLU has no trainable parameters to adapt"):
         select_parameters(nn.ReLU(), None)
 
 

@@ -1,6 +1,7 @@
 """Plain encoders for vectors, images and tokens, and the sensible one for a spec."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class MLP(nn.Sequential):
     ) -> None:
         """Build the layers with torch's default initialization."""
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), activation()]
         super().__init__(*(layers if activate_last else layers[:-1]))
 

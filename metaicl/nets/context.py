@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Cache(NamedTuple):
     """What a context leaves behind: keys and values of every layer, and which of them are real.
 
-    Args:
+    Attributes:
         keys: One (B, heads, N + 1, D / heads) per layer; place 0 is a learned start token.
         values: Likewise.
         mask: bool (B, N + 1).
@@ -111,6 +111,7 @@ class ContextTransformer(nn.Module):
             attend = attend & torch.ones(n_new, n_all, dtype=torch.bool, device=h.device).tril(n_all - n_new)
         all_keys, all_values = [], []
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, ContextBlock)  # nn.ModuleList does not know its element type
             keys, values = block.keys_values(h)
             if before is not None:
                 keys = torch.cat([before.keys[layer], keys], 2)

@@ -87,6 +87,7 @@ class SinusoidPosterior(Learner[dict[str, Tensor]]):
         p = torch.linspace(*phase, grid, dtype=torch.float64)
         # y = (a cos p) sin x + (a sin p) cos x is linear in these two coordinates.
         waves = torch.stack([a[:, None] * p.cos(), a[:, None] * p.sin()], -1).flatten(0, 1)
+        self.waves: Tensor
         self.register_buffer("waves", waves)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.bank import MemoryBank
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.tasks.rows import ArrayClasses
-from metaicl.spec import TaskSpec
 
 
 def filled_bank(n_groups: int, dim: int, *, backend: str = "exact", chunk: int = 7) -> MemoryBank:

@@ -11,7 +11,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.interop.higher import HigherMAML
 from metaicl.interop.learn2learn import L2LMAML
 from metaicl.learners.gradient.maml import MAML
-from metaicl.nets.backbones import MLP, Classifier, Conv4, build_net
+from metaicl.nets.backbones import MLP, Conv4, EncoderWithHead, build_net
 from metaicl.nets.norm import BatchStatNorm
 from metaicl.objectives import query_loss, squared_error
 from metaicl.spec import TaskSpec
@@ -47,7 +47,7 @@ def seeded(make):
 
 
 def small_conv():
-    return Classifier(Conv4(1, channels=8, norm=lambda channels: nn.GroupNorm(2, channels)), IMAGES)
+    return EncoderWithHead(Conv4(1, channels=8, norm=lambda channels: nn.GroupNorm(2, channels)), IMAGES)
 
 
 def meta_gradient(learner, episode, objective=query_loss):
@@ -294,7 +294,7 @@ def test_lstm_is_refused_by_the_batched_loop_and_served_by_the_others():
 
 @pytest.mark.parametrize("learner", [MAML, L2LMAML, HigherMAML])
 def test_running_statistics_are_refused(learner):
-    net = Classifier(Conv4(1, channels=4, norm=nn.BatchNorm2d), IMAGES)
+    net = EncoderWithHead(Conv4(1, channels=4, norm=nn.BatchNorm2d), IMAGES)
     with pytest.raises(ValueError, match="cannot use running statistics"):
         learner(IMAGES, net=net)
 

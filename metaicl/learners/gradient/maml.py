@@ -1,6 +1,7 @@
 """Model-agnostic meta-learning, and by choice of the adapted parameters ANIL and BOIL."""
 
 from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,9 +64,6 @@ class MAML(Learner[dict[str, Tensor]]):
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
-        if adapt is None:  # a table of word vectors is too large to copy per task, and a support moves few of its rows
-            tables = {f"{name}.weight" for name, m in self.net.named_modules() if isinstance(m, nn.Embedding)}
-            self.adapted -= tables
         if spec.kind == "regression":
             self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
 

@@ -1,0 +1,1 @@
+"""Black-box in-context learners."""

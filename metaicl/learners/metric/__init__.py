@@ -1,0 +1,1 @@
+"""Metric and closed-form learners."""

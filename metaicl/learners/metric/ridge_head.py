@@ -19,7 +19,7 @@ from metaicl.spec import TaskSpec
 class RidgeState(NamedTuple):
     """The posterior of a Bayesian linear head: dual weights and what is needed for the variance.
 
-    Args:
+    Attributes:
         features: (B, N, D), masked rows zero.
         solved: (B, N, K), (F F' + penalty I)^-1 Y.
         factor: (B, N, N), Cholesky factor of F F' + penalty I.

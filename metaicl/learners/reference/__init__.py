@@ -1,0 +1,1 @@
+"""Learners without meta-training, to measure against."""

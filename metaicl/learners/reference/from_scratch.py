@@ -1,6 +1,5 @@
 """Training a fresh net on each support: what a learner without meta-learning does."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -9,7 +8,7 @@ from torch.func import functional_call
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean
-from metaicl.inner_loop import Params, call_tasks, unroll_tasks
+from metaicl.inner_loop import Params, call_tasks, select_parameters, unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.reference.simple import mean_and_scale
 from metaicl.nets.backbones import build_net
@@ -36,17 +35,20 @@ class FromScratch(Learner[dict[str, Tensor]]):
     ) -> None:
         """Freeze the random start: it is no meta-parameter."""
         super().__init__(spec)
-        self.net = (build_net(spec) if net is None else net).requires_grad_(False)
+        self.net = build_net(spec) if net is None else net
+        self.adapted = select_parameters(self.net, None)
+        self.net.requires_grad_(False)
         default = 0.02 if spec.kind == "regression" else 0.1
         self.lr = check_positive("lr", default if lr is None else lr)
         self.steps = check_count("steps", steps)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The trained weights of every task, and for regression the scale of their residuals."""
-        start, buffers = dict(self.net.named_parameters()), dict(self.net.named_buffers())
+        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        frozen = self._frozen()
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-            output = functional_call(self.net, {**buffers, **weights}, (x,), strict=True)
+            output = functional_call(self.net, {**frozen, **weights}, (x,), strict=True)
             if self.spec.kind == "classification":
                 return masked_mean(F.cross_entropy(output, y, reduction="none"), mask, 0)
             return masked_mean((output - y).square().mean(-1), mask, 0)
@@ -55,14 +57,18 @@ class FromScratch(Learner[dict[str, Tensor]]):
         fast = unroll_tasks(loss, start, data, lr=self.lr, steps=self.steps, first_order=True)
         if self.spec.kind == "classification":
             return fast
-        residual = support.y - call_tasks(self.net, fast, buffers, support.x)
+        residual = support.y - call_tasks(self.net, fast, frozen, support.x)
         return {**fast, _SCALE: mean_and_scale(residual, support.mask).scale}
 
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's net."""
         weights = {name: value for name, value in state.items() if name != _SCALE}
-        output = call_tasks(self.net, weights, dict(self.net.named_buffers()), x)
+        output = call_tasks(self.net, weights, self._frozen(), x)
         return categorical(output) if self.spec.kind == "classification" else gaussian(output, state[_SCALE])
+
+    def _frozen(self) -> dict[str, Tensor]:
+        named = {name: value for name, value in self.net.named_parameters() if name not in self.adapted}
+        return {**named, **dict(self.net.named_buffers())}
 
 
 _SCALE = " scale"  # a key no parameter can have

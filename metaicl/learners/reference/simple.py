@@ -58,8 +58,8 @@ class Constant(Learner[MeanAndScale | Tensor]):
 class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
     """k nearest neighbors in raw features (Euclidean; texts by the cosine of word counts).
 
-    Rows tied with the k-th nearest vote too. Classification votes with Laplace smoothing; regression answers the neighbors' mean, with the support's
-    leave-one-out error as its scale.
+    Rows tied with the k-th nearest vote too. Classification votes with Laplace smoothing; regression answers the
+    neighbors' mean, with the support's leave-one-out error as its scale.
 
     Args:
         spec: The tasks.

@@ -1,0 +1,1 @@
+"""Retrieval-augmented learners and their memory."""
