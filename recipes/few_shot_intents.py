@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metaicl import MAML, InContextTransformer, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
 from metaicl.functional import unit_rows
 from metaicl.learners import RetrievalAugmented
-from metaicl.nets.backbones import BagOfWords
+from metaicl.nets.backbones import BagOfWords, EncoderWithHead
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 from metaicl.tasks import CLINC150
 
@@ -36,7 +36,7 @@ class Config(RecipeConfig):
     data: str = option("", "folder with clinc150.jsonl.gz")
     download: bool = option(False, "fetch the public original instead")
     split: str = option("01", "class split, 01 to 05")
-    steps: int = option(1500, "updates of each learner")
+    steps: int = option(400, "updates of each learner")
     seeds: int = option(3, "training seeds")
     n_episodes: int = option(600, "meta-test episodes")
 
@@ -71,12 +71,12 @@ def encoder(spec: TaskSpec) -> BagOfWords:
 def families(floor: ProtoNet) -> dict[str, Any]:
     """One learner of each family, all on the same encoder."""
     return {
-        "ProtoNet": lambda spec: ProtoNet(spec, encoder=encoder(spec), temperature=0.05),
+        "ProtoNet": lambda spec: ProtoNet(spec, encoder=encoder(spec)),
         "RidgeHead": lambda spec: RidgeHead(spec, encoder=encoder(spec)),
-        "MAML": lambda spec: MAML(spec, inner_lr=0.1, inner_steps=5),
+        "MAML": lambda spec: MAML(spec, net=EncoderWithHead(encoder(spec), spec), inner_lr=0.1, inner_steps=5),
         "Transformer": lambda spec: InContextTransformer(spec, encoder=encoder(spec), dim=128),
         "retrieval + ProtoNet": lambda spec: RetrievalAugmented(
-            spec, learner=lambda same: ProtoNet(same, encoder=encoder(same), temperature=0.05)
+            spec, learner=lambda same: ProtoNet(same, encoder=encoder(same))
         ),
         "TF-IDF prototypes": floor,
     }
@@ -90,7 +90,7 @@ def main(config: Config) -> RecipeResult:
     tfidf = TfIdf(tasks.rows(owned), tasks.spec.vocabulary or 0)
     floor = ProtoNet(tasks.spec, encoder=tfidf, learn_temperature=False)
     train = TrainConfig(
-        steps=config.steps, n_shot=(1, 5), n_query=5, meta_batch_size=8, outer_lr=2e-3, schedule="cosine"
+        steps=config.steps, n_shot=(1, 5), n_query=5, meta_batch_size=8, outer_lr=1e-3, schedule="cosine"
     )
     report = compare(
         families(floor),

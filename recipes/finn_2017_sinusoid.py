@@ -3,7 +3,7 @@
 Claim    MAML and an in-context Transformer beat training from scratch and the constant predictor by 5x in MSE.
 Run      python recipes/finn_2017_sinusoid.py --out runs/finn_2017_sinusoid
 Smoke    python recipes/finn_2017_sinusoid.py --smoke --out runs/finn_2017_sinusoid
-Differs  5 inner steps of .01 in training and test (the paper trains with 1); 6,000 updates instead of 70,000, with
+Differs  5 inner steps of .01 in training and test (the paper trains with 1); 4,000 updates instead of 70,000, with
          cosine decay; a learned output scale; meta-test phases interleave with those of training.
 """
 
@@ -22,7 +22,7 @@ class Config(RecipeConfig):
 
     SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1, "processes": 1, "compile": False}
 
-    steps: int = option(6000, "updates of each learner")
+    steps: int = option(4000, "updates of each learner")
     seeds: int = option(3, "training seeds")
     processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")

@@ -101,14 +101,15 @@ class BagOfWords(nn.Module):
         return total * (weight.square().sum(-2) + 1e-12).rsqrt()
 
 
-def build_encoder(spec: TaskSpec, *, dim: int = 64) -> nn.Module:
+def build_encoder(spec: TaskSpec, *, dim: int | None = None) -> nn.Module:
     """A sensible encoder for the inputs of `spec`: (rows, *x_shape) -> (rows, D).
 
     Args:
         spec: An MLP for vectors, Conv4 for images, a bag of words for tokens.
-        dim: Width of the MLP, filters of Conv4, size of the word vectors; D follows from it (see `encoder_dim`).
+        dim: Width of the MLP, filters of Conv4, size of the word vectors; None takes 64, and 256 for words, which need
+            room to stay apart. D follows from it (see `encoder_dim`).
     """
-    check_count("dim", dim)
+    dim = check_count("dim", (256 if spec.x_kind == "tokens" else 64) if dim is None else dim)
     if spec.x_kind == "image":
         return Conv4(spec.x_shape[0], channels=dim)
     if spec.x_kind == "tokens":

@@ -23,14 +23,17 @@ class RowEmbedding(nn.Module):
         super().__init__()
         if encoder is None:
             encoder = nn.Identity() if spec.x_kind == "vector" else build_encoder(spec)
+        size = encoder_dim(encoder, spec)
         self.spec, self.encoder = spec, encoder
-        self.from_x = nn.Linear(encoder_dim(encoder, spec), dim)
+        # Raw vectors keep their scale, which can carry information; an encoder's scale is its own arbitrary choice.
+        self.norm = nn.Identity() if isinstance(encoder, nn.Identity) else nn.LayerNorm(size)
+        self.from_x = nn.Linear(size, dim)
         self.from_y = nn.Linear(spec.output_size, dim, bias=False)
         self.unlabeled = nn.Parameter(torch.randn(dim) / dim**0.5)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Embed x (B, N, *x_shape), with targets y or, for queries, without: (B, N, D)."""
-        h = self.from_x(encode(self.encoder, x))
+        h = self.from_x(self.norm(encode(self.encoder, x)))
         return h + (self.unlabeled if y is None else self.from_y(as_numbers(y, self.spec, h.dtype)))
 
 

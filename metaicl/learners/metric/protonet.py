@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, prototypes, squared_distances
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.spec import TaskSpec
 
 
@@ -18,7 +19,8 @@ class ProtoNet(Learner[Tensor]):
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec. `nn.Identity()` (for vectors) gives
             the nearest class mean.
-        temperature: Start of the learned factor on the distances; the paper has none (1.0, `learn_temperature=False`).
+        temperature: Start of the learned factor on the distances; None takes 1 / sqrt(D), at which the softmax of a
+            fresh encoder is not saturated. The paper has none (1.0, `learn_temperature=False`).
         learn_temperature: Train the factor; without it the scale of the encoder's output has to do.
 
     Raises:
@@ -36,14 +38,16 @@ class ProtoNet(Learner[Tensor]):
         spec: TaskSpec,
         *,
         encoder: nn.Module | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         learn_temperature: bool = True,
     ) -> None:
         """Build the encoder where none is given."""
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
-        log_temperature = torch.tensor(float(temperature)).log()
+        if temperature is None:
+            temperature = encoder_dim(self.encoder, spec) ** -0.5
+        log_temperature = torch.tensor(check_positive("temperature", temperature)).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learn_temperature)
 
     def adapt(self, support: Examples) -> Tensor:
