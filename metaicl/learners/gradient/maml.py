@@ -64,6 +64,8 @@ class MAML(Learner[dict[str, Tensor]]):
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
+        if net is None and "head.weight" not in self.adapted:
+            self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
         if spec.kind == "regression":
             self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
 
