@@ -165,18 +165,24 @@ def _protocol(options: Options, results: Sequence[Result], processes: int) -> di
 
 
 def _budget_text(results: Sequence[Result]) -> Any:
-    """What all trained learners share, and what each has of its own."""
-    budgets = {f"{result.task}, {result.learner}": dict(result.budget) for result in results if result.budget}
+    """What all trained learners share, what those of a task distribution share, and what one has of its own."""
+    budgets = {(result.task, result.learner): dict(result.budget) for result in results if result.budget}
     if not budgets:
         return "nothing was trained"
-    first, *others = budgets.values()
-    common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    text: dict[str, Any] = {"for all": {name: common[name] for name in _SHOWN if name in common}}
-    for name, budget in budgets.items():
-        own = {key: value for key, value in budget.items() if key not in common}
-        if own:
-            text[name] = own
-    return text
+    everywhere = _common(list(budgets.values()))
+    text: dict[str, Any] = {"for all": {name: everywhere[name] for name in _SHOWN if name in everywhere}}
+    for task in dict.fromkeys(task for task, _ in budgets):
+        here = _common([budget for (name, _), budget in budgets.items() if name == task])
+        text[task] = {name: value for name, value in here.items() if name not in everywhere}
+        for (name, learner), budget in budgets.items():
+            if name == task:
+                text[f"{task}, {learner}"] = {key: value for key, value in budget.items() if key not in here}
+    return {name: values for name, values in text.items() if values}
+
+
+def _common(budgets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = budgets
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 _SHOWN = ("steps", "max_seconds", "meta_batch_size", "n_shot", "n_query", "optimizer", "outer_lr", "schedule")

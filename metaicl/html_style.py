@@ -26,7 +26,7 @@ STYLE_SHEET = """
 :root{color-scheme:light dark}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1240px;margin:0 auto;padding:3rem 1.5rem 4rem}
+main{max-width:1400px;margin:0 auto;padding:3rem 1.5rem 4rem}
 h1{font-size:2rem;font-weight:650;letter-spacing:-.02em;line-height:1.2;margin:0 0 1rem}
 h2{font-size:1.35rem;font-weight:650;letter-spacing:-.01em;margin:0 0 .2rem}
 h3{font-size:1.05rem;font-weight:650;margin:2rem 0 .6rem}

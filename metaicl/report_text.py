@@ -142,7 +142,9 @@ def _listed(names: Sequence[str]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items() if item is not None) or "-"
+        nested = any(isinstance(item, Mapping) for item in value.values())
+        parts = [f"{name}{':' if nested else ''} {_plain(item)}" for name, item in value.items() if item is not None]
+        return ("; " if nested else ", ").join(parts) or "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value)) or "-"
     return "-" if value is None else str(value)

@@ -24,7 +24,7 @@ from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"seconds": 2.0, "n_episodes": 10, "seeds": 1, "processes": 1}
+    SMOKE: ClassVar = {"seconds": 0.3, "n_episodes": 4, "seeds": 1, "processes": 1}
 
     data: str = option("", "folder with omniglot.npz")
     download: bool = option(False, "fetch the public originals instead")

@@ -1,0 +1,33 @@
+"""Several runs at a time give what one after another gives."""
+
+import numpy as np
+import pytest
+import torch
+
+from metaicl.comparison import compare
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.reference.simple import Constant
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.train_config import TrainConfig
+
+TRAIN = TrainConfig(steps=3, meta_batch_size=4, n_shot=2, n_query=3, validate_every=None)
+
+
+def test_processes_change_nothing_but_the_time() -> None:
+    assert torch.get_num_threads() == 1  # rounding depends on the number of threads
+    options = {"train": TRAIN, "n_episodes": 6, "seeds": 2, "progress": False}
+    reports = [
+        compare({"ProtoNet": ProtoNet, "constant": Constant}, GaussianClasses(dim=3), processes=n, **options)
+        for n in (1, 2)
+    ]
+    for name in ("ProtoNet", "constant", "Bayes"):
+        first, second = (report.values("GaussianClasses", name, "nll") for report in reports)
+        np.testing.assert_array_equal(first, second)
+    assert [r.learner for r in reports[0].results] == [r.learner for r in reports[1].results]
+
+
+def test_what_cannot_be_sent_is_named() -> None:
+    with pytest.raises(TypeError, match=r"learners\['mine'\] cannot be sent to another process"):
+        compare({"mine": lambda spec: ProtoNet(spec)}, GaussianClasses(dim=3), train=TRAIN, processes=2, progress=False)
+    with pytest.raises(ValueError, match="processes must be an int >= 1; got 0"):
+        compare({"ProtoNet": ProtoNet}, GaussianClasses(dim=3), train=TRAIN, processes=0, progress=False)
