@@ -1,0 +1,75 @@
+"""Every bundled learner under training: exact resume, and one compiled graph for the whole meta-step."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import assert_resume_is_exact
+
+from metaicl.learner import Learner, Prepares
+from metaicl.learners import (
+    MAML,
+    CausalInContextTransformer,
+    ConditionalNeuralProcess,
+    InContextTransformer,
+    ProtoNet,
+    RetrievalAugmented,
+    RidgeHead,
+)
+from metaicl.meta_step import MetaStep
+from metaicl.spec import TaskSpec
+from metaicl.task import EpisodeStream, TaskDistribution, derive_seed
+from metaicl.tasks.functions import Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.train_config import TrainConfig
+
+SINES, GAUSSIANS = Sinusoid(), GaussianClasses(n_way=3, dim=4)
+FACTORIES: dict[str, Callable[[TaskSpec], Learner]] = {
+    "MAML": partial(MAML, inner_steps=2),
+    "FOMAML": partial(MAML, first_order=True),
+    "RidgeHead": RidgeHead,
+    "ProtoNet": ProtoNet,
+    "InContextTransformer": partial(InContextTransformer, dim=16, depth=2),
+    "CausalInContextTransformer": partial(CausalInContextTransformer, dim=16, depth=2),
+    "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=16),
+    "RetrievalAugmented": partial(RetrievalAugmented, learner=RidgeHead, n_groups=30),
+}
+PAIRS = [
+    pytest.param(factory, tasks, id=f"{name}-{type(tasks).__name__}")
+    for name, factory in FACTORIES.items()
+    for tasks in (SINES, GAUSSIANS)
+    if not (name == "ProtoNet" and tasks is SINES)
+]
+
+
+def make(factory: Callable[[TaskSpec], Learner], tasks: TaskDistribution) -> Learner:
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed("bundled"))
+        return factory(tasks.spec)
+
+
+@pytest.mark.parametrize(("factory", "tasks"), PAIRS)
+def test_resume_is_exact_at_three_cuts(factory, tasks: TaskDistribution, tmp_path: Path) -> None:
+    config = TrainConfig(
+        steps=8, meta_batch_size=4, n_shot=(2, 3), n_query=3, validate_every=3, n_validation=4, checkpoint_every=2,
+        log_every=1, schedule="cosine", clip_norm=1.0,
+    )  # fmt: skip
+    assert_resume_is_exact(lambda: make(factory, tasks), tasks, config, tmp_path, cuts=(1, 4, 7))
+
+
+@pytest.mark.parametrize(("factory", "tasks"), PAIRS)
+def test_the_meta_step_is_one_graph_and_equals_the_eager_one(factory, tasks: TaskDistribution) -> None:
+    learner = make(factory, tasks)
+    if isinstance(learner, Prepares):
+        learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=2, n_query=3, chunk_size=3)[0]
+    expected = MetaStep(learner)(episode)[1]
+    torch.compiler.reset()
+    compiled = MetaStep(learner, compile=True)
+    found = compiled(episode)[1]
+    assert compiled.is_compiled
+    scale = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        assert float((found[name] - value).abs().max()) <= 1e-5 * scale, name
