@@ -1,10 +1,13 @@
 """Doing the runs of a comparison: one after another, or several at a time in processes of their own."""
 
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
 
 import torch
 from tqdm.auto import tqdm
@@ -67,8 +70,17 @@ _shared: tuple[Worker, Sequence[Job]] | None = None  # of a child process, set o
 
 def _start(content: bytes, threads: int) -> None:
     global _shared
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _shared = pickle.loads(content)  # made by the parent process a moment ago
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its children, and they would go on training."""
+    parent = parent_process()
+    assert parent is not None  # this runs in a child
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(index: int) -> Result:
