@@ -10,13 +10,15 @@ Differs  no pretrained language model: texts are bags of hashed words; published
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from metaicl import MAML, InContextTransformer, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
+from metaicl import MAML, InContextTransformer, Learner, ProtoNet, RidgeHead, TaskSpec, TrainConfig, compare
 from metaicl.functional import unit_rows
 from metaicl.learners import RetrievalAugmented
 from metaicl.nets.backbones import BagOfWords, EncoderWithHead
@@ -31,13 +33,14 @@ PUBLISHED_FLOOR = {1: 0.748, 5: 0.921}
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"steps": 5, "n_episodes": 20, "seeds": 1}
+    SMOKE: ClassVar = {"steps": 5, "n_episodes": 20, "seeds": 1, "processes": 1}
 
     data: str = option("", "folder with clinc150.jsonl.gz")
     download: bool = option(False, "fetch the public original instead")
     split: str = option("01", "class split, 01 to 05")
     steps: int = option(400, "updates of each learner")
     seeds: int = option(3, "training seeds")
+    processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")
 
 
@@ -63,22 +66,26 @@ class TfIdf(nn.Module):
         return unit_rows(weights.new_zeros(len(tokens), len(self.idf)).scatter_add(1, tokens, weights))
 
 
-def encoder(spec: TaskSpec) -> BagOfWords:
-    """The same word encoder for every family: wide, so that random vectors keep texts apart."""
-    return BagOfWords(spec.vocabulary or 0, dim=256)
+def on_words(kind: Callable[..., Learner[Any]], spec: TaskSpec, *, idf: Tensor, **settings: Any) -> Learner[Any]:
+    """A learner on the same word encoder as all others; it starts from the word weights that the floor uses."""
+    return kind(spec, encoder=BagOfWords(spec.vocabulary or 0, dim=256, importance=idf), **settings)
 
 
-def families(floor: ProtoNet) -> dict[str, Any]:
+def maml(spec: TaskSpec, *, idf: Tensor) -> MAML:
+    """MAML adapts what comes after the words."""
+    words = BagOfWords(spec.vocabulary or 0, dim=256, importance=idf)
+    return MAML(spec, net=EncoderWithHead(words, spec), inner_lr=0.1, inner_steps=5)
+
+
+def families(idf: Tensor) -> dict[str, Any]:
     """One learner of each family, all on the same encoder."""
+    ridge = partial(on_words, RidgeHead, idf=idf)
     return {
-        "ProtoNet": lambda spec: ProtoNet(spec, encoder=encoder(spec)),
-        "RidgeHead": lambda spec: RidgeHead(spec, encoder=encoder(spec)),
-        "MAML": lambda spec: MAML(spec, net=EncoderWithHead(encoder(spec), spec), inner_lr=0.1, inner_steps=5),
-        "Transformer": lambda spec: InContextTransformer(spec, encoder=encoder(spec), dim=128),
-        "retrieval + ProtoNet": lambda spec: RetrievalAugmented(
-            spec, learner=lambda same: ProtoNet(same, encoder=encoder(same))
-        ),
-        "TF-IDF prototypes": floor,
+        "ProtoNet": partial(on_words, ProtoNet, idf=idf),
+        "RidgeHead": ridge,
+        "MAML": partial(maml, idf=idf),
+        "Transformer": partial(on_words, InContextTransformer, idf=idf, dim=128),
+        "retrieval + RidgeHead": partial(RetrievalAugmented, learner=ridge),
     }
 
 
@@ -93,7 +100,7 @@ def main(config: Config) -> RecipeResult:
         steps=config.steps, n_shot=(1, 5), n_query=5, meta_batch_size=8, outer_lr=1e-3, schedule="cosine"
     )
     report = compare(
-        families(floor),
+        families(tfidf.idf) | {"TF-IDF prototypes": floor},
         {"CLINC150": tasks},
         train=train,
         n_episodes=config.n_episodes,
@@ -102,6 +109,7 @@ def main(config: Config) -> RecipeResult:
         n_query=15,
         shots=SHOTS,
         directory=config.out / "comparison",
+        processes=config.processes,
     )
     print(report)
     report.to_html(config.out / "report.html")

@@ -76,6 +76,9 @@ class Conv4(nn.Module):
         return self.blocks(x).flatten(1)
 
 
+_WORD_GAIN = 10.0  # a word is met rarely, so its vector has to move further in an update than shared layers do
+
+
 class BagOfWords(nn.Module):
     """Weighted mean of word vectors, each word with a learned importance; no word order.
 
@@ -85,19 +88,25 @@ class BagOfWords(nn.Module):
     Args:
         vocabulary: Token ids, padding (0) included.
         dim: Size of the vectors.
+        importance: Start of the importances (vocabulary,), positive; for instance inverse document frequencies of
+            meta-training texts. None starts every word at one.
     """
 
-    def __init__(self, vocabulary: int, *, dim: int = 256) -> None:
-        """Draw the word vectors; every importance starts at one."""
+    def __init__(self, vocabulary: int, *, dim: int = 256, importance: Tensor | None = None) -> None:
+        """Draw the word vectors."""
         super().__init__()
         self.vectors = nn.Embedding(vocabulary, dim)
         self.log_importance = nn.Embedding(vocabulary, 1)
+        nn.init.normal_(self.vectors.weight, std=1 / _WORD_GAIN)
         nn.init.zeros_(self.log_importance.weight)
+        if importance is not None:
+            with torch.no_grad():
+                self.log_importance.weight.copy_(importance.log()[:, None] / _WORD_GAIN)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed token ids (rows, T) as unit-variance vectors (rows, D); an empty text is the origin."""
-        weight = self.log_importance(tokens).exp() * (tokens != 0)[..., None]
-        total = (self.vectors(tokens) * weight).sum(-2)
+        weight = (_WORD_GAIN * self.log_importance(tokens)).exp() * (tokens != 0)[..., None]
+        total = (_WORD_GAIN * self.vectors(tokens) * weight).sum(-2)
         return total * (weight.square().sum(-2) + 1e-12).rsqrt()
 
 
