@@ -50,6 +50,7 @@ class Config(RecipeConfig):
 
     repeats: int = option(30, "timed calls of each variant")
     learners: tuple[str, ...] = option((), "names to time; none times all")
+    images: bool = option(False, "time convolutional nets too, whose graphs take minutes to compile")
 
 
 LEARNERS: Mapping[str, Any] = {
@@ -65,16 +66,17 @@ LEARNERS: Mapping[str, Any] = {
 }
 
 
-def pairs(chosen: tuple[str, ...]) -> dict[str, tuple[Learner[Any], EpisodeStream]]:
+def pairs(config: Config) -> dict[str, tuple[Learner[Any], EpisodeStream]]:
     """Every learner with every distribution that it serves, with training's usual sizes."""
     tasks: dict[str, tuple[TaskDistribution, int, int, int]] = {
         "sine waves": (Sinusoid(), 10, 10, 25),
         "Gaussian classes": (GaussianClasses(), 5, 15, 25),
-        "letters": (Glyphs(n_way=5), 1, 5, 4),
     }
+    if config.images:
+        tasks["letters"] = (Glyphs(n_way=5), 1, 5, 4)
     found = {}
     for name, factory in LEARNERS.items():
-        if chosen and name not in chosen:
+        if config.learners and name not in config.learners:
             continue
         for task, (distribution, n_shot, n_query, size) in tasks.items():
             if (task == "letters" and name.startswith(("MAML, 5", "causal"))) or (
@@ -97,7 +99,7 @@ def main(config: Config) -> RecipeResult:
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     criteria = []
-    for name, (learner, stream) in tqdm(pairs(config.learners).items(), unit="pair"):
+    for name, (learner, stream) in tqdm(pairs(config).items(), unit="pair"):
         eager, compiled = MetaStep(learner), MetaStep(learner, compile=True)
         episode = stream[0]
         error = difference(eager(episode)[1], compiled(episode)[1])
