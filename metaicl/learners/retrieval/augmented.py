@@ -15,7 +15,7 @@ from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, unit_rows
 from metaicl.learner import Learner, Prepares
 from metaicl.learners.retrieval.bank import MemoryBank
-from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
+from metaicl.learners.retrieval.keys import GroupEncoder, SearchKeys
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
@@ -82,6 +82,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
         default_rows = 2 if spec.kind == "classification" else 10
         self.rows_per_group = check_count("rows_per_group", default_rows if rows_per_group is None else rows_per_group)
         self.bank = MemoryBank(backend=backend)
+        self.search_keys = SearchKeys(spec)
         self.register_buffer("row_classes", torch.empty(0, dtype=torch.long))
         self.similarity = None if frozen or k == 0 else GroupEncoder(spec, encoder=encoder)
         if k:
@@ -99,14 +100,14 @@ class RetrievalAugmented(Learner[RetrievalState]):
             n_shot=self.rows_per_group,
             n_query=1,
             generator=derive_generator(seed, "memory"),
-        ).support.to(self.row_classes.device)
+        ).support.to(self.row_classes.device, self.search_keys.frequencies.dtype)
         groups = _by_class(rows, n_way) if self.spec.kind == "classification" else rows
         groups = groups[: self.n_groups]
         ids = torch.full_like(groups.real, -1, dtype=torch.long) if groups.ids is None else groups.ids
         if tasks.source_classes is not None:
             self.row_classes = tasks.source_classes.to(ids.device)
         y = groups.y if self.spec.kind == "regression" else groups.x.new_zeros(*ids.shape, 0)
-        keys = search_keys(self.spec, groups.x, y, groups.real)
+        keys = self.search_keys(groups.x, y, groups.real)
         self.bank.fill(keys=keys, x=groups.x, y=y, ids=ids, classes=self._classes_of(ids)[:, 0])
 
     def adapt(self, support: Examples) -> RetrievalState:
@@ -115,7 +116,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
             return RetrievalState(self.learner.adapt(support), support.x.new_zeros(support.n_tasks, 1))
         asking = self._asking_groups(support)  # (B, G, N): rows of each group that looks for its like
         y = support.y if self.spec.kind == "regression" else support.x.new_zeros(*support.y.shape, 0)
-        queries = search_keys(self.spec, support.x[:, None], y[:, None], asking).to(self.bank.keys.dtype)
+        queries = self.search_keys(support.x[:, None], y[:, None], asking).to(self.bank.keys.dtype)
         index, found = self.bank.search(queries, self.k, forbidden=self._forbidden(support)[:, None])  # (B, G, k)
         scores = self._scores(support, asking, queries, index)
         scores = (scores * found).sum(1) / found.sum(1).clamp(min=1)  # a retrieved set has one group per class
