@@ -167,7 +167,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, desc
         elif get_origin(item.type) is tuple:
             parser.add_argument(flag, nargs="+", type=get_args(item.type)[0], default=None, help=text)
         else:
-            parser.add_argument(flag, type=item.type, default=None, help=text)  # type: ignore[arg-type]
+            parser.add_argument(flag, type=item.type, default=None, help=text)  # type: ignore[arg-type]  # a plain type
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     smoke = config_class.SMOKE if given.get("smoke") else {}

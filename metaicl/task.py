@@ -102,7 +102,7 @@ class EpisodeStream(Dataset[Episode]):
             raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
         self.tasks = tasks
         self.seed = check_seed(seed)
-        self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]
+        self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]  # one of SPLITS
         low, high = n_shot if isinstance(n_shot, tuple) else (n_shot, n_shot)
         self.n_shot = (check_count("n_shot", low), check_count("n_shot", high, minimum=low))
         self.n_query = check_count("n_query", n_query)

@@ -119,8 +119,9 @@ def main(config: Config) -> RecipeResult:
         for name in report.learners("CLINC150", finished=True):
             found = report.interval("CLINC150", name, shots=shots)
             ci = None if found.low is None or found.high is None else (found.low, found.high)
-            reference = PUBLISHED_FLOOR[shots] if name == "TF-IDF prototypes" else None
-            criteria.append(Criterion(f"{name}, {shots}-shot", found.mean, ">=", bound, ci=ci, reference=reference))
+            if name != "TF-IDF prototypes":  # the floor cannot fail to reach itself; the published one stands beside it
+                reference = PUBLISHED_FLOOR[shots]
+                criteria.append(Criterion(f"{name}, {shots}-shot", found.mean, ">=", bound, ci=ci, reference=reference))
     claim = "On unseen CLINC150 intents every family is above TF-IDF prototypes."
     return RecipeResult("few_shot_intents", claim, config, criteria)
 

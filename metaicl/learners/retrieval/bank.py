@@ -96,7 +96,7 @@ class MemoryBank(nn.Module):
         # Ask for as many more as may be forbidden, then keep the first k allowed ones.
         wanted = min(len(self), k + int(forbidden.sum(-1).max()))
         flat = queries.detach().reshape(-1, queries.shape[-1]).cpu().float().numpy()
-        _, found = index.search(flat, wanted)  # type: ignore[call-arg]
+        _, found = index.search(flat, wanted)  # type: ignore[call-arg]  # likewise
         at = torch.from_numpy(found).to(queries.device).reshape(*queries.shape[:-1], wanted)
         allowed = ~forbidden.expand(*queries.shape[:-1], -1).gather(-1, at)
         first = (~allowed).long().argsort(dim=-1, stable=True)[..., :k]
