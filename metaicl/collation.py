@@ -1,6 +1,6 @@
 """Joining episodes and rows: ragged parts become one rectangle and a mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ def concatenate(first: Examples, second: Examples) -> Examples:
     mask = None if first.mask is None and second.mask is None else torch.cat([first.real, second.real], 1)
     ids = None if first.ids is None or second.ids is None else torch.cat([first.ids, second.ids], 1)
     return Examples(torch.cat([first.x, second.x], 1), torch.cat([first.y, second.y], 1), mask, ids)
+
+
+def split_rows(x: Tensor, y: Tensor, n_support: int, latents: Mapping[str, Tensor] | None = None) -> Episode:
+    """The first `n_support` rows of x (B, rows, *x_shape) and y (B, rows, *y_shape) as support, the rest as query."""
+    support, query = Examples(x[:, :n_support], y[:, :n_support]), Examples(x[:, n_support:], y[:, n_support:])
+    return Episode(support, query, dict(latents or {}))
 
 
 def _join(parts: list[Examples]) -> Examples:

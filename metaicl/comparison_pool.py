@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from metaicl.comparison_runs import Job, Worker
+from metaicl.process import is_tuned, tune_process
 from metaicl.results import Result
 
 
@@ -44,7 +45,7 @@ def _finished(worker: Worker, jobs: Sequence[Job], processes: int) -> Iterator[t
     content = _packed(replace(worker, progress=False), jobs)
     threads = max(1, torch.get_num_threads() // processes)
     context = get_context("spawn")  # a forked child inherits torch's thread pools in a state that can hang
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(content, threads)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(content, threads, is_tuned())) as pool:
         try:
             futures = {pool.submit(_run, index): index for index in range(len(jobs))}
             yield from ((futures[future], future.result()) for future in as_completed(futures))
@@ -68,10 +69,12 @@ def _packed(worker: Worker, jobs: Sequence[Job]) -> bytes:
 _shared: tuple[Worker, Sequence[Job]] | None = None  # of a child process, set once by its initializer
 
 
-def _start(content: bytes, threads: int) -> None:
+def _start(content: bytes, threads: int, tuned: bool) -> None:
     global _shared
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if tuned:
+        tune_process()
     _shared = pickle.loads(content)  # made by the parent process a moment ago
 
 

@@ -13,9 +13,12 @@ from metaicl.checks import check_choice, check_count, check_seed
 from metaicl.collation import collate
 from metaicl.episode import Episode
 from metaicl.learner import Learner
+from metaicl.packing import Packed
 from metaicl.spec import TaskSpec
 
 Split = Literal["train", "validation", "test"]
+_CHUNKS_PER_MESSAGE, _BYTES_PER_MESSAGE = 16, 2**22  # from a worker
+
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 EVAL_SEED = 20_240_229
@@ -141,16 +144,22 @@ class EpisodeStream(Dataset[Episode]):
 
     def chunks(self, start: int, stop: int, *, workers: int = 0) -> Iterator[Episode]:
         """Chunks start .. stop - 1, sampled here or ahead in `workers` processes."""
-        if workers == 0:
+        if check_count("workers", workers, 0) == 0 or start == stop:
             yield from (self[index] for index in range(start, stop))
             return
-        yield from DataLoader(
-            self,
+        first = self[start]
+        yield first
+        # Sending costs per message: small chunks travel together.
+        size = max(1, min(_CHUNKS_PER_MESSAGE, _BYTES_PER_MESSAGE // max(len(Packed.pack([first]).content), 1)))
+        messages = DataLoader(
+            _Messages(self),
             batch_size=None,
-            sampler=range(start, stop),
-            num_workers=check_count("workers", workers, 0),
+            sampler=[range(i, min(i + size, stop)) for i in range(start + 1, stop, size)],
+            num_workers=workers,
             generator=torch.Generator(),  # it would draw the seed of its workers from the global one
         )
+        for message in messages:
+            yield from message.unpack()
 
     def _pieces(self, start: int, stop: int, workers: int) -> Iterator[Episode]:
         if start == stop:
@@ -159,6 +168,16 @@ class EpisodeStream(Dataset[Episode]):
         first, last = start // size, -(-stop // size)
         for index, chunk in zip(range(first, last), self.chunks(first, last, workers=workers), strict=True):
             yield chunk[max(start - index * size, 0) : min(stop - index * size, size)]
+
+
+class _Messages(Dataset[Packed]):
+    """What a worker is asked for: a range of chunks."""
+
+    def __init__(self, stream: EpisodeStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, indices: range) -> Packed:
+        return Packed.pack([self.stream[index] for index in indices])
 
 
 def episodes(

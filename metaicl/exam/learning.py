@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metaicl.episode import Episode, Examples
+from metaicl.collation import split_rows
+from metaicl.episode import Episode
 from metaicl.exam.case import SEED, Case, dtype_of, fixed_generator, require_same
 from metaicl.learner import HasMetaGradients, Learner, Prepares
 from metaicl.objectives import query_loss
@@ -127,12 +128,12 @@ class EasyTasks(TaskDistribution):
             x = self._inputs((n_tasks, n_rows), generator)
             slope = torch.randn(n_tasks, 1, self.spec.output_size, generator=generator)
             level = torch.ones(n_tasks, n_rows) if self.spec.x_kind == "tokens" else x.flatten(2).mean(-1)
-            return _split(x, slope * level[..., None], n_shot)
+            return split_rows(x, slope * level[..., None], n_shot)
         y = torch.arange(n_way).repeat(n_shot + n_query).expand(n_tasks, -1)  # shot by shot, every class once
         shared = self.spec.x_kind != "vector"
         patterns = self._patterns((1 if shared else n_tasks, n_way), fixed_generator() if shared else generator)
         x = patterns.expand(n_tasks, *patterns.shape[1:])[torch.arange(n_tasks)[:, None], y]
-        return _split(self._noisy(x, generator), y, n_shot * n_way)
+        return split_rows(self._noisy(x, generator), y, n_shot * n_way)
 
     def _inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.spec.vocabulary is not None:
@@ -147,7 +148,3 @@ class EasyTasks(TaskDistribution):
 
     def _noisy(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return x + 0.1 * torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
-
-
-def _split(x: Tensor, y: Tensor, n_support: int) -> Episode:
-    return Episode(Examples(x[:, :n_support], y[:, :n_support]), Examples(x[:, n_support:], y[:, n_support:]))

@@ -78,10 +78,9 @@ class ClassEpisodes(TaskDistribution):
 
     def _examples(self, row_ids: Tensor, generator: torch.Generator) -> Examples:
         n_tasks, n_way, n_rows = row_ids.shape
-        y = torch.arange(n_way)[:, None].expand(n_tasks, n_way, n_rows).flatten(1)
         order = torch.rand(n_tasks, n_way * n_rows, generator=generator).argsort(1)
         ids = row_ids.flatten(1).gather(1, order)
-        return Examples(self.rows(ids), y.gather(1, order), ids=ids)
+        return Examples(self.rows(ids), order // n_rows, ids=ids)
 
     def _owned(self, split: Split, n_way: int, n_rows: int) -> Tensor:
         owned = self.class_splits[check_choice("split", split, SPLITS)]  # type: ignore[index]  # checked just here

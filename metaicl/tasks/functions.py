@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metaicl.checks import check_count, check_positive
-from metaicl.episode import Episode, Examples
+from metaicl.collation import split_rows
+from metaicl.episode import Episode
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution
@@ -57,7 +58,7 @@ class Sinusoid(TaskDistribution):
         y = amplitude * torch.sin(x + phase)
         if self.noise:
             y = y + self.noise * torch.randn(y.shape, generator=generator)
-        return _split_rows(x, y, n_shot, {"amplitude": amplitude.flatten(1), "phase": phase.flatten(1)})
+        return split_rows(x, y, n_shot, {"amplitude": amplitude.flatten(1), "phase": phase.flatten(1)})
 
     def references(self) -> Mapping[str, Learner]:
         """The posterior mean over a fine grid of waves."""
@@ -117,7 +118,7 @@ class LinearRegression(TaskDistribution):
         noise = self.noise * torch.randn(n_tasks, n_shot + n_query, 1, generator=generator)
         if not self.noisy_query:
             noise[:, n_shot:] = 0
-        return _split_rows(x, x @ weights + noise, n_shot, {"weights": weights[..., 0]})
+        return split_rows(x, x @ weights + noise, n_shot, {"weights": weights[..., 0]})
 
     def references(self) -> Mapping[str, Learner]:
         """The Bayes posterior; without noise it is the minimum-norm least-squares fit."""
@@ -133,7 +134,3 @@ class LinearRegression(TaskDistribution):
 def _uniform(shape: tuple[int, ...], bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
     low, high = bounds
     return low + (high - low) * torch.rand(shape, generator=generator)
-
-
-def _split_rows(x: Tensor, y: Tensor, n_shot: int, latents: dict[str, Tensor]) -> Episode:
-    return Episode(Examples(x[:, :n_shot], y[:, :n_shot]), Examples(x[:, n_shot:], y[:, n_shot:]), latents)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from metaicl.checks import check_count, check_positive
-from metaicl.episode import Episode, Examples
+from metaicl.collation import split_rows
+from metaicl.episode import Episode
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution
@@ -41,17 +42,16 @@ class GaussianClasses(TaskDistribution):
         means = torch.randn(n_tasks, self.spec.output_size, dim, generator=generator)
         means[..., 0] = hold_out(means[..., 0], split, generator, cell=2.0**-9)
         means = means * self.radius
-        support = self._rows(means, n_shot, generator)
-        return Episode(support, self._rows(means, n_query, generator), {"means": means})
+        y = torch.cat([self._labels(n_tasks, n_shot, generator), self._labels(n_tasks, n_query, generator)], 1)
+        x = torch.randn(*y.shape, dim, generator=generator) * self.within
+        x += means.gather(1, y[..., None].expand(-1, -1, dim))
+        return split_rows(x, y, n_shot * self.spec.output_size, {"means": means})
 
     def references(self) -> Mapping[str, Learner]:
         """The exact posterior, which shrinks each class mean towards the origin."""
         return {"Bayes": GaussianClassPosterior(self.spec, radius=self.radius, within=self.within)}
 
-    def _rows(self, means: Tensor, n_rows: int, generator: torch.Generator) -> Examples:
-        n_tasks, n_way, dim = means.shape
-        y = torch.arange(n_way).repeat(n_rows).expand(n_tasks, -1)
-        order = torch.rand(y.shape, generator=generator).argsort(1)
-        y = y.gather(1, order)
-        centers = means.gather(1, y[..., None].expand(-1, -1, dim))
-        return Examples(centers + self.within * torch.randn(centers.shape, generator=generator), y)
+    def _labels(self, n_tasks: int, n_rows: int, generator: torch.Generator) -> Tensor:
+        """Every class `n_rows` times in random order: a random permutation modulo C, (B, C * rows)."""
+        n_way = self.spec.output_size
+        return torch.rand(n_tasks, n_way * n_rows, generator=generator).argsort(1) % n_way

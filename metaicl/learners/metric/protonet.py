@@ -45,9 +45,8 @@ class ProtoNet(Learner[Tensor]):
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
-        if temperature is None:
-            temperature = encoder_dim(self.encoder, spec) ** -0.5
-        log_temperature = torch.tensor(check_positive("temperature", temperature)).log()
+        start = encoder_dim(self.encoder, spec) ** -0.5 if temperature is None else temperature
+        log_temperature = torch.tensor(check_positive("temperature", start)).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learn_temperature)
 
     def adapt(self, support: Examples) -> Tensor:
