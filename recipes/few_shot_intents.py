@@ -66,15 +66,34 @@ class TfIdf(nn.Module):
         return unit_rows(weights.new_zeros(len(tokens), len(self.idf)).scatter_add(1, tokens, weights))
 
 
+class UnitScale(nn.Module):
+    """An encoder's outputs (rows, D) over sqrt(D): a step of the linear head then means the same at any width."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        """Keep the encoder."""
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed and scale."""
+        embedded = self.encoder(x)
+        return embedded / embedded.shape[-1] ** 0.5
+
+
+def words(spec: TaskSpec, idf: Tensor) -> BagOfWords:
+    """The encoder of every learner; it starts from the word weights that the floor uses."""
+    # 1,024 random directions keep unrelated words about as far apart as the floor's 8,192 places do
+    return BagOfWords(spec.vocabulary or 0, dim=1024, importance=idf)
+
+
 def on_words(kind: Callable[..., Learner[Any]], spec: TaskSpec, *, idf: Tensor, **settings: Any) -> Learner[Any]:
-    """A learner on the same word encoder as all others; it starts from the word weights that the floor uses."""
-    return kind(spec, encoder=BagOfWords(spec.vocabulary or 0, dim=256, importance=idf), **settings)
+    """A learner on the word encoder."""
+    return kind(spec, encoder=words(spec, idf), **settings)
 
 
 def maml(spec: TaskSpec, *, idf: Tensor) -> MAML:
     """MAML adapts what comes after the words."""
-    words = BagOfWords(spec.vocabulary or 0, dim=256, importance=idf)
-    return MAML(spec, net=EncoderWithHead(words, spec), inner_lr=0.1, inner_steps=5)
+    return MAML(spec, net=EncoderWithHead(UnitScale(words(spec, idf)), spec), inner_lr=5.0, inner_steps=5)
 
 
 def families(idf: Tensor) -> dict[str, Any]:
