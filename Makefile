@@ -41,7 +41,7 @@ compare: install
 
 # Two processes, a thread each: rounding depends on the number of threads.
 test: install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -1,6 +1,7 @@
 """The contract of every learner: adapt to a support, then predict for new inputs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -115,4 +116,34 @@ class HasMetaGradients(Protocol):
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to report (scalar) and a gradient for every trainable parameter."""
+        ...
+
+
+@runtime_checkable
+class Regularizes(Protocol):
+    """A learner whose training loss has a term that no prediction shows, such as a divergence from a prior."""
+
+    def penalty(self, state: Any) -> Tensor:
+        """A term for each task (B,), in nats per row; `query_loss` adds it while the learner is in train mode."""
+        ...
+
+
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A learner whose training changes with its progress. The outer loop tells it before each update."""
+
+    def at(self, fraction: float) -> None:
+        """Take the settings of this part of the training, in [0, 1); a function of nothing else.
+
+        What a compiled step should see goes into buffers.
+        """
+        ...
+
+
+@runtime_checkable
+class AdaptsInStages(Protocol):
+    """A learner that is trained on what it answers during adaptation too, such as after every inner step."""
+
+    def adapt_stages(self, support: Examples) -> Sequence[tuple[float | Tensor, Any]]:
+        """Weights and states, the last state last; in train mode `query_loss` sums the weighted losses."""
         ...

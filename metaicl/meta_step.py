@@ -13,6 +13,7 @@ from metaicl.compiled import Gradients, Result, compile_step, find_problem
 from metaicl.episode import Episode
 from metaicl.learner import HasMetaGradients, Learner
 from metaicl.objectives import Objective, query_loss
+from metaicl.second_order import hint_at_first_order
 
 AUTOCAST = ("bf16",)
 
@@ -104,7 +105,8 @@ class MetaStep:
             if not losses.requires_grad:
                 raise ValueError(f"the objective's loss depends on no trainable parameter of {name}")
             parameters = list(self.parameters.values())
-            gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
+            with hint_at_first_order():
+                gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
         return losses.detach(), dict(zip(self.parameters, gradients, strict=True))
 
     def _functional(self, trainable: Gradients, rest: Gradients, episode: Episode) -> Result:

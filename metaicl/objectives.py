@@ -1,21 +1,38 @@
 """What the outer loop minimizes: functions (learner, episode) -> loss of each task (B,)."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.learner import Learner, PredictsPrefixes
+from metaicl.learner import AdaptsInStages, Learner, PredictsPrefixes, Regularizes
 
 Objective = Callable[[Learner, Episode], Tensor]
 
 
 def query_loss(learner: Learner, episode: Episode) -> Tensor:
-    """Negative log-likelihood of the query, mean over real rows, in nats per row: (B,)."""
-    distribution = learner(episode.support, episode.query.x)
-    return masked_mean(-distribution.log_prob(episode.query.y), episode.query.mask, 1)
+    """Negative log-likelihood of the query, mean over real rows, in nats per row: (B,).
+
+    While a learner is in train mode, its `penalty` is added if it has one, and a learner with `adapt_stages` has the
+    losses of its stages summed by their weights. In eval mode the loss is the final answer's alone.
+    """
+    if learner.training and isinstance(learner, AdaptsInStages):
+        stages = learner.adapt_stages(episode.support)
+    else:
+        stages = [(1.0, learner.adapt(episode.support))]
+    losses = [weight * _answer_loss(learner, state, episode.query) for weight, state in stages]
+    loss = torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
+    if learner.training and isinstance(learner, Regularizes):
+        return loss + learner.penalty(stages[-1][1])
+    return loss
+
+
+def _answer_loss(learner: Learner, state: Any, query: Examples) -> Tensor:
+    return masked_mean(-learner.predict(state, query.x).log_prob(query.y), query.mask, 1)
 
 
 def squared_error(learner: Learner, episode: Episode) -> Tensor:

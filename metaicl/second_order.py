@@ -31,6 +31,20 @@ def twice_differentiable() -> Iterator[None]:
             yield
 
 
+@contextmanager
+def hint_at_first_order() -> Iterator[None]:
+    """Add a way out to torch's message about an operator without a second derivative, which names the operator."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) or "derivative" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}. An inner loop needs the second derivative of every operator of its net: replace this one, or "
+            "give the learner first_order=True where it has that option"
+        ) from error
+
+
 class _WrittenOut(TorchFunctionMode):
     """Replaces three functions of torch.nn.functional; as a mode it reaches them inside anyone's modules."""
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metaicl.checks import check_count, check_device, check_episode, check_positive
 from metaicl.episode import Episode
-from metaicl.learner import Learner
+from metaicl.learner import FollowsTraining, Learner
 from metaicl.meta_step import MetaStep, accumulate
 from metaicl.objectives import Objective, query_loss
 from metaicl.task import EpisodeStream, TaskDistribution, derive_seed
@@ -114,10 +114,13 @@ def outer_loop(
 
 def _steps(update: "_Update", indices: range, workers: int) -> Generator[Step, None, None]:
     stream = update.stream
+    followers = [module for module in update.meta_step.learner.modules() if isinstance(module, FollowsTraining)]
     began = time.perf_counter()
     for index, episode in zip(indices, stream.chunks(indices.start, indices.stop, workers=workers), strict=True):
         if index == indices.start:
             check_episode(episode, stream.tasks.spec)
+        for module in followers:
+            module.at(index / indices.stop)
         yield update(index, episode, began)
         began = time.perf_counter()
 

@@ -129,7 +129,7 @@ def against_learn2learn(inner_steps: int, bound: float, config: Config) -> Crite
     tasks = Sinusoid()
     stream = EpisodeStream(tasks, seed=0, split="train", n_shot=10, n_query=10, chunk_size=25)
     ours = MAML(tasks.spec, inner_steps=inner_steps)
-    theirs = L2LMAML(tasks.spec, inner_steps=inner_steps, net=ours.net, inner_lr=ours.inner_lr)
+    theirs = L2LMAML(tasks.spec, inner_steps=inner_steps, net=ours.net, inner_lr=ours.optimizer.rates["lr"].value)
     steps = {"ours": MetaStep(ours, compile=not config.smoke), "theirs": MetaStep(theirs)}
     episode = stream[0]
     gradients = [list(step(episode)[1].values()) for step in steps.values()]

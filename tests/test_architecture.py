@@ -10,9 +10,20 @@ PACKAGE = ROOT / "metaicl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: ("spec", "episode", "collation", "checks", "functional", "inner_loop", "second_order", "nets", "files"),
-    1: ("learner", "task"),
-    2: ("tasks", "learners", "objectives"),
+    0: {
+        "spec",
+        "episode",
+        "collation",
+        "packing",
+        "checks",
+        "functional",
+        "inner_loop",
+        "second_order",
+        "nets",
+        "files",
+    },
+    1: {"learner", "task"},
+    2: {"tasks", "learners", "objectives"},
 }  # everything else is layer 3, and metaicl/__init__.py stands above all
 
 

@@ -8,8 +8,19 @@ import torch
 from sklearn.linear_model import BayesianRidge, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from metaicl.inner_loop.adaptive import Adam
+from metaicl.inner_loop.rates import Rate
 from metaicl.interop.sklearn import SklearnLearner
+from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
+from metaicl.learners.gradient.cavia import CAVIA
+from metaicl.learners.gradient.es_maml import ESMAML
+from metaicl.learners.gradient.imaml import IMAML
 from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
+from metaicl.learners.gradient.meta_curvature import MetaCurvature
+from metaicl.learners.gradient.meta_sgd import MetaSGD
+from metaicl.learners.gradient.proto_maml import ProtoMAML
+from metaicl.learners.gradient.reptile import Reptile
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import CausalInContextTransformer, InContextTransformer
 from metaicl.learners.metric.protonet import ProtoNet
@@ -29,6 +40,15 @@ LEARNERS = {
     "MAML": MAML,
     "FOMAML": partial(MAML, first_order=True, inner_steps=3),
     "ANIL": partial(MAML, adapt="head.*", inner_steps=2),
+    "MAML by Adam": partial(MAML, optimizer=Adam(Rate(0.05, "tensor")), inner_steps=2, checkpoint=True),
+    "MetaSGD": MetaSGD,
+    "MetaCurvature": MetaCurvature,
+    "IMAML": partial(IMAML, inner_steps=5),
+    "MAMLPlusPlus": partial(MAMLPlusPlus, inner_steps=3),
+    "CAVIA": CAVIA,
+    "Reptile": Reptile,
+    "ESMAML": partial(ESMAML, n_pairs=8),
+    "AmortizedBayes": partial(AmortizedBayes, inner_steps=2),
     "RidgeHead": RidgeHead,
     "InContextTransformer": partial(InContextTransformer, dim=32, depth=2),
     "CausalInContextTransformer": partial(CausalInContextTransformer, dim=32, depth=2),
@@ -45,6 +65,7 @@ LEARNERS = {
 REGRESSORS = {"sklearn ridge": partial(SklearnLearner, estimator=BayesianRidge())}
 CLASSIFIERS = {
     "ProtoNet": ProtoNet,
+    "ProtoMAML": partial(ProtoMAML, inner_steps=2),
     "Retrieval(ProtoNet)": partial(retrieve, learner=ProtoNet),
     "sklearn logistic": partial(SklearnLearner, estimator=LogisticRegression()),
     "sklearn k-NN": partial(SklearnLearner, estimator=KNeighborsClassifier(1)),
@@ -115,7 +136,7 @@ def test_bundled_learner_keeps_the_contract_on_tokens(check: Callable[[], None])
 
 
 @parametrize_with_checks(
-    {name: LEARNERS[name] for name in ("MAML", "RidgeHead", "CausalInContextTransformer", "Logistic")},
+    {name: LEARNERS[name] for name in ("MAML", "CAVIA", "RidgeHead", "CausalInContextTransformer", "Logistic")},
     {"images": images()},
 )
 def test_bundled_learner_keeps_the_contract_on_images(check: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from metaicl.inner_loop import select_parameters
+from metaicl.inner_loop.parameters import select_parameters
 from metaicl.interop.task_loop import TaskLoopLearner, all_require_grad, check_net
 from metaicl.learners.gradient.maml import default_inner_lr
 from metaicl.nets.backbones import build_net

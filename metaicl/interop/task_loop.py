@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean, positive
-from metaicl.inner_loop import check_no_running_statistics
+from metaicl.inner_loop.parameters import check_no_running_statistics
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from metaicl.learners.gradient.maml import MAML
+from metaicl.meta_step import MetaStep
 from metaicl.nets.norm import BatchStatNorm
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
@@ -86,4 +87,6 @@ def test_an_operator_without_second_derivative_is_named() -> None:
     episode = EpisodeStream(tasks, seed=0, split="train", n_shot=3, n_query=3, chunk_size=2)[0]
     with pytest.raises(RuntimeError, match="cdist_backward"):
         query_loss(MAML(tasks.spec, net=Distances()), episode).mean().backward()
+    with pytest.raises(RuntimeError, match=r"cdist_backward(?s:.*)first_order=True"):
+        MetaStep(MAML(tasks.spec, net=Distances()))(episode)
     query_loss(MAML(tasks.spec, net=Distances(), first_order=True), episode).mean().backward()

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.bank import MemoryBank
+from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
@@ -171,3 +174,22 @@ def test_wrong_constructions_are_refused() -> None:
         RetrievalAugmented(spec, learner=ProtoNet, k=-1)
     with pytest.raises(ValueError, match="serves classification, not regression; use RidgeHead"):
         RetrievalAugmented(Sinusoid().spec, learner=ProtoNet)
+
+
+def test_training_terms_of_the_wrapped_learner_are_kept() -> None:
+    tasks = GaussianClasses(dim=4)
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=2, n_query=2, chunk_size=3)[0]
+    for wrapped in (AmortizedBayes(tasks.spec, inner_steps=1), MAMLPlusPlus(tasks.spec, inner_steps=2)):
+        learner = RetrievalAugmented(tasks.spec, learner=wrapped, k=0)
+        for mode in (True, False):
+            learner.train(mode)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                expected = query_loss(wrapped, episode)
+                torch.manual_seed(0)
+                assert torch.equal(query_loss(learner, episode), expected)
+    learner = RetrievalAugmented(tasks.spec, learner=AmortizedBayes(tasks.spec), k=2, n_groups=20)
+    learner.prepare(tasks, seed=0)
+    state = learner.adapt(episode.support)
+    assert torch.allclose(learner.penalty(state), learner.learner.penalty(state.inner).view(3, 3).mean(1))
+    assert torch.equal(RetrievalAugmented(tasks.spec, learner=MAML(tasks.spec), k=2).penalty(state), torch.zeros(3))

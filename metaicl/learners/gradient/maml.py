@@ -2,17 +2,16 @@
 
 from collections.abc import Iterable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, masked_mean, positive
-from metaicl.inner_loop import Params, call_tasks, check_inner_loop_module, select_parameters, unroll_tasks
+from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
+from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -27,14 +26,19 @@ class MAML(Learner[dict[str, Tensor]]):
         spec: The tasks.
         net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds one from the spec.
             It must not track running statistics.
-        inner_lr: Step size of the inner loop.
+        inner_lr: Step size of gradient descent in the inner loop; None takes the paper's, see `default_inner_lr`.
         inner_steps: Updates of the inner loop.
         first_order: Drop second derivatives (FOMAML).
+        optimizer: Any other update rule of the inner loop, such as `metaicl.inner_loop.Adam(0.01)` or one with learned
+            rates, `SGD(Rate(0.01, "tensor"))`. It is copied; give it instead of `inner_lr`.
         adapt: Shell-style patterns of the parameters to adapt. None adapts all but word vectors. With the nets built
             here "head.*" gives ANIL and "encoder.*" gives BOIL.
+        truncate: Second derivatives in the last so many steps only. None: in all.
+        checkpoint: Compute segments of so many steps once more in the backward pass, to save memory in long inner
+            loops; True is 1. See `metaicl.inner_loop.unroll_tasks`.
 
     Raises:
-        TypeError: If a count is no int.
+        TypeError: If a count is no int or `optimizer` is no InnerOptimizer.
         ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
 
     Reference:
@@ -53,51 +57,54 @@ class MAML(Learner[dict[str, Tensor]]):
         inner_lr: float | None = None,
         inner_steps: int = 1,
         first_order: bool = False,
+        optimizer: InnerOptimizer | None = None,
         adapt: str | Iterable[str] | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
-        self.inner_lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.first_order = bool(first_order)
+        self.truncate = None if truncate is None else check_count("truncate", truncate, minimum=0)
+        self.checkpoint = checkpoint if isinstance(checkpoint, bool) else check_count("checkpoint", checkpoint)
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
-        if spec.kind == "regression":
-            self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
+        self.optimizer = _choose(spec, inner_lr, optimizer).bind(self._start(), self.inner_steps)
+        self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
         if support.mask is not None and self.traits.transductive:
             raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
-        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
-        frozen = self._frozen()
-
-        def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-            output = functional_call(self.net, {**frozen, **weights}, (x,), strict=True)
-            return masked_mean(self._row_loss(output, y), mask, 0)
-
-        data = (support.x, support.y, support.mask)
-        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=self.first_order)
+        return unroll_tasks(
+            support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
+            steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
+            first_order=self.first_order, truncate=self.truncate, checkpoint=self.checkpoint,
+        )  # fmt: skip
 
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
-        output = call_tasks(self.net, state, self._frozen(), x)
-        if self.spec.kind == "classification":
-            return categorical(output)
-        return gaussian(output, positive(self.raw_scale))
+        output = call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x)
+        return answer(output, self.raw_scale)
 
-    def _frozen(self) -> dict[str, Tensor]:
-        named = {name: value for name, value in self.net.named_parameters() if name not in self.adapted}
-        return {**named, **{name: value.clone() for name, value in self.net.named_buffers()}}
+    def _start(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
 
-    def _row_loss(self, output: Tensor, y: Tensor) -> Tensor:
-        if self.spec.kind == "classification":
-            return F.cross_entropy(output, y, reduction="none")
-        return (output - y).square().mean(-1)
+
+def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | None) -> InnerOptimizer:
+    if optimizer is None:
+        return SGD(check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr))
+    if not isinstance(optimizer, InnerOptimizer):
+        hint = "such as metaicl.inner_loop.Adam(0.01); a torch.optim optimizer changes weights in place"
+        raise TypeError(f"optimizer must be an InnerOptimizer, {hint}; got {type(optimizer).__name__}")
+    if inner_lr is not None:
+        raise ValueError(f"give inner_lr or an optimizer, which has its own rate, not both; got inner_lr={inner_lr}")
+    return optimizer
 
 
 def default_inner_lr(spec: TaskSpec) -> float:

@@ -8,7 +8,8 @@ from torch.func import functional_call
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean
-from metaicl.inner_loop import Params, call_tasks, select_parameters, unroll_tasks
+from metaicl.inner_loop.parameters import select_parameters
+from metaicl.inner_loop.unrolling import Params, call_tasks, unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.reference.simple import mean_and_scale
 from metaicl.nets.backbones import build_net

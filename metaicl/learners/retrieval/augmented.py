@@ -13,7 +13,7 @@ from metaicl.checks import check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, unit_rows
-from metaicl.learner import Learner, Prepares
+from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes
 from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.keys import GroupEncoder, SearchKeys
 from metaicl.spec import TaskSpec
@@ -112,8 +112,28 @@ class RetrievalAugmented(Learner[RetrievalState]):
 
     def adapt(self, support: Examples) -> RetrievalState:
         """Adapt the wrapped learner to the support alone and to the support with each retrieved group."""
+        augmented, log_weights = self._retrieve(support)
+        return RetrievalState(self.learner.adapt(augmented), log_weights)
+
+    def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, RetrievalState]]:
+        """The stages of the wrapped learner, where it has some."""
+        if not isinstance(self.learner, AdaptsInStages):
+            return [(1.0, self.adapt(support))]
+        augmented, log_weights = self._retrieve(support)
+        stages = self.learner.adapt_stages(augmented)
+        return [(weight, RetrievalState(state, log_weights)) for weight, state in stages]
+
+    def penalty(self, state: RetrievalState) -> Tensor:
+        """The penalty of the wrapped learner (B,), mean over the retrieved sets; zero where it has none."""
+        n_tasks, n_sets = state.log_weights.shape
+        if not isinstance(self.learner, Regularizes):
+            return state.log_weights.new_zeros(n_tasks)
+        return self.learner.penalty(state.inner).unflatten(0, (n_tasks, n_sets)).mean(1)
+
+    def _retrieve(self, support: Examples) -> tuple[Examples, Tensor]:
+        """The support alone and with each retrieved group, axis (B S), and log-weights (B, S)."""
         if self.k == 0:
-            return RetrievalState(self.learner.adapt(support), support.x.new_zeros(support.n_tasks, 1))
+            return support, support.x.new_zeros(support.n_tasks, 1)
         asking = self._asking_groups(support)  # (B, G, N): rows of each group that looks for its like
         y = support.y if self.spec.kind == "regression" else support.x.new_zeros(*support.y.shape, 0)
         queries = self.search_keys(support.x[:, None], y[:, None], asking).to(self.bank.keys.dtype)
@@ -122,8 +142,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
         scores = (scores * found).sum(1) / found.sum(1).clamp(min=1)  # a retrieved set has one group per class
         scores = scores.masked_fill(~found.any(1), -torch.inf)
         log_weights = torch.log_softmax(torch.cat([self.nothing.expand(len(scores), 1), scores], 1), 1)
-        augmented = self._augment(support, index, found)
-        return RetrievalState(self.learner.adapt(augmented), log_weights)
+        return self._augment(support, index, found), log_weights
 
     def predict(self, state: RetrievalState, x: Tensor) -> Distribution:
         """The marginal over the retrieved sets."""

@@ -1,0 +1,53 @@
+"""Values with a backward of their own: what recomputation and implicit gradients are made of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaicl.second_order import twice_differentiable
+
+Pull = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor | None]]
+"""(inputs, cotangents of the values) -> cotangents of the inputs."""
+
+
+def attach(values: Sequence[Tensor], inputs: Sequence[Tensor], pull: Pull) -> tuple[Tensor, ...]:
+    """`values` as functions of `inputs` whose derivative is `pull`.
+
+    Only `inputs` are kept for the backward pass. Works under autograd, under `torch.func` and in a compiled graph:
+    torch 2.13 cannot compile a `torch.autograd.Function` whose forward uses a `torch.func` transform, but it can
+    compile one whose backward does, so that the values are computed before and handed in.
+
+    Args:
+        values: Floating tensors that carry no graph.
+        inputs: What they depend on, floating tensors.
+        pull: The derivative; it may use transforms of `torch.func`.
+    """
+    count = len(values)
+
+    def split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return tensors[:count], tensors[count:]  # a closure: the compiler takes an int argument for a tensor
+
+    # The compiler does not see that a tensor wants a gradient if it is an argument of torch.func.grad: pass a view.
+    views = [value.view_as(value) for value in inputs]
+    with twice_differentiable():
+        pass  # nor does it let a backward pass enter a function mode that no forward pass has entered before
+    return _Attached.apply(pull, split, *values, *views)  # type: ignore[no-any-return]
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(pull: Pull, split: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.clone() for value in split(tensors)[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pull, split, *tensors = inputs
+        ctx.pull = pull
+        ctx.save_for_backward(*split(tensors)[1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pulled = ctx.pull(ctx.saved_tensors, cotangents)
+        return (None, None, *(None for _ in cotangents), *pulled)

@@ -1,0 +1,101 @@
+"""Hyper-parameters of an inner loop: fixed, or meta-learned for all tensors, each tensor or each element, per step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metaicl.checks import check_choice, check_count
+
+Learn = Literal["all", "tensor", "element"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A hyper-parameter of an inner optimizer.
+
+    Args:
+        value: Its value, or where learning starts.
+        learn: None keeps it; "all" learns one number, "tensor" one per parameter tensor, "element" one per weight.
+        per_step: Learn another one for each step of the inner loop. Steps beyond those of meta-training use the last.
+
+    Raises:
+        ValueError: If a setting is unknown, the value is not finite, or `per_step` is asked of a fixed rate.
+
+    Reference:
+        One per weight: Li et al. 2017, arXiv:1707.09835. One per layer and step: Antoniou et al. 2018,
+        arXiv:1810.09502.
+    """
+
+    value: float
+    learn: Learn | None = None
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+            raise ValueError(f"Rate.value must be a finite number; got {self.value!r}")
+        if self.learn is not None:
+            check_choice("Rate.learn", self.learn, ("all", "tensor", "element"))
+        if self.per_step and self.learn is None:
+            raise ValueError('Rate.per_step needs a learned rate; give learn="all", "tensor" or "element"')
+
+
+def check_rate(name: str, rate: Rate | float, *, low: float, high: float = math.inf) -> Rate:
+    """`rate` as a Rate, once its value is known to be in [low, high), and to be inside if it is learned.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    rate = rate if isinstance(rate, Rate) else Rate(rate)
+    inside = low <= rate.value < high if rate.learn is None else low <= rate.value < high and rate.value != 0
+    if not inside:
+        learned = "" if rate.learn is None else " and not 0, since it is learned"
+        raise ValueError(f"{name} must be in [{low}, {high}){learned}; got {rate.value}")
+    return rate
+
+
+class LearnedRate(nn.Module):
+    """The learned values of one `Rate`, parameters of whatever module holds it.
+
+    Args:
+        rate: Where they start, and how many there are.
+        params: The tensors that the inner loop adapts.
+        steps: Steps of the inner loop.
+        fraction: Keep them in (0, 1), as betas and momenta must be, by a sigmoid. Otherwise they are free: a
+            learning rate may turn negative, as in Meta-SGD.
+    """
+
+    def __init__(self, rate: Rate, params: Mapping[str, Tensor], steps: int, *, fraction: bool) -> None:
+        """Make the parameters in the dtype and on the device of `params`."""
+        super().__init__()
+        self.learn, self.per_step, self.fraction = rate.learn, rate.per_step, fraction
+        self.places = {name: place for place, name in enumerate(params)}
+        self.steps = check_count("steps", steps)
+        start = math.log(rate.value / (1 - rate.value)) if fraction else rate.value
+        lead = (steps,) if rate.per_step else ()
+        like = next(iter(params.values()))
+
+        def filled(shape: tuple[int, ...]) -> nn.Parameter:
+            return nn.Parameter(torch.full((*lead, *shape), start, dtype=like.dtype, device=like.device))
+
+        if rate.learn == "element":
+            self.values = nn.ParameterDict({_key(name): filled(tuple(value.shape)) for name, value in params.items()})
+        else:
+            self.value = filled((len(params),) if rate.learn == "tensor" else ())
+
+    def forward(self, name: str, step: int) -> Tensor:
+        """The rate of the tensor `name` in step `step`: a scalar, or one number per element."""
+        raw = self.values[_key(name)] if self.learn == "element" else self.value
+        if self.per_step:
+            raw = raw[min(step, self.steps - 1)]
+        if self.learn == "tensor":
+            raw = raw[self.places[name]]
+        return raw.sigmoid() if self.fraction else raw
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a parameter's name cannot hold a dot

@@ -1,0 +1,239 @@
+"""Unrolled inner loops: gradient steps on a support, differentiable from outside, for all tasks in one graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from metaicl.checks import check_count
+from metaicl.inner_loop.checkpointing import recompute
+from metaicl.inner_loop.optimizers import InnerOptimizer, State
+from metaicl.second_order import twice_differentiable
+
+Params = Mapping[str, Tensor]
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """An inner loop without its tensors."""
+
+    loss: Loss
+    optimizer: InnerOptimizer | None
+    hyper: Mapping[str, Any]
+    steps: int
+    first_order: bool | Tensor
+    exact_from: int  # steps before this one are first order
+
+    def run(self, first: int, stop: int, tensors: tuple[Any, ...], data: Sequence[Any]) -> tuple[list, State]:
+        """The weights after each of the steps `first` .. `stop` - 1 of one task, and the optimizer's state."""
+        fast, state, shared, hyper = tensors
+        path = []
+        for step in range(first, stop):
+            gradients = self._gradients(step, fast, shared, data)
+            if self.optimizer is None:
+                fast = {name: value - hyper["lr"] * gradients[name] for name, value in fast.items()}
+            else:
+                fast, state = functional_call(self.optimizer, hyper, (fast, gradients, state, step))
+            path.append(fast)
+        return path, state
+
+    def _gradients(self, step: int, fast: Params, shared: Params, data: Sequence[Any]) -> Params:
+        first_order = True if step < self.exact_from else self.first_order
+        if first_order is True:  # taken at detached weights, so that no second graph is ever built
+            fast, shared = _detached(fast), _detached(shared)
+        gradients = grad(lambda weights: self.loss({**shared, **weights}, *data))(dict(fast))
+        if first_order is True:  # the loss may also know weights that it was not given
+            return _detached(gradients)
+        if first_order is False:
+            return gradients
+        gate = 1 - first_order
+        return {name: value.detach() + gate * (value - value.detach()) for name, value in gradients.items()}
+
+
+def unroll(
+    loss: Loss,
+    params: Params,
+    data: Sequence[Any],
+    *,
+    steps: int,
+    lr: float | Tensor | None = None,
+    optimizer: InnerOptimizer | None = None,
+    shared: Params | None = None,
+    first_order: bool | Tensor = False,
+    truncate: int | None = None,
+) -> dict[str, Tensor]:
+    """Run `steps` gradient steps on one task and keep the graph for the outer loop.
+
+    Args:
+        loss: Function of (params, *data) giving a scalar (nats, or squared units).
+        params: Start of the inner loop. Not modified.
+        data: What the loss needs beside the parameters, tensors of one task.
+        steps: Number of updates; 0 returns `params`.
+        lr: Step size of plain gradient descent. Give this or `optimizer`.
+        optimizer: Any other update rule.
+        shared: More tensors that the loss finds among its parameters by name, which do not adapt.
+        first_order: Treat inner gradients as constants. A tensor is a gate: 1.0 treats them so, 0.0 does not, and
+            both cost what second order costs.
+        truncate: Second order in the last so many steps only, first order before.
+
+    Returns:
+        Fast weights, keys and shapes as in `params`.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If both or none of `lr` and `optimizer` are given, or a count is out of range.
+
+    Reference:
+        Finn, Abbeel & Levine, 2017, arXiv:1703.03400, Algorithm 1; first order as in section 5.2.
+    """
+    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate)
+    path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), data)
+    return path[-1] if path else dict(params)
+
+
+def unroll_tasks(
+    loss: Loss,
+    params: Params,
+    data: Sequence[Any],
+    *,
+    steps: int,
+    lr: float | Tensor | None = None,
+    optimizer: InnerOptimizer | None = None,
+    shared: Params | None = None,
+    first_order: bool | Tensor = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+) -> dict[str, Tensor]:
+    """`unroll` for B tasks at once, from the same start.
+
+    Args:
+        loss: As in `unroll`; it sees one task.
+        params: Start shared by all tasks.
+        data: Pytrees of tensors with leading axis B; None entries are passed on.
+        steps: Number of updates.
+        lr: As in `unroll`.
+        optimizer: As in `unroll`.
+        shared: As in `unroll`; the same for all tasks.
+        first_order: As in `unroll`.
+        truncate: As in `unroll`.
+        checkpoint: Keep only the weights between segments of so many steps (True: 1), and compute the steps of a
+            segment once more in the backward pass. Memory is then that of K / checkpoint sets of fast weights and of
+            the activations of `checkpoint` steps; sqrt(K) is a good number where the weights are large. Exact,
+            and about 1.4 times slower. Every meta-parameter of the loss has to come by `params` or `shared`.
+
+    Returns:
+        Fast weights with leading axis B.
+
+    Raises:
+        TypeError, ValueError: As in `unroll`; also if `checkpoint` would lose the gradient of a tensor that the loss
+            did not get by `params` or `shared`.
+    """
+    path = unroll_path(
+        loss, params, data, steps=steps, lr=lr, optimizer=optimizer, shared=shared, first_order=first_order,
+        truncate=truncate, checkpoint=checkpoint, whole=False,
+    )  # fmt: skip
+    return path[-1]
+
+
+def unroll_path(
+    loss: Loss,
+    params: Params,
+    data: Sequence[Any],
+    *,
+    steps: int,
+    lr: float | Tensor | None = None,
+    optimizer: InnerOptimizer | None = None,
+    shared: Params | None = None,
+    first_order: bool | Tensor = False,
+    truncate: int | None = None,
+    checkpoint: bool | int = False,
+    whole: bool = True,
+) -> list[dict[str, Tensor]]:
+    """The fast weights after every step of `unroll_tasks`, whose arguments these are.
+
+    Args:
+        loss: As in `unroll_tasks`, like all that follow.
+        params: Start.
+        data: Tensors with leading axis B.
+        steps: Number of updates.
+        lr: Step size of plain gradient descent.
+        optimizer: Any other update rule.
+        shared: More tensors for the loss.
+        first_order: Treat inner gradients as constants.
+        truncate: Second order in the last so many steps only.
+        checkpoint: Recompute segments of so many steps.
+        whole: False leaves out all but the last.
+
+    Returns:
+        As many sets of weights with leading axis B as there are steps, the latest last; the start, if there are none.
+    """
+    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate)
+    if steps == 0:  # nothing depends on the task
+        n_tasks = next(part for part in data if part is not None).shape[0]
+        return [{name: value.expand(n_tasks, *value.shape) for name, value in params.items()}]
+    length = steps if checkpoint is False else check_count("checkpoint", int(checkpoint))
+    fast, state, path = dict(params), {}, []
+    for first in range(0, steps, length):
+        segment = _segment(loop, first, min(first + length, steps), data, whole)
+        arguments = (fast, state, dict(shared or {}), loop.hyper, tuple(data))
+        found, state = segment(*arguments) if checkpoint is False else recompute(segment, *arguments)
+        fast, path = found[-1], [*path, *found] if whole else found
+    return path
+
+
+def call_tasks(net: nn.Module, fast: Params, frozen: Params, x: Tensor) -> Tensor:
+    """Outputs (B, Q, ...) of `net` under each task's fast weights, for inputs x (B, Q, ...).
+
+    Args:
+        net: Any module; left alone.
+        fast: Weights with leading axis B.
+        frozen: Weights and buffers shared by all tasks.
+        x: Inputs.
+    """
+
+    def one_task(weights: Params, inputs: Tensor) -> Tensor:
+        return functional_call(net, {**frozen, **weights}, (inputs,), strict=True)
+
+    with twice_differentiable():
+        return vmap(one_task, randomness="different")(dict(fast), x)
+
+
+def _segment(loop: _Loop, first: int, stop: int, data: Sequence[Any], whole: bool) -> Callable[..., Any]:
+    """Steps `first` .. `stop` - 1 of all tasks as a function of tensors."""
+    in_dims = tuple(None if part is None else 0 for part in data)
+    started = None if first == 0 else 0  # the first step starts from weights that the tasks share
+
+    def run(fast: Params, state: State, shared: Params, hyper: Params, data: tuple[Any, ...]) -> Any:
+        def one_task(fast: Params, state: State, *task_data: Any) -> Any:
+            path, state = loop.run(first, stop, (fast, state, shared, hyper), task_data)
+            return path if whole else path[-1:], state
+
+        with twice_differentiable():
+            return vmap(one_task, in_dims=(started, started, *in_dims), randomness="different")(fast, state, *data)
+
+    return run
+
+
+def _loop(
+    loss: Loss,
+    steps: int,
+    lr: float | Tensor | None,
+    optimizer: InnerOptimizer | None,
+    *,
+    first_order: bool | Tensor,
+    truncate: int | None,
+) -> _Loop:
+    if (lr is None) == (optimizer is None):
+        raise ValueError("an inner loop needs either lr, for gradient descent, or an optimizer")
+    check_count("steps", steps, minimum=0)
+    exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
+    # No module is made here: a compiled graph cannot make one.
+    hyper = {"lr": lr} if optimizer is None else dict(optimizer.named_parameters())
+    return _Loop(loss, optimizer, hyper, steps, first_order, exact_from)
+
+
+def _detached(tensors: Params) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in tensors.items()}

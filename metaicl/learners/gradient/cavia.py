@@ -1,0 +1,108 @@
+"""Fast context adaptation: only a small vector that the net reads beside its input is adapted."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import functional_call, vmap
+
+from metaicl.checks import check_count, check_positive
+from metaicl.episode import Examples
+from metaicl.functional import masked_mean
+from metaicl.inner_loop.parameters import check_inner_loop_module
+from metaicl.inner_loop.unrolling import Params, unroll_tasks
+from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, row_loss
+from metaicl.nets.modulation import build_context_net
+from metaicl.second_order import twice_differentiable
+from metaicl.spec import TaskSpec
+
+
+class CAVIA(Learner[Tensor]):
+    """Learn a net with a context input; a task is a context vector found by gradient descent from zero.
+
+    A task's state is a few numbers, so nothing of the net is copied, and there is little to overfit.
+
+    Args:
+        spec: The tasks.
+        net: (x (rows, *x_shape), context (context_size,)) -> (rows, n_way logits or y_dim means); None builds one:
+            the context is concatenated to vectors and encoded words, and modulates the third block of a Conv4.
+            It must not track running statistics.
+        context_size: Entries of the context; None takes 5, and 100 for images.
+        inner_lr: Step size of the inner loop.
+        inner_steps: Updates of the inner loop; None takes 1 for regression and 2 for classification.
+        first_order: Drop second derivatives.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If a setting is out of range or the net cannot be used.
+
+    Reference:
+        Zintgraf et al. 2019, arXiv:1810.03642, section 3 and, for images, the FiLM layer of the appendix. Differs:
+        a learned output scale for regression; group instead of batch normalization; FiLM's scale starts at one.
+    """
+
+    traits = Traits()
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        context_size: int | None = None,
+        inner_lr: float = 1.0,
+        inner_steps: int | None = None,
+        first_order: bool = False,
+    ) -> None:
+        """Check the settings and try the net."""
+        super().__init__(spec)
+        default_size, default_steps = (100 if spec.x_kind == "image" else 5), (1 if spec.kind == "regression" else 2)
+        self.context_size = check_count("context_size", default_size if context_size is None else context_size)
+        self.inner_lr = check_positive("inner_lr", inner_lr)
+        self.inner_steps = check_count("inner_steps", default_steps if inner_steps is None else inner_steps)
+        self.first_order = bool(first_order)
+        self.net = build_context_net(spec, context_size=self.context_size) if net is None else net
+        check_inner_loop_module(self.net)
+        _check_takes_context(self.net, spec, self.context_size)
+        self.declare_nets(self.net)
+        self.raw_scale = output_scale(spec)
+
+    def adapt(self, support: Examples) -> Tensor:
+        """Contexts (B, context_size)."""
+        if support.mask is not None and self.traits.transductive:
+            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        shared = frozen_tensors(self.net, ())
+
+        def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+            output = functional_call(self.net, shared, (x, weights["context"]), strict=True)
+            return masked_mean(row_loss(self.spec, output, y), mask, 0)
+
+        start = {"context": next(self.net.parameters()).new_zeros(self.context_size)}
+        data, steps = (support.x, support.y, support.mask), self.inner_steps
+        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=steps, first_order=self.first_order)["context"]
+
+    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+        """Answer under each task's context."""
+        shared = frozen_tensors(self.net, ())
+
+        def one_task(context: Tensor, inputs: Tensor) -> Tensor:
+            return functional_call(self.net, shared, (inputs, context), strict=True)
+
+        with twice_differentiable():
+            output = vmap(one_task, randomness="different")(state, x)
+        return answer(output, self.raw_scale)
+
+
+def _check_takes_context(net: nn.Module, spec: TaskSpec, size: int) -> None:
+    parameter = next(net.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"{type(net).__name__} has no parameters to learn")
+    dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
+    x = torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device)
+    expected = f"turn x (2, {spec.x_shape}) and a context ({size},) into (2, {spec.output_size})"
+    try:
+        with torch.no_grad():
+            found = str(tuple(net(x, parameter.new_zeros(size)).shape))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"CAVIA's net must {expected}; {type(net).__name__} raised {error}") from error
+    if found != str((2, spec.output_size)):
+        raise ValueError(f"CAVIA's net must {expected}; {type(net).__name__} gave {found}")

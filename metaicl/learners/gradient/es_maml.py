@@ -1,0 +1,133 @@
+"""ES-MAML: the meta-gradient from function values alone, by evolution strategies."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import functional_call, vmap
+
+from metaicl.checks import check_count, check_positive
+from metaicl.episode import Episode, Examples
+from metaicl.functional import masked_mean
+from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
+from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.maml import default_inner_lr
+from metaicl.nets.backbones import build_net
+from metaicl.second_order import twice_differentiable
+from metaicl.spec import TaskSpec
+
+
+class ESMAML(Learner[dict[str, Tensor]]):
+    """Learn initial weights by perturbing them, adapting, and asking the query how it went.
+
+    The meta-gradient is that of the loss smoothed by a Gaussian of width `sigma`, estimated by pairs of opposite
+    perturbations: mean of (f(w + sigma e) - f(w - sigma e)) e / (2 sigma), where f adapts and evaluates. Nothing is
+    differentiated through the inner loop, which may be long. Its noise grows with the number of parameters: a small
+    net and many pairs suit it.
+
+    Perturbations come from torch's default generator, which `outer_loop` seeds for each update and puts back.
+
+    Args:
+        spec: The tasks.
+        net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds one from the spec.
+            It must not track running statistics.
+        inner_lr: Step size of the inner loop.
+        inner_steps: Updates of the inner loop.
+        n_pairs: Pairs of opposite perturbations for each task; every pair adapts twice.
+        sigma: Width of the perturbations, in units of the weights.
+        chunk_size: Pairs in memory at a time; changes the numbers by rounding only. None: all.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If a setting is out of range or the net cannot be used.
+
+    Reference:
+        Song et al. 2020, arXiv:1910.01215, Algorithms 1 and 2 and the antithetic estimator of section 3. Differs: the
+        inner loop descends the exact gradient of the support's loss, which supervised tasks offer, where the paper
+        estimates it by evolution strategies too; rewards are losses and are not standardized; every task of a
+        meta-batch has its own perturbations.
+    """
+
+    traits = Traits()
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        inner_lr: float | None = None,
+        inner_steps: int = 1,
+        n_pairs: int = 32,
+        sigma: float = 0.05,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Check the settings."""
+        super().__init__(spec)
+        self.inner_lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        self.inner_steps = check_count("inner_steps", inner_steps)
+        self.n_pairs = check_count("n_pairs", n_pairs)
+        self.sigma = check_positive("sigma", sigma)
+        self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+        self.net = build_net(spec) if net is None else net
+        check_inner_loop_module(self.net)
+        self.declare_nets(self.net)
+        self.adapted = select_parameters(self.net, None)
+        self.raw_scale = output_scale(spec)
+
+    def adapt(self, support: Examples) -> dict[str, Tensor]:
+        """Fast weights of every task: the adapted parameters with leading axis B."""
+        if support.mask is not None and self.traits.transductive:
+            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
+        data = (support.x, support.y, support.mask)
+        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+
+    def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """The query's loss at the unperturbed weights (scalar, nats per row), and the estimated gradient."""
+        trainable = {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
+        n_tasks, shape = episode.n_tasks, (self.n_pairs, episode.n_tasks)
+        with torch.no_grad():
+            noise = {name: _normal(value, shape) for name, value in trainable.items()}
+            plus, minus = (
+                self._losses({n: v + sign * self.sigma * noise[n] for n, v in trainable.items()}, episode)
+                for sign in (1, -1)
+            )
+            slopes = (plus - minus) / (2 * self.sigma * self.n_pairs * n_tasks)
+            found = {name: torch.tensordot(slopes, value, 2) for name, value in noise.items()}
+            log_prob = self(episode.support, episode.query.x).log_prob(episode.query.y)
+            return masked_mean(-log_prob, episode.query.mask, 1).mean(), found
+
+    def _losses(self, weights: Params, episode: Episode) -> Tensor:
+        """The query's losses (P, B) after adapting from weights with leading axes (P, B)."""
+        frozen = {name: value for name, value in frozen_tensors(self.net, ()).items() if f"net.{name}" not in weights}
+        support, query = episode.support, episode.query
+
+        def one(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None, inputs: Tensor) -> Tensor:
+            net = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
+            rest = {**frozen, **{name: value for name, value in net.items() if name not in self.adapted}}
+            start = {name: value for name, value in net.items() if name in self.adapted}
+            loss, data = support_loss(self.spec, self.net, rest), (x, y, mask)
+            fast = unroll(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
+            return functional_call(self.net, {**rest, **fast}, (inputs,), strict=True)
+
+        mask_dim = None if support.mask is None else 0
+        with twice_differentiable():
+            over_tasks = vmap(one, in_dims=(0, 0, 0, mask_dim, 0), randomness="different")
+            over_pairs = vmap(
+                over_tasks, in_dims=(0, None, None, None, None), randomness="different", chunk_size=self.chunk_size
+            )
+            output = over_pairs(weights, support.x, support.y, support.mask, query.x)
+        scale = weights.get("raw_scale", self.raw_scale)
+        log_prob = answer(output, None if scale is None else scale.unsqueeze(-2)).log_prob(query.y)
+        mask = None if query.mask is None else query.mask.expand_as(log_prob)
+        return masked_mean(-log_prob, mask, 2)
+
+
+def _normal(like: Tensor, leading: tuple[int, ...]) -> Tensor:
+    return torch.randn(*leading, *like.shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,128 @@
+"""MAML++: MAML with a loss at every inner step, rates per tensor and step, and first order to begin with."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.checks import check_count, check_positive
+from metaicl.episode import Examples
+from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.rates import Rate
+from metaicl.inner_loop.unrolling import call_tasks, unroll_path
+from metaicl.learner import Learner
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.nets.backbones import build_net
+from metaicl.spec import TaskSpec
+
+_LEAST = 0.03  # of an equal share: the floor of what an early inner step weighs
+
+
+class MAMLPlusPlus(Learner[dict[str, Tensor]]):
+    """MAML, made to train more steadily.
+
+    Early in training the query's loss is taken after every inner step, with weights that move towards the last step;
+    later it is the last step's alone. Each tensor learns a step size for each inner step. Second derivatives are left
+    out at first. The outer loop tells the learner how far training is; without one it does what it does at the end.
+
+    Args:
+        spec: The tasks.
+        net: As in `MAML`.
+        inner_lr: Where the step sizes start.
+        inner_steps: Updates of the inner loop.
+        multi_step_until: Part of the training with losses at every step, in [0, 1].
+        first_order_until: Part of the training without second derivatives, in [0, 1].
+        adapt: As in `MAML`.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
+
+    Reference:
+        Antoniou, Edwards & Storkey, 2018, arXiv:1810.09502: multi-step loss, derivative-order annealing, learned
+        per-layer per-step rates; weights of the steps as in the authors' code. Differs: rates per tensor, as in the
+        code; parts of the training instead of epochs; no per-step batch normalization (the nets built here use group
+        normalization, which has no statistics to keep). Cosine annealing is `TrainConfig(schedule="cosine")`.
+    """
+
+    step_weights: Tensor
+    first_order: Tensor
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        inner_lr: float | None = None,
+        inner_steps: int = 5,
+        multi_step_until: float = 0.1,
+        first_order_until: float = 0.5,
+        adapt: str | Iterable[str] | None = None,
+    ) -> None:
+        """Check the settings and choose the parameters to adapt."""
+        super().__init__(spec)
+        default = 0.01 if spec.kind == "regression" else 0.1
+        lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
+        self.inner_steps = check_count("inner_steps", inner_steps)
+        self.multi_step_until = _check_part("multi_step_until", multi_step_until)
+        self.first_order_until = _check_part("first_order_until", first_order_until)
+        self.net = build_net(spec) if net is None else net
+        check_inner_loop_module(self.net)
+        self.declare_nets(self.net)
+        self.adapted = select_parameters(self.net, adapt)
+        self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(self._start(), self.inner_steps)
+        self.raw_scale = output_scale(spec)
+        self.register_buffer("step_weights", _step_weights(self.inner_steps, 1.0))
+        self.register_buffer("first_order", torch.tensor(0.0))
+
+    def at(self, fraction: float) -> None:
+        """Weights of the steps and order of the derivatives for this part of the training."""
+        part = fraction / self.multi_step_until if self.multi_step_until else 1.0
+        self.step_weights.copy_(_step_weights(self.inner_steps, part))
+        self.first_order.fill_(float(fraction < self.first_order_until))
+
+    def adapt(self, support: Examples) -> dict[str, Tensor]:
+        """Fast weights of every task after the last step, with leading axis B."""
+        return self._path(support, whole=False)[-1]
+
+    def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, dict[str, Tensor]]]:
+        """Weight and fast weights of every inner step that counts at this part of the training."""
+        if not torch.compiler.is_compiling() and float(self.step_weights[-1]) == 1:
+            return [(1.0, self.adapt(support))]
+        return list(zip(self.step_weights.unbind(), self._path(support, whole=True), strict=True))
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+
+    def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Tensor]]:
+        if support.mask is not None and self.traits.transductive:
+            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        # A compiled graph keeps second order behind a gate; eagerly it is not computed where it does not count.
+        gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
+        return unroll_path(
+            support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
+            steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
+            first_order=gate, whole=whole,
+        )  # fmt: skip
+
+    def _start(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+
+
+def _step_weights(steps: int, part: float) -> Tensor:
+    """What the loss after each inner step weighs (K,), `part` of the way through the multi-step phase."""
+    if part >= 1:
+        return torch.eye(steps)[-1]
+    early = max((1 - part) / steps, _LEAST / steps)
+    weights = torch.full((steps,), early)
+    weights[-1] = 1 - (steps - 1) * early
+    return weights
+
+
+def _check_part(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1]; got {value!r}")
+    return float(value)

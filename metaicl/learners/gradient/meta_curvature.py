@@ -1,0 +1,61 @@
+"""Meta-Curvature: MAML that learns to transform the gradients of its inner loop."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.episode import Examples
+from metaicl.inner_loop.curvature import Curvature
+from metaicl.inner_loop.optimizers import SGD
+from metaicl.learner import Learner
+from metaicl.learners.gradient.maml import MAML, default_inner_lr
+from metaicl.spec import TaskSpec
+
+
+class MetaCurvature(Learner[dict[str, Tensor]]):
+    """Learn initial weights and linear maps of the inner gradients, one matrix per axis of each tensor.
+
+    The maps start as the identity, where this is MAML. Losses, answer and default net are those of `MAML`, which this
+    learner holds as `maml`; the matrices stand in `maml.optimizer.precondition`.
+
+    Args:
+        spec: The tasks.
+        net: As in `MAML`.
+        inner_lr: Step size of the inner loop; None takes MAML's.
+        inner_steps: Updates of the inner loop.
+        first_order: Drop second derivatives.
+        adapt: As in `MAML`.
+
+    Raises:
+        TypeError, ValueError: As `MAML`.
+
+    Reference:
+        Park & Oliva, 2019, arXiv:1902.03356 (MC2). Biases and other vectors get a learned scale per element.
+    """
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        inner_lr: float | None = None,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        adapt: str | Iterable[str] | None = None,
+    ) -> None:
+        """Build the MAML inside."""
+        super().__init__(spec)
+        optimizer = SGD(default_inner_lr(spec) if inner_lr is None else inner_lr, precondition=Curvature())
+        self.maml = MAML(
+            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt
+        )
+        self.traits = self.maml.traits
+
+    def adapt(self, support: Examples) -> dict[str, Tensor]:
+        """Fast weights of every task, with leading axis B."""
+        return self.maml.adapt(support)
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return self.maml.predict(state, x)

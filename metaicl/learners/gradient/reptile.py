@@ -1,0 +1,134 @@
+"""Reptile: move the initial weights toward the adapted ones."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import vmap
+
+from metaicl.checks import check_count, check_positive
+from metaicl.collation import concatenate
+from metaicl.episode import Episode, Examples
+from metaicl.functional import masked_mean
+from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.unrolling import call_tasks, unroll, unroll_tasks
+from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.nets.backbones import build_net
+from metaicl.second_order import twice_differentiable
+from metaicl.spec import TaskSpec
+
+
+class Reptile(Learner[dict[str, Tensor]]):
+    """Learn initial weights without differentiating through the inner loop.
+
+    Training joins support and query, as the paper trains on all rows of a task, and takes `inner_steps` steps of SGD
+    on minibatches of them; the meta-gradient is initial minus adapted weights, mean over tasks. An outer
+    `torch.optim.SGD(lr=e)` is the paper's update with outer step e; Adam, which rescales it, works too. The query's
+    labels stay inside `meta_gradients`: `adapt` descends on the whole support it is given, without chance.
+
+    What does not adapt (the output scale, word vectors) follows the gradient of the query's negative log-likelihood
+    at weights adapted to the support alone. That is also the loss reported.
+
+    Args:
+        spec: The tasks.
+        net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds one from the spec.
+            It must not track running statistics.
+        inner_lr: Step size of the inner loop; None takes .02 for regression and .1 for classification.
+        inner_steps: Minibatches per task in training.
+        batch_rows: Rows of a minibatch. They are drawn without replacement until all were seen.
+        adapt_steps: Steps of `adapt`; None takes `inner_steps`. The paper takes about ten times as many.
+
+    Raises:
+        TypeError: If a count is no int.
+        ValueError: If a setting is out of range or the net cannot be used.
+
+    Reference:
+        Nichol, Achiam & Schulman, 2018, arXiv:1803.02999, Algorithm 2. Differs: SGD, as in their analysis, instead of
+        Adam with beta1 = 0 in the inner loop; a learned output scale for regression; group normalization.
+    """
+
+    traits = Traits()
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        inner_lr: float | None = None,
+        inner_steps: int = 5,
+        batch_rows: int = 10,
+        adapt_steps: int | None = None,
+    ) -> None:
+        """Check the settings."""
+        super().__init__(spec)
+        default = 0.02 if spec.kind == "regression" else 0.1
+        self.inner_lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
+        self.inner_steps = check_count("inner_steps", inner_steps)
+        self.batch_rows = check_count("batch_rows", batch_rows)
+        self.adapt_steps = check_count("adapt_steps", inner_steps if adapt_steps is None else adapt_steps)
+        self.net = build_net(spec) if net is None else net
+        check_inner_loop_module(self.net)
+        self.declare_nets(self.net)
+        self.adapted = select_parameters(self.net, None)
+        self.raw_scale = output_scale(spec)
+
+    def adapt(self, support: Examples) -> dict[str, Tensor]:
+        """Fast weights of every task after full-batch descent on the support."""
+        if support.mask is not None and self.traits.transductive:
+            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
+        data = (support.x, support.y, support.mask)
+        return unroll_tasks(loss, self._start(), data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+
+    def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """The query's loss after adapting to the support (scalar, nats per row), and Reptile's direction."""
+        with torch.no_grad():
+            start, ends = self._start(), self._train(concatenate(episode.support, episode.query))
+            found = {f"net.{name}": value - ends[name].mean(0) for name, value in start.items()}
+            state = self.adapt(episode.support)
+        rest = {name: p for name, p in self.named_parameters() if p.requires_grad and name not in found}
+        with torch.enable_grad():
+            log_prob = self.predict(state, episode.query.x).log_prob(episode.query.y)
+            loss = masked_mean(-log_prob, episode.query.mask, 1).mean()
+            if rest:
+                values = torch.autograd.grad(loss, list(rest.values()), allow_unused=True, materialize_grads=True)
+                found.update(zip(rest, values, strict=True))
+        return loss.detach(), found
+
+    def _start(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+
+    def _train(self, rows: Examples) -> dict[str, Tensor]:
+        """Weights of every task, leading axis B, after SGD on minibatches."""
+        start, loss = self._start(), support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
+
+        def one_task(x: Tensor, y: Tensor, real: Tensor, places: Tensor) -> dict[str, Tensor]:
+            fast = start
+            for batch in places.unbind():
+                data = (x[batch], y[batch], real[batch])
+                fast = unroll(loss, fast, data, lr=self.inner_lr, steps=1, first_order=True)
+            return fast
+
+        places = minibatches(rows.real, n_batches=self.inner_steps, n_rows=self.batch_rows)
+        with twice_differentiable():
+            return vmap(one_task, randomness="different")(rows.x, rows.y, rows.real, places)
+
+
+def minibatches(real: Tensor, *, n_batches: int, n_rows: int) -> Tensor:
+    """Rows of each minibatch, long (B, n_batches, min(n_rows, N)), drawn from torch's default generator.
+
+    Every task shuffles its real rows once and goes round them; a masked row is never drawn.
+
+    Args:
+        real: bool (B, N).
+        n_batches: Minibatches per task.
+        n_rows: Rows of a minibatch.
+    """
+    n_rows = min(n_rows, real.shape[1])
+    order = (torch.rand(real.shape, device=real.device) + 2 * ~real).argsort(1)
+    places = torch.arange(n_batches * n_rows, device=real.device) % real.sum(1, keepdim=True).clamp(min=1)
+    return order.gather(1, places).unflatten(1, (n_batches, n_rows))

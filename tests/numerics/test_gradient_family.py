@@ -1,0 +1,234 @@
+"""The learners on the engine in float64: finite differences, higher, learn2learn, loops over tasks."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from metaicl.episode import Episode, Examples
+from metaicl.inner_loop.adaptive import Adam, RMSprop
+from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.rates import Rate
+from metaicl.inner_loop.solvers import ConjugateGradient
+from metaicl.interop.higher import HigherMAML
+from metaicl.interop.learn2learn import L2LGBML, L2LMetaSGD, import_learn2learn
+from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
+from metaicl.learners.gradient.meta_curvature import MetaCurvature
+from metaicl.learners.gradient.meta_sgd import MetaSGD
+from metaicl.meta_step import MetaStep, accumulate
+from metaicl.nets.backbones import Conv4, EncoderWithHead
+from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
+from metaicl.task import derive_generator
+from metaicl.tasks.functions import Sinusoid
+
+WAVES = Sinusoid().spec
+IMAGES = TaskSpec("classification", (1, 8, 8), "image", n_way=2)
+
+
+def waves():
+    generator = derive_generator("waves")
+    return Sinusoid().sample(3, split="train", n_shot=4, n_query=5, generator=generator).to(dtype=torch.float64)
+
+
+def pictures():
+    generator = derive_generator("pictures")
+
+    def rows(per_class):
+        y = torch.arange(2).repeat_interleave(per_class).expand(2, -1).clone()
+        return Examples(torch.rand(2, 2 * per_class, 1, 8, 8, generator=generator, dtype=torch.float64), y)
+
+    return Episode(rows(2), rows(2))
+
+
+class Encoder(nn.Module):
+    """A Transformer over four shifted copies of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 1)
+        self.mix = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0, activation="gelu")
+
+    def forward(self, x):
+        h = self.embed(x[:, None] + torch.arange(4.0, dtype=x.dtype)[:, None])
+        return self.head(self.mix(h).mean(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def conv():
+    net = EncoderWithHead(Conv4(1, channels=4, norm=lambda channels: nn.GroupNorm(2, channels)), IMAGES)
+    net.head.reset_parameters()  # a head of zeros hides the encoder
+    return net
+
+
+CASES = {"mlp": (WAVES, mlp, waves), "conv4": (IMAGES, conv, pictures), "transformer": (WAVES, Encoder, waves)}
+FAMILY = {
+    "MAML": partial(MAML, inner_lr=0.1),
+    "MAML by Adam": partial(MAML, optimizer=Adam(Rate(0.02, "tensor"), eps=1e-3)),
+    "MAML by Nesterov": partial(MAML, optimizer=SGD(0.05, momentum=Rate(0.5, "all"), nesterov=True, clip_norm=1.0)),
+    "MetaSGD": partial(MetaSGD, inner_lr=0.1),
+    "MetaCurvature": partial(MetaCurvature, inner_lr=0.1),
+    "MAMLPlusPlus": partial(MAMLPlusPlus, inner_lr=0.1),
+}
+ALL = [
+    pytest.param(case, make, steps, id=f"{name}-{case}-{steps}")
+    for name, make in FAMILY.items()
+    for case in (CASES if name == "MAML" else ("mlp", "conv4"))
+    for steps in (1, 3)
+]
+
+
+def build(case, make, **settings):
+    spec, net, episode = CASES[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        learner = make(spec, net=net(), **settings).double()
+        with torch.no_grad():
+            for value in learner.parameters():  # away from identities and equal rates
+                value += 0.01 * torch.randn_like(value)
+    return learner, episode()
+
+
+def meta_gradient(learner, episode):
+    parameters = dict(learner.named_parameters())
+    found = torch.autograd.grad(
+        query_loss(learner, episode).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))
+
+
+def check_differences(learner, episode):
+    gradients = meta_gradient(learner, episode)
+    size = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        place, values = int(gradient.abs().argmax()), []
+        flat = learner.get_parameter(name).view(-1)
+        with torch.no_grad():
+            for shift in (1e-6, -2e-6, 1e-6):
+                flat[place] += shift
+                values.append(float(query_loss(learner, episode).sum()))
+        slope = (values[0] - values[1]) / 2e-6
+        assert abs(slope - float(gradient.reshape(-1)[place])) <= 1e-5 * abs(slope) + 1e-8 * size, name
+
+
+@pytest.mark.parametrize(("case", "make", "steps"), ALL)
+def test_equals_finite_differences(case, make, steps):
+    check_differences(*build(case, make, inner_steps=steps))
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv4"])
+def test_multi_step_loss_equals_finite_differences(case):
+    learner, episode = build(case, FAMILY["MAMLPlusPlus"], inner_steps=3, first_order_until=0.0)
+    learner.train().at(0.05)
+    assert 0 < float(learner.step_weights[0]) < 1 / 3
+    check_differences(learner, episode)
+
+
+@pytest.mark.parametrize("case", ["mlp", pytest.param("conv4", marks=pytest.mark.slow)])
+def test_implicit_gradient_equals_finite_differences_at_the_solution(case):
+    """Differences see the minimizer only where the inner loop has found it."""
+    learner, episode = build(
+        case, partial(IMAML, inner_lr=0.02), inner_steps=120, proximal=20.0, solver=ConjugateGradient(25)
+    )
+    check_differences(learner, episode)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+        # higher adds eps before the correction of the bias: the two rules agree where eps does not matter
+        (Adam(0.02, eps=1e-18), lambda p: torch.optim.Adam(p, lr=0.02, eps=1e-18)),
+        (RMSprop(0.02, momentum=0.5, eps=1e-3), lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5, eps=1e-3)),
+    ],
+    ids=["sgd", "adam", "rmsprop"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Differentiable RMSprop")
+def test_each_optimizer_equals_higher(ours, theirs, steps):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = mlp().double()
+    learner = MAML(WAVES, net=net, optimizer=ours, inner_steps=steps).double()
+    higher = HigherMAML(WAVES, net=net, optimizer=theirs, inner_steps=steps).double()
+    check_same(meta_gradient(learner, waves()), meta_gradient(higher, waves()), names={"net": "_net"})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("case", ["mlp", "conv4"])
+def test_meta_sgd_equals_learn2learn(case, steps):
+    ours, episode = build(case, MetaSGD, inner_lr=0.1, inner_steps=steps)
+    theirs = L2LMetaSGD(ours.spec, net=ours.maml.net, inner_lr=0.1, inner_steps=steps).double()
+    rates, names = ours.maml.optimizer.learned["lr"].values, [name for name, _ in ours.maml.net.named_parameters()]
+    with torch.no_grad():
+        for lr, name in zip(theirs.algorithm.lrs, names, strict=True):
+            lr.copy_(rates[name.replace(".", "/")])
+    if ours.spec.kind == "regression":
+        theirs.raw_scale.data.copy_(ours.maml.raw_scale.data)
+    found, expected = meta_gradient(ours, episode), meta_gradient(theirs, episode)
+    for name in dict(ours.maml.net.named_parameters()):
+        assert_close(found[f"maml.net.{name}"], expected[f"algorithm.module.{name}"])
+    for i, name in enumerate(names):
+        key = name.replace(".", "/")
+        assert_close(found[f"maml.optimizer.learned.lr.values.{key}"], expected[f"algorithm.lrs.{i}"])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_meta_curvature_equals_learn2learn(steps):
+    ours, episode = build("mlp", MetaCurvature, inner_lr=0.1, inner_steps=steps)
+    theirs = L2LGBML(
+        ours.spec, net=ours.maml.net, inner_lr=0.1, inner_steps=steps,
+        transform=import_learn2learn().optim.MetaCurvatureTransform,
+    ).double()  # fmt: skip
+    factors = ours.maml.optimizer.precondition.factors.values()
+    transforms = theirs.algorithm.compute_update.transforms_modules
+    with torch.no_grad():
+        theirs.raw_scale.copy_(ours.maml.raw_scale)
+        for mine, other in zip(factors, transforms, strict=True):
+            if len(mine) == 1:
+                other.mc.copy_(mine[0])
+            else:  # they multiply by the second matrix itself, the paper by its transpose
+                other.mc_in.copy_(mine[0])
+                other.mc_out.copy_(mine[1].T)
+    found, expected = meta_gradient(ours, episode), meta_gradient(theirs, episode)
+    for name in dict(ours.maml.net.named_parameters()):
+        assert_close(found[f"maml.net.{name}"], expected[f"algorithm.module.{name}"])
+
+
+EVERY = {**FAMILY, "IMAML": partial(IMAML, inner_lr=0.1)}
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv4"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_meta_batch_is_a_loop_is_micro_batches(name, case):
+    learner, episode = build(case, EVERY[name], inner_steps=2)
+    together = meta_gradient(learner, episode)
+    alone = [meta_gradient(learner, task) for task in episode]
+    step = MetaStep(learner)
+    whole, pieces = accumulate(step, episode)[1], accumulate(step, episode, 1)[1]
+    for key, value in together.items():
+        assert_close(value, sum(gradients[key] for gradients in alone))
+        assert_close(whole[key], pieces[key])
+
+
+def check_same(found, expected, names):
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-2
+    renamed = {
+        f"{names.get(name.split('.')[0], name.split('.')[0])}{name[len(name.split('.')[0]) :]}": value
+        for name, value in found.items()
+    }
+    assert set(renamed) == set(expected)
+    for name, value in expected.items():
+        assert_close(renamed[name], value)
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 1e-12 * max(1.0, float(expected.abs().max()))
