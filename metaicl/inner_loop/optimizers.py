@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_positive
+from metaicl.inner_loop.factored import descend
 from metaicl.inner_loop.rates import LearnedRate, Rate, check_rate
 
 Gradients = Mapping[str, Tensor]
@@ -54,6 +55,9 @@ class InnerOptimizer(nn.Module, ABC):
             raise TypeError(f"precondition must map gradients to gradients; got {type(precondition).__name__}")
         self.precondition = precondition
         self.learned = nn.ModuleDict()
+
+    takes_factors: bool = False
+    """Whether `update` can move `Factors` by factored gradients."""
 
     @abstractmethod
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
@@ -153,6 +157,10 @@ class SGD(InnerOptimizer):
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
         )
         self.nesterov = bool(nesterov)
+        plain = (
+            clip_norm is None and precondition is None and not self.uses("momentum") and not self.uses("weight_decay")
+        )
+        self.takes_factors = plain and self.rates["lr"].learn != "element"
         if self.nesterov and (not self.uses("momentum") or self.uses("dampening")):
             raise ValueError("nesterov needs momentum > 0 and dampening 0")
 
@@ -165,7 +173,7 @@ class SGD(InnerOptimizer):
             fresh = gradient if not slots else (1 - self.rate("dampening", name, step)) * gradient
             velocity = momentum * slots[0] + fresh if slots else fresh
             gradient, slots = gradient + momentum * velocity if self.nesterov else velocity, (velocity,)
-        return value - self.rate("lr", name, step) * gradient, slots
+        return descend(value, self.rate("lr", name, step), gradient), slots
 
 
 def check_lr(lr: Rate | float) -> Rate:

@@ -6,9 +6,21 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 
 from metaicl.checks import check_count
 from metaicl.inner_loop.checkpointing import recompute
+from metaicl.inner_loop.factored import (
+    FactoredLinear,
+    Factors,
+    FastWeights,
+    Shape,
+    applied,
+    descend,
+    no_factors,
+    rows_of,
+    split,
+)
 from metaicl.inner_loop.optimizers import InnerOptimizer, State
 from metaicl.second_order import twice_differentiable
 
@@ -26,6 +38,7 @@ class _Loop:
     steps: int
     first_order: bool | Tensor
     exact_from: int  # steps before this one are first order
+    layers: Mapping[str, Sequence[Shape]]  # weights that are factored, and the shapes of their outputs
 
     def run(self, first: int, stop: int, tensors: tuple[Any, ...], data: Sequence[Any]) -> tuple[list, State]:
         """The weights after each of the steps `first` .. `stop` - 1 of one task, and the optimizer's state."""
@@ -34,23 +47,41 @@ class _Loop:
         for step in range(first, stop):
             gradients = self._gradients(step, fast, shared, data)
             if self.optimizer is None:
-                fast = {name: value - hyper["lr"] * gradients[name] for name, value in fast.items()}
+                fast = {name: descend(value, hyper["lr"], gradients[name]) for name, value in fast.items()}
             else:
                 fast, state = functional_call(self.optimizer, hyper, (fast, gradients, state, step))
             path.append(fast)
         return path, state
 
-    def _gradients(self, step: int, fast: Params, shared: Params, data: Sequence[Any]) -> Params:
+    def _gradients(self, step: int, fast: FastWeights, shared: Params, data: Sequence[Any]) -> dict[str, Any]:
         first_order = True if step < self.exact_from else self.first_order
         if first_order is True:  # taken at detached weights, so that no second graph is ever built
             fast, shared = _detached(fast), _detached(shared)
-        gradients = grad(lambda weights: self.loss({**shared, **weights}, *data))(dict(fast))
+        plain, factors = split(fast)
+        gradients = self._factored(plain, factors, shared, data) if factors else self._plain(plain, shared, data)
         if first_order is True:  # the loss may also know weights that it was not given
             return _detached(gradients)
         if first_order is False:
             return gradients
         gate = 1 - first_order
-        return {name: value.detach() + gate * (value - value.detach()) for name, value in gradients.items()}
+        return tree_map(lambda value: value.detach() + gate * (value - value.detach()), gradients)
+
+    def _plain(self, weights: Params, shared: Params, data: Sequence[Any]) -> Params:
+        return grad(lambda weights: self.loss({**shared, **weights}, *data))(dict(weights))
+
+    def _factored(
+        self, weights: Params, factors: Mapping[str, Factors], shared: Params, data: Sequence[Any]
+    ) -> FastWeights:
+        starts = {name: shared[name] for name in self.layers}
+        zeros = {name: [starts[name].new_zeros(shape) for shape in shapes] for name, shapes in self.layers.items()}
+
+        def loss(weights: Params, nudges: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Any]:
+            inputs: dict[str, list[Tensor]] = {name: [] for name in starts}
+            with FactoredLinear(starts, factors, nudges, inputs):
+                return self.loss({**shared, **weights}, *data), inputs
+
+        (gradients, outputs), inputs = grad(loss, (0, 1), has_aux=True)(dict(weights), zeros)
+        return gradients | {name: Factors(rows_of(inputs[name]), rows_of(outputs[name])) for name in starts}
 
 
 def unroll(
@@ -89,7 +120,7 @@ def unroll(
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400, Algorithm 1; first order as in section 5.2.
     """
-    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate)
+    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers={})
     path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), data)
     return path[-1] if path else dict(params)
 
@@ -150,8 +181,9 @@ def unroll_path(
     first_order: bool | Tensor = False,
     truncate: int | None = None,
     checkpoint: bool | int = False,
+    layers: Mapping[str, Sequence[Shape]] | None = None,
     whole: bool = True,
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Any]]:
     """The fast weights after every step of `unroll_tasks`, whose arguments these are.
 
     Args:
@@ -165,40 +197,48 @@ def unroll_path(
         first_order: Treat inner gradients as constants.
         truncate: Second order in the last so many steps only.
         checkpoint: Recompute segments of so many steps.
+        layers: Weights of linear layers that are never formed for each task but kept as `Factors`, and the shapes of
+            what comes out of these layers for one support; `LinearLayers` finds both. The optimizer has to take
+            factors.
         whole: False leaves out all but the last.
 
     Returns:
         As many sets of weights with leading axis B as there are steps, the latest last; the start, if there are none.
     """
-    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate)
+    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers=layers or {})
+    fast: dict[str, Any] = {name: no_factors(value) if name in loop.layers else value for name, value in params.items()}
+    shared = {**(shared or {}), **{name: params[name] for name in loop.layers}}
     if steps == 0:  # nothing depends on the task
         n_tasks = next(part for part in data if part is not None).shape[0]
-        return [{name: value.expand(n_tasks, *value.shape) for name, value in params.items()}]
+        return [tree_map(lambda value: value.expand(n_tasks, *value.shape), fast)]
     length = steps if checkpoint is False else check_count("checkpoint", int(checkpoint))
-    fast, state, path = dict(params), {}, []
+    state, path = {}, []
     for first in range(0, steps, length):
         segment = _segment(loop, first, min(first + length, steps), data, whole)
-        arguments = (fast, state, dict(shared or {}), loop.hyper, tuple(data))
+        arguments = (fast, state, shared, loop.hyper, tuple(data))
         found, state = segment(*arguments) if checkpoint is False else recompute(segment, *arguments)
         fast, path = found[-1], [*path, *found] if whole else found
     return path
 
 
-def call_tasks(net: nn.Module, fast: Params, frozen: Params, x: Tensor) -> Tensor:
+def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> Tensor:
     """Outputs (B, Q, ...) of `net` under each task's fast weights, for inputs x (B, Q, ...).
 
     Args:
-        net: Any module; left alone.
-        fast: Weights with leading axis B.
+        net: Any module; left alone. Factors are added to its own weights.
+        fast: Weights or their factors with leading axis B.
         frozen: Weights and buffers shared by all tasks.
         x: Inputs.
     """
+    plain, factors = split(fast)
+    starts = {name: value for name, value in net.named_parameters() if name in factors}
 
-    def one_task(weights: Params, inputs: Tensor) -> Tensor:
-        return functional_call(net, {**frozen, **weights}, (inputs,), strict=True)
+    def one_task(weights: Params, factors: Mapping[str, Factors], inputs: Tensor) -> Tensor:
+        with applied(starts, factors):
+            return functional_call(net, {**frozen, **starts, **weights}, (inputs,), strict=True)
 
     with twice_differentiable():
-        return vmap(one_task, randomness="different")(dict(fast), x)
+        return vmap(one_task, randomness="different")(plain, factors, x)
 
 
 def _segment(loop: _Loop, first: int, stop: int, data: Sequence[Any], whole: bool) -> Callable[..., Any]:
@@ -225,6 +265,7 @@ def _loop(
     *,
     first_order: bool | Tensor,
     truncate: int | None,
+    layers: Mapping[str, Sequence[Shape]],
 ) -> _Loop:
     if (lr is None) == (optimizer is None):
         raise ValueError("an inner loop needs either lr, for gradient descent, or an optimizer")
@@ -232,8 +273,8 @@ def _loop(
     exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
     # No module is made here: a compiled graph cannot make one.
     hyper = {"lr": lr} if optimizer is None else dict(optimizer.named_parameters())
-    return _Loop(loss, optimizer, hyper, steps, first_order, exact_from)
+    return _Loop(loss, optimizer, hyper, steps, first_order, exact_from, layers)
 
 
-def _detached(tensors: Params) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in tensors.items()}
+def _detached(tensors: Any) -> Any:
+    return tree_map(lambda value: value.detach(), tensors)

@@ -9,6 +9,8 @@ from torch.distributions import Distribution
 from torch.func import functional_call
 
 from metaicl.functional import categorical, gaussian, masked_mean, positive
+from metaicl.inner_loop.factored import LinearLayers
+from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.spec import TaskSpec
 
@@ -49,6 +51,37 @@ def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor
     """Parameters of `net` that are not adapted, and copies of its buffers, which a forward pass may write into."""
     named = {name: value for name, value in net.named_parameters() if name not in adapted}
     return {**named, **{name: value.clone() for name, value in net.named_buffers()}}
+
+
+def linear_layers(
+    net: nn.Module, spec: TaskSpec, adapted: Collection[str], optimizer: InnerOptimizer, factored: bool | None
+) -> LinearLayers | None:
+    """The layers whose fast weights can be kept as factors; None if none can be or shall be.
+
+    Args:
+        net: What adapts.
+        spec: The tasks.
+        adapted: Names of the parameters that adapt.
+        optimizer: The update rule of the inner loop.
+        factored: Whether to factor all layers (True), none (False) or those where it is cheaper (None).
+
+    Raises:
+        ValueError: If `factored` is True and no layer can be factored.
+    """
+    if factored is False or (factored is None and not optimizer.takes_factors):
+        return None
+    if not optimizer.takes_factors:
+        raise ValueError("factored=True needs gradient descent without momentum, decay, clipping or rates per element")
+    tokens = spec.x_kind == "tokens"
+    try:
+        layers = LinearLayers(net, spec.x_shape, integers=tokens, adapted=adapted, cheaper=factored is None)
+    except Exception:  # anyone's net, on rows of zeros: it may refuse them, and then its weights are formed
+        if factored:
+            raise
+        return None
+    if factored and not layers.names:
+        raise ValueError(f"factored=True found no linear layer of {type(net).__name__} that adapts and can be factored")
+    return layers
 
 
 def output_scale(spec: TaskSpec) -> nn.Parameter | None:

@@ -7,16 +7,17 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
-from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
+from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, linear_layers, output_scale, support_loss
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
 
-class MAML(Learner[dict[str, Tensor]]):
+class MAML(Learner[dict[str, Weight]]):
     """Learn initial weights from which a few gradient steps on the support suffice.
 
     The inner loss is cross-entropy for classification and mean squared error for regression, as in the paper.
@@ -36,10 +37,13 @@ class MAML(Learner[dict[str, Tensor]]):
         truncate: Second derivatives in the last so many steps only. None: in all.
         checkpoint: Compute segments of so many steps once more in the backward pass, to save memory in long inner
             loops; True is 1. See `metaicl.inner_loop.unroll_tasks`.
+        factored: Keep the fast weights of linear layers as W_0 plus factors and never form them, which is exact.
+            None: where that is cheaper, which is in layers wider than rows of the support times inner steps.
 
     Raises:
         TypeError: If a count is no int or `optimizer` is no InnerOptimizer.
-        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
+        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used; if factors are
+            asked for where they cannot be had.
 
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400. ANIL: Raghu et al. 2020, arXiv:1909.09157.
@@ -61,6 +65,7 @@ class MAML(Learner[dict[str, Tensor]]):
         adapt: str | Iterable[str] | None = None,
         truncate: int | None = None,
         checkpoint: bool | int = False,
+        factored: bool | None = None,
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
@@ -75,19 +80,23 @@ class MAML(Learner[dict[str, Tensor]]):
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
         self.optimizer = _choose(spec, inner_lr, optimizer).bind(self._start(), self.inner_steps)
+        self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
         self.raw_scale = output_scale(spec)
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
-        """Fast weights of every task: the adapted parameters with leading axis B."""
+    def adapt(self, support: Examples) -> dict[str, Weight]:
+        """Fast weights of every task: the adapted parameters, or their factors, with leading axis B."""
         if support.mask is not None and self.traits.transductive:
             raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
-        return unroll_tasks(
+        layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
+        path = unroll_path(
             support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
             steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
-            first_order=self.first_order, truncate=self.truncate, checkpoint=self.checkpoint,
+            first_order=self.first_order, truncate=self.truncate, checkpoint=self.checkpoint, layers=layers,
+            whole=False,
         )  # fmt: skip
+        return path[-1]
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         output = call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x)
         return answer(output, self.raw_scale)

@@ -8,19 +8,20 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, linear_layers, output_scale, support_loss
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
 _LEAST = 0.03  # of an equal share: the floor of what an early inner step weighs
 
 
-class MAMLPlusPlus(Learner[dict[str, Tensor]]):
+class MAMLPlusPlus(Learner[dict[str, Weight]]):
     """MAML, made to train more steadily.
 
     Early in training the query's loss is taken after every inner step, with weights that move towards the last step;
@@ -73,6 +74,7 @@ class MAMLPlusPlus(Learner[dict[str, Tensor]]):
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
         self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(self._start(), self.inner_steps)
+        self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, None)
         self.raw_scale = output_scale(spec)
         self.register_buffer("step_weights", _step_weights(self.inner_steps, 1.0))
         self.register_buffer("first_order", torch.tensor(0.0))
@@ -83,29 +85,30 @@ class MAMLPlusPlus(Learner[dict[str, Tensor]]):
         self.step_weights.copy_(_step_weights(self.inner_steps, part))
         self.first_order.fill_(float(fraction < self.first_order_until))
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
+    def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task after the last step, with leading axis B."""
         return self._path(support, whole=False)[-1]
 
-    def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, dict[str, Tensor]]]:
+    def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, dict[str, Weight]]]:
         """Weight and fast weights of every inner step that counts at this part of the training."""
         if not torch.compiler.is_compiling() and float(self.step_weights[-1]) == 1:
             return [(1.0, self.adapt(support))]
         return list(zip(self.step_weights.unbind(), self._path(support, whole=True), strict=True))
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
-    def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Tensor]]:
+    def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Weight]]:
         if support.mask is not None and self.traits.transductive:
             raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
         # A compiled graph keeps second order behind a gate; eagerly it is not computed where it does not count.
         gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
+        layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         return unroll_path(
             support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
             steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
-            first_order=gate, whole=whole,
+            first_order=gate, layers=layers, whole=whole,
         )  # fmt: skip
 
     def _start(self) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.inner_loop.curvature import Curvature
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import MAML, default_inner_lr
 from metaicl.spec import TaskSpec
 
 
-class MetaCurvature(Learner[dict[str, Tensor]]):
+class MetaCurvature(Learner[dict[str, Weight]]):
     """Learn initial weights and linear maps of the inner gradients, one matrix per axis of each tensor.
 
     The maps start as the identity, where this is MAML. Losses, answer and default net are those of `MAML`, which this
@@ -52,10 +53,10 @@ class MetaCurvature(Learner[dict[str, Tensor]]):
         )
         self.traits = self.maml.traits
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
+    def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task, with leading axis B."""
         return self.maml.adapt(support)
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return self.maml.predict(state, x)

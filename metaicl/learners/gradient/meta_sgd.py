@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Examples
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
 from metaicl.learner import Learner
@@ -13,7 +14,7 @@ from metaicl.learners.gradient.maml import MAML, default_inner_lr
 from metaicl.spec import TaskSpec
 
 
-class MetaSGD(Learner[dict[str, Tensor]]):
+class MetaSGD(Learner[dict[str, Weight]]):
     """Learn initial weights and, for each of them, the step size of the inner loop.
 
     Rates are free numbers and may turn negative, as in the paper. Losses, answer and default net are those of `MAML`,
@@ -53,10 +54,10 @@ class MetaSGD(Learner[dict[str, Tensor]]):
         )
         self.traits = self.maml.traits
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
+    def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task, with leading axis B."""
         return self.maml.adapt(support)
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return self.maml.predict(state, x)

@@ -1,0 +1,225 @@
+"""Fast weights of linear layers that are never formed: after gradient descent they are W_0 plus a product of factors.
+
+A gradient step on a support of n rows changes the weight of a linear layer by -lr * G^T A, with A (n, in) what went
+into the layer and G (n, out) the gradient of the loss with respect to what came out. Applying A and G costs
+n * (in + out) per row instead of the in * out of a weight of its own for every task, and what all tasks share,
+x W_0^T, becomes one matrix product over the whole meta-batch.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Shape = tuple[int, ...]
+
+_HARMLESS = tuple(
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
+)
+"""Readings of a weight that do not look at its numbers."""
+
+
+class Factors(NamedTuple):
+    """A weight (out, in) as W_0 + outputs^T inputs, without W_0; leading axes as those of a weight.
+
+    Args:
+        inputs: (r, in).
+        outputs: (r, out).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def product(self) -> Tensor:
+        """outputs^T inputs (out, in): the distance to W_0."""
+        return self.outputs.mT @ self.inputs
+
+
+Weight = Tensor | Factors
+FastWeights = Mapping[str, Weight]
+Either = TypeVar("Either", Tensor, Factors)
+
+
+def no_factors(weight: Tensor) -> Factors:
+    """Factors of rank 0 for a weight (out, in)."""
+    n_out, n_in = weight.shape
+    return Factors(weight.new_zeros(0, n_in), weight.new_zeros(0, n_out))
+
+
+def descend(value: Either, rate: float | Tensor, gradient: Either) -> Either:
+    """One step of gradient descent, value - rate * gradient, where both are factors or none is."""
+    if isinstance(gradient, Factors):
+        assert isinstance(value, Factors)
+        inputs, outputs = gradient.inputs, -rate * gradient.outputs
+        if value.inputs.shape[-2] == 0:
+            return Factors(inputs, outputs)
+        return Factors(torch.cat([value.inputs, inputs], -2), torch.cat([value.outputs, outputs], -2))
+    assert isinstance(value, Tensor)
+    return value - rate * gradient
+
+
+class LinearLayers:
+    """Which weights of a net can be factored, and what shape comes out of their layers.
+
+    A weight can be factored if the net uses it for nothing but F.linear, however often. The net is run on two and on
+    three rows of zeros to see that, and how the shapes grow with the rows.
+
+    Args:
+        net: Any module; left alone, and the global random state too.
+        x_shape: Shape of one row.
+        integers: Whether rows hold token ids.
+        adapted: Names of the parameters that an inner loop adapts.
+        cheaper: Factor only where factors are cheaper than a weight for every task.
+    """
+
+    def __init__(
+        self, net: nn.Module, x_shape: Shape, *, integers: bool, adapted: Collection[str], cheaper: bool = True
+    ) -> None:
+        """Run the net."""
+        weights = {name: value for name, value in net.named_parameters() if name in adapted and value.ndim == 2}
+        like = next(net.parameters())
+        x = torch.zeros(3, *x_shape, dtype=torch.long if integers else like.dtype, device=like.device)
+        two, three = (_output_shapes(net, weights, x[:rows]) for rows in (2, 3))
+        self._sizes = {name: tuple(value.shape) for name, value in weights.items()}
+        self._grow = {name: _growth(two[name], three[name]) for name in two.keys() & three.keys()}
+        self._cheaper = cheaper
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights that can be factored."""
+        return [name for name in self._sizes if self._grow.get(name)]
+
+    def choose(self, rows: int, steps: int) -> dict[str, list[Shape]]:
+        """The weights to factor, and the shapes of what comes out of their layers in one pass over a support.
+
+        Args:
+            rows: Rows of the support of one task.
+            steps: Steps of the inner loop.
+        """
+        chosen = {}
+        for name in self.names:
+            shapes = [tuple(rows * -size if size < 0 else size for size in shape) for shape in self._grow[name]]
+            n_out, n_in = self._sizes[name]
+            rank = steps * sum(math.prod(shape[:-1]) for shape in shapes)
+            if not self._cheaper or rank * (n_in + n_out) <= n_in * n_out:
+                chosen[name] = shapes
+        return chosen
+
+
+class FactoredLinear(TorchFunctionMode):
+    """Adds factors to F.linear wherever one of some weights is used; as a mode it reaches inside anyone's modules.
+
+    Args:
+        weights: W_0 by name, the very tensors that the net will use.
+        factors: What to add, without leading axes.
+        nudges: Zeros to add to the outputs of each call, whose gradients are then the G of the next factors.
+        inputs: Fills with what goes into each layer, if there are nudges.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        nudges: Mapping[str, Sequence[Tensor]] | None = None,
+        inputs: Mapping[str, list[Tensor]] | None = None,
+    ) -> None:
+        """Keep them."""
+        super().__init__()
+        self.weights, self.factors, self.nudges, self.inputs = weights, factors, nudges, inputs
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Change F.linear; refuse to let anything else read W_0 for the fast weight."""
+        out = func(*args, **(kwargs or {}))
+        if func is not F.linear:
+            for name, own in self.weights.items():
+                if any(leaf is own for leaf in tree_leaves((args, kwargs))) and func not in _HARMLESS:
+                    raise RuntimeError(
+                        f"the net gives its weight {name} to {getattr(func, '__name__', func)} now, and gave it to "
+                        "F.linear alone when the learner was made; make the learner with factored=False"
+                    )
+            return out
+        x, weight = _linear_arguments(args, kwargs or {})
+        name = next((name for name, own in self.weights.items() if own is weight), None)
+        if name is None:
+            return out
+        factors = self.factors[name]
+        if factors.inputs.shape[-2]:
+            out = out + (x @ factors.inputs.mT) @ factors.outputs
+        if self.nudges is None or self.inputs is None:
+            return out
+        self.inputs[name].append(x)
+        return out + self.nudges[name][len(self.inputs[name]) - 1]
+
+
+def split(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+    """Plain weights and factors."""
+    plain = {name: value for name, value in fast.items() if not isinstance(value, Factors)}
+    return plain, {name: value for name, value in fast.items() if isinstance(value, Factors)}
+
+
+def applied(weights: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> AbstractContextManager[Any]:
+    """A context in which a net with `weights` acts as if `factors` had been added to them."""
+    return FactoredLinear({name: weights[name] for name in factors}, factors) if factors else nullcontext()
+
+
+def rows_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Rows (r, features) of tensors (..., features)."""
+    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+
+
+def _linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    x = args[0] if args else kwargs["input"]
+    return x, args[1] if len(args) > 1 else kwargs["weight"]
+
+
+def _output_shapes(net: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, list[Shape]]:
+    """What comes out of the layers that use their weight for nothing but F.linear, call by call."""
+    watch = _Watch(weights)
+    buffers = {name: value.clone() for name, value in net.named_buffers()}  # the net may write into them
+    with torch.random.fork_rng(), torch.no_grad(), watch:
+        functional_call(net, buffers, (x,))
+    return {name: shapes for name, shapes in watch.shapes.items() if shapes and name not in watch.used_otherwise}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes how weights are used."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {id(value): name for name, value in weights.items()}
+        self.shapes: dict[str, list[Shape]] = {name: [] for name in weights}
+        self.used_otherwise: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        used = [self.names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.names]
+        if func is F.linear and used:
+            _, weight = _linear_arguments(args, kwargs or {})
+            if used == [self.names.get(id(weight))]:
+                self.shapes[used.pop()].append(tuple(out.shape))
+        if func not in _HARMLESS:
+            self.used_otherwise.update(used)
+        return out
+
+
+def _growth(two: Sequence[Shape], three: Sequence[Shape]) -> list[Shape]:
+    """Shapes with minus the size per row wherever a size grows with the rows; nothing if they grow otherwise."""
+    grown = []
+    for small, large in zip(two, three, strict=False):
+        pairs = list(zip(small, large, strict=False))
+        if any(a != b and a * 3 != b * 2 for a, b in pairs):
+            return []
+        grown.append(tuple(a if a == b else -(a // 2) for a, b in pairs))
+    same = len(two) == len(three) and all(len(a) == len(b) for a, b in zip(two, three, strict=False))
+    return grown if same else []
