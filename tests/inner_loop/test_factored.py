@@ -104,7 +104,8 @@ def test_the_factors_multiply_out_to_the_formed_weights() -> None:
 def test_layers_are_factored_where_that_is_cheaper() -> None:
     wide = MAML(SINES.spec, net=MLP([1, 256, 256, 1]))
     narrow = MAML(SINES.spec)
-    assert wide.layers is not None and narrow.layers is not None
+    assert wide.layers is not None
+    assert narrow.layers is not None
     assert list(wide.layers.choose(rows=10, steps=1)) == list(wide.layers.choose(rows=10, steps=5)) == ["2.weight"]
     assert not wide.layers.choose(rows=100, steps=5)
     assert not narrow.layers.choose(rows=10, steps=5)
