@@ -5,7 +5,7 @@ Claim    ProtoNet (Conv4-64) reaches 92 % in minutes on a CPU (published after f
 Run      python recipes/omniglot.py --data FOLDER --out runs/omniglot        (FOLDER holds omniglot.npz)
          python recipes/omniglot.py --download --out runs/omniglot
 Smoke    python recipes/omniglot.py --data FOLDER --smoke --out runs/omniglot
-Differs  group instead of batch normalization (nothing is transductive); 20-way instead of 60-way training; 1,200
+Differs  group instead of batch normalization (nothing is transductive); 20-way instead of 60-way training; 1,600
          updates on a cosine schedule instead of tens of thousands; a learned temperature.
 """
 
@@ -29,7 +29,7 @@ class Config(RecipeConfig):
 
     data: str = option("", "folder with omniglot.npz")
     download: bool = option(False, "fetch the public originals instead")
-    steps: int = option(1200, "updates of each learner and seed")
+    steps: int = option(1600, "updates of each learner and seed")
     seeds: int = option(3, "training seeds")
     processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")
