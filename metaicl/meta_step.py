@@ -10,6 +10,7 @@ from torch.func import functional_call, grad_and_value
 
 from metaicl.checks import check_choice, check_count
 from metaicl.compiled import Gradients, Result, compile_step, find_problem
+from metaicl.distributed import check_unwrapped
 from metaicl.episode import Episode
 from metaicl.learner import HasMetaGradients, Learner
 from metaicl.objectives import Objective, query_loss
@@ -41,6 +42,7 @@ class MetaStep:
         autocast: None, or "bf16" for bfloat16 matrix products in the objective.
 
     Raises:
+        TypeError: If the learner is wrapped in DistributedDataParallel.
         ValueError: If nothing can be trained or `autocast` is unknown.
     """
 
@@ -53,6 +55,7 @@ class MetaStep:
         autocast: str | None = None,
     ) -> None:
         """Collect the trainable parameters; a graph is compiled by the first call."""
+        check_unwrapped(learner)
         self.learner = learner
         self.parameters = trainable_parameters(learner)
         if autocast is not None:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from metaicl.checkpoint import load_weights, save_learner
+from metaicl.distributed import add_up, check_unwrapped, from_first, largest, n_processes, rank, share
 from metaicl.interruption import Interruption
 from metaicl.learner import Learner, Prepares
 from metaicl.objectives import Objective, query_loss
@@ -68,6 +69,9 @@ def meta_train(
     and ends in the same weights, to the bit, on the same machine with the same number of threads. Ctrl-C and SIGTERM
     let the update end and write a checkpoint before KeyboardInterrupt or exit code 143; a second signal does not wait.
 
+    Several processes (see `metaicl.distributed`) split meta-batches and validation tasks, stop together, and return
+    the same; the first one writes. A run may be resumed by another number of them, with a warning.
+
     Args:
         learner: Built and seeded by the caller; moved to `config.device`.
         tasks: Training and validation tasks.
@@ -81,12 +85,13 @@ def meta_train(
         The log and the outcome.
 
     Raises:
-        TypeError: If an argument has the wrong type.
+        TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
         ValueError: If the run in `directory` has another configuration, or nothing can be trained.
         FloatingPointError: If a loss, a gradient or a weight is NaN or infinite; the last checkpoint stands.
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
     """
+    check_unwrapped(learner)
     if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"
         raise TypeError(f"meta_train needs a Learner, a TaskDistribution and a TrainConfig; got {got}")
@@ -94,7 +99,7 @@ def meta_train(
         learner.to(config.device)
     with contextlib.ExitStack() as stack:
         store = None
-        if directory is not None and learner.traits.trainable:
+        if directory is not None and learner.traits.trainable and rank() == 0:
             described = _describe(learner, tasks, config, objective)
             store = stack.enter_context(open_run_directory(Path(directory), described, resume=resume))
         if isinstance(learner, Prepares):
@@ -105,7 +110,7 @@ def meta_train(
         training = _Training(learner, tasks, config, objective, store)
         stack.callback(training.log.close)
         training.run(stack.enter_context(Interruption()), progress)
-        return training.finish()
+        return from_first(training.finish())
 
 
 class _Training:
@@ -125,7 +130,7 @@ class _Training:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.saved = -1
-        loaded = None if store is None else store.load()
+        loaded = from_first(None if store is None else store.load())
         if loaded is not None:
             self._restore(*loaded)
         self.log = RunLog(None if store is None else store.path, kept=self.step)
@@ -135,7 +140,8 @@ class _Training:
         if self.saved < 0:
             self.save()  # a run killed before its first checkpoint starts again from these weights
         began = time.perf_counter() - self.seconds
-        bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", dynamic_ncols=True)
+        hidden = not progress or rank() > 0
+        bar = tqdm(total=self.config.steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
         with bar, contextlib.closing(self._updates()) as updates:
             for step in updates:
                 self.step = step.index + 1
@@ -144,10 +150,13 @@ class _Training:
                 bar.update()
                 if self._logged(self.step):
                     bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                self.seconds = time.perf_counter() - began
-                if self.step % self.config.checkpoint_every == 0 or interruption.pending is not None:
+                clock_and_signal = (time.perf_counter() - began, interruption.pending or 0)
+                self.seconds, pending = largest(clock_and_signal, device_of(self.learner))  # all stop at the same step
+                if self.step % self.config.checkpoint_every == 0 or pending:
                     self.save()
-                interruption.raise_pending()
+                if pending:
+                    interruption.pending = int(pending)
+                    interruption.raise_pending()
                 if self._out_of_time():
                     break
         self.save()
@@ -178,6 +187,7 @@ class _Training:
             "scheduler": self.scheduler.state_dict(),
             "seconds": self.seconds,
             "num_threads": torch.get_num_threads(),
+            "processes": n_processes(),
             "torch": str(torch.__version__),
         }
         self.log.sync()
@@ -185,14 +195,16 @@ class _Training:
         self.saved = self.step
 
     def _restore(self, content: dict[str, Any], best: dict[str, Any] | None) -> None:
-        assert self.store is not None
-        load_weights(self.learner, content["learner"], source=f"the checkpoint in {self.store.path}")
+        source = f"the checkpoint in {'the first process' if self.store is None else self.store.path}"
+        load_weights(self.learner, content["learner"], source=source)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         self.step, self.seconds, self.best, self.saved = content["step"], content["seconds"], best, content["step"]
-        for name, here in (("num_threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
-            if content[name] != here:
-                text = f"the run was made with {name} {content[name]} and goes on with {here}; its last bits may differ"
+        here = {"num_threads": torch.get_num_threads(), "processes": n_processes(), "torch": str(torch.__version__)}
+        for name, value in here.items():
+            earlier = content.get(name, 1)  # runs of one process did not name their number at first
+            if earlier != value:
+                text = f"the run was made with {name} {earlier} and goes on with {value}; its last bits may differ"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _updates(self) -> Generator[Step, None, None]:
@@ -227,10 +239,12 @@ class _Training:
             self.tasks, seed=EVAL_SEED, split="validation", n_shot=config.n_shot, n_query=config.n_query
         )
         size = config.micro_batch_size or config.meta_batch_size
-        total = 0.0
-        with training_mode(learner, False), torch.no_grad(), isolated_randomness(EVAL_SEED, device_of(learner)):
-            for episode in stream.batches(0, config.n_validation, batch_size=size):
-                total += float(query_loss(learner, place(episode, learner)).double().sum())
+        own, device = share(config.n_validation), device_of(learner)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with training_mode(learner, False), torch.no_grad(), isolated_randomness(EVAL_SEED, device):
+            for episode in stream.batches(own.start, own.stop, batch_size=size):
+                total += query_loss(learner, place(episode, learner)).double().sum()
+        total = float(add_up([total])[0])
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the validation loss after step {self.step} is {total}; the last checkpoint stands"

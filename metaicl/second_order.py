@@ -40,8 +40,8 @@ def hint_at_first_order() -> Iterator[None]:
         if "is not implemented" not in str(error) or "derivative" not in str(error):
             raise
         raise RuntimeError(
-            f"{error}. An inner loop needs the second derivative of every operator of its net: replace this one, or "
-            "give the learner first_order=True where it has that option"
+            f"{str(error).rstrip('.')}. An inner loop needs the second derivative of every operator of its net: "
+            "replace this one, or give the learner first_order=True where it has that option"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Task distributions, and episodes addressed by (seed, split, chunk)."""
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, get_args
@@ -151,13 +152,15 @@ class EpisodeStream(Dataset[Episode]):
         yield first
         # Sending costs per message: small chunks travel together.
         size = max(1, min(_CHUNKS_PER_MESSAGE, _BYTES_PER_MESSAGE // max(len(Packed.pack([first]).content), 1)))
-        messages = DataLoader(
-            _Messages(self),
-            batch_size=None,
-            sampler=[range(i, min(i + size, stop)) for i in range(start + 1, stop, size)],
-            num_workers=workers,
-            generator=torch.Generator(),  # it would draw the seed of its workers from the global one
-        )
+        with warnings.catch_warnings():  # the caller asked for so many, be there a core for each or not
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            messages = DataLoader(
+                _Messages(self),
+                batch_size=None,
+                sampler=[range(i, min(i + size, stop)) for i in range(start + 1, stop, size)],
+                num_workers=workers,
+                generator=torch.Generator(),  # it would draw the seed of its workers from the global one
+            )
         for message in messages:
             yield from message.unpack()
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaicl.checks import check_count, check_device, check_episode, check_positive
+from metaicl.compiled import Result
+from metaicl.distributed import align, check_alike, check_unwrapped, divide, n_processes, rank
 from metaicl.episode import Episode
 from metaicl.learner import FollowsTraining, Learner
 from metaicl.meta_step import MetaStep, accumulate
@@ -66,6 +68,9 @@ def outer_loop(
     one saw. Dropout and the like draw from a seed derived from (seed, i): no global generator is seeded or consumed.
     The learner is in train mode during an update; between updates every module is in the mode its owner left it in.
 
+    Where several processes train together (see `metaicl.distributed`), each takes its share of the tasks of every
+    meta-batch, and all make the same update. Their number changes rounding, and which noise a learner draws.
+
     Args:
         learner: What to train.
         tasks: Where episodes come from.
@@ -89,14 +94,18 @@ def outer_loop(
         A generator. Episodes are moved to the learner's device and floating dtype.
 
     Raises:
-        TypeError: If an argument has the wrong type.
+        TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
         ValueError: If an argument is out of range, or the optimizer holds parameters of something else.
+        RuntimeError: From the generator, when the processes do not start alike.
         FloatingPointError: From the generator, when a loss or a gradient is NaN or infinite. The update is not made,
             and the message names the task or the parameter and how to replay the episode.
     """
+    check_unwrapped(learner)
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
     stream = EpisodeStream(tasks, seed=seed, split="train", n_shot=n_shot, n_query=n_query, chunk_size=meta_batch_size)
+    if meta_batch_size < n_processes():
+        raise ValueError(f"meta_batch_size must give each of {n_processes()} processes a task; got {meta_batch_size}")
     check_count("start", start, minimum=0)
     check_count("steps", steps, minimum=start)
     check_count("workers", workers, minimum=0)
@@ -119,6 +128,7 @@ def _steps(update: "_Update", indices: range, workers: int) -> Generator[Step, N
     for index, episode in zip(indices, stream.chunks(indices.start, indices.stop, workers=workers), strict=True):
         if index == indices.start:
             check_episode(episode, stream.tasks.spec)
+            check_alike(update.meta_step.learner, episode)
         for module in followers:
             module.at(index / indices.stop)
         yield update(index, episode, began)
@@ -148,11 +158,10 @@ class _Update:
         learner, optimizer = self.meta_step.learner, self.optimizer
         rate = float(optimizer.param_groups[0]["lr"])
         before = [(buffer, buffer.clone()) for buffer in self.buffers]
-        with (
-            training_mode(learner),
-            isolated_randomness(derive_seed(self.stream.seed, "learner", index), device_of(learner)),
-        ):
-            losses, gradients = accumulate(self.meta_step, place(episode, learner), self.micro_batch_size)
+        own = (rank(),) if rank() else ()  # no two processes draw the same noise
+        seed = derive_seed(self.stream.seed, "learner", index, *own)
+        with training_mode(learner), isolated_randomness(seed, device_of(learner)):
+            losses, gradients = divide(self._gradients, episode)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         loss_value, norm_value = torch.stack([losses.mean().to(norm), norm]).tolist()  # the one synchronization
         problem = None if math.isfinite(loss_value) and math.isfinite(norm_value) else _name_problem(losses, gradients)
@@ -162,11 +171,15 @@ class _Update:
             raise FloatingPointError(
                 f"{problem} at step {index}, and the weights are those before it. {self._address(index)}"
             )
+        align(self.buffers)
         if self.updates == 0:
             self.buffers = [buffer for buffer, value in before if not torch.equal(buffer, value)]
         self.updates += 1
         self._apply(gradients, norm)
         return Step(index, loss_value, norm_value, self._n_shot(episode), rate, time.perf_counter() - began)
+
+    def _gradients(self, episode: Episode) -> Result:
+        return accumulate(self.meta_step, place(episode, self.meta_step.learner), self.micro_batch_size)
 
     def _apply(self, gradients: Mapping[str, Tensor], norm: Tensor) -> None:
         parameters = self.meta_step.parameters

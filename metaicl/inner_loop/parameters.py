@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -14,17 +15,24 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
     None selects all but word vectors: their table is too large to copy for each task, and a support moves few rows.
 
     Raises:
-        ValueError: If there are no trainable parameters, or a pattern matches none (the message names close ones).
+        ValueError: If there are no trainable parameters, or a pattern matches none of them (the message names close
+            ones, or the frozen ones that it matches), or None leaves nothing.
     """
     names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     if not names:
         raise ValueError(f"{type(net).__name__} has no trainable parameters to adapt")
     if patterns is None:
         tables = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, nn.Embedding)}
+        if tables.issuperset(names):
+            raise ValueError(f"{type(net).__name__} has only word vectors to adapt; name them if they should: {names}")
         return frozenset(names) - tables
+    frozen = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = fnmatch.filter(names, pattern)
+        if not found and (still := fnmatch.filter(frozen, pattern)):
+            hint = "call requires_grad_() on what should adapt"
+            raise ValueError(f"the pattern {pattern!r} matches frozen parameters only, such as {still[:3]}; {hint}")
         if not found:
             close = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(f"the pattern {pattern!r} matches no parameter; there are {len(names)}, such as {close}")
@@ -33,12 +41,14 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
 
 
 def check_inner_loop_module(net: nn.Module) -> None:
-    """Refuse what the batched inner loop cannot serve: running statistics and torch's recurrent layers.
+    """Refuse what the batched inner loop cannot serve: running statistics, torch's recurrent layers, float16.
 
     Raises:
-        ValueError: If a normalization layer tracks running statistics, or a layer is an RNN, GRU, LSTM or their cell.
+        ValueError: If a normalization layer tracks running statistics, a layer is an RNN, GRU, LSTM or their cell, or
+            a parameter is float16.
     """
     check_no_running_statistics(net)
+    _check_precision(net)
     kinds = (nn.RNNBase, nn.RNNCellBase)
     recurrent = [name or type(layer).__name__ for name, layer in net.named_modules() if isinstance(layer, kinds)]
     if recurrent:
@@ -46,6 +56,16 @@ def check_inner_loop_module(net: nn.Module) -> None:
             "the batched inner loop cannot serve torch's recurrent layers, which vmap does not know; "
             f"{type(net).__name__} has {recurrent[:5]}. Write the recurrence with nn.Linear, "
             "or adapt task by task with metaicl.interop.higher.HigherMAML"
+        )
+
+
+def _check_precision(net: nn.Module) -> None:
+    half = [name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            "an inner loop cannot run in float16, where gradients and products of them underflow; "
+            f"{type(net).__name__} has float16 parameters {half[:5]}. Keep the net in float32 (net.float()), "
+            'and train with autocast="bf16" to save memory'
         )
 
 

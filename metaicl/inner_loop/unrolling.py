@@ -66,12 +66,12 @@ class _Loop:
         gate = 1 - first_order
         return tree_map(lambda value: value.detach() + gate * (value - value.detach()), gradients)
 
-    def _plain(self, weights: Params, shared: Params, data: Sequence[Any]) -> Params:
+    def _plain(self, weights: Params, shared: Params, data: Sequence[Any]) -> dict[str, Any]:
         return grad(lambda weights: self.loss({**shared, **weights}, *data))(dict(weights))
 
     def _factored(
         self, weights: Params, factors: Mapping[str, Factors], shared: Params, data: Sequence[Any]
-    ) -> FastWeights:
+    ) -> dict[str, Any]:
         starts = {name: shared[name] for name in self.layers}
         zeros = {name: [starts[name].new_zeros(shape) for shape in shapes] for name, shapes in self.layers.items()}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaicl.inner_loop.parameters import select_parameters
 from metaicl.interop.task_loop import TaskLoopLearner, all_require_grad, check_net
-from metaicl.learners.gradient.maml import default_inner_lr
+from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -87,7 +87,7 @@ class HigherMAML(TaskLoopLearner):
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [value for name, value in self._net.named_parameters() if name in self.adapted]
         if self.optimizer is None:
-            return torch.optim.SGD(parameters, lr=default_inner_lr(self.spec))
+            return torch.optim.SGD(parameters, lr=choose_inner_lr(self.spec, None))
         return self.optimizer(parameters)
 
 

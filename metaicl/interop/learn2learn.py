@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaicl.checks import check_positive
 from metaicl.interop.l2l_package import import_learn2learn
 from metaicl.interop.l2l_tasks import TasksetDistribution
 from metaicl.interop.l2l_taskset import EpisodeTaskset, to_taskset
 from metaicl.interop.task_loop import TaskLoopLearner, all_require_grad, check_net
-from metaicl.learners.gradient.maml import default_inner_lr
+from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -80,7 +79,7 @@ class L2LMAML(_Learn2Learn):
     ) -> None:
         """Wrap the net in learn2learn's algorithm."""
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
-        lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        lr = choose_inner_lr(spec, inner_lr)
         algorithms = import_learn2learn().algorithms
         self.algorithm = algorithms.MAML(_net(spec, net), lr=lr, first_order=self.first_order, allow_unused=True)
 
@@ -114,7 +113,7 @@ class L2LMetaSGD(_Learn2Learn):
     ) -> None:
         """Wrap the net in learn2learn's algorithm."""
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
-        lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        lr = choose_inner_lr(spec, inner_lr)
         self.algorithm = import_learn2learn().algorithms.MetaSGD(_net(spec, net), lr=lr, first_order=self.first_order)
 
 
@@ -155,7 +154,7 @@ class L2LGBML(_Learn2Learn):
     ) -> None:
         """Wrap net and transforms in learn2learn's algorithm."""
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
-        lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        lr = choose_inner_lr(spec, inner_lr)
         if adapt_transform and first_order:
             raise ValueError("adapt_transform and first_order do not go together in learn2learn; leave one out")
         package = import_learn2learn()

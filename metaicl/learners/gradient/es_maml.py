@@ -12,7 +12,7 @@ from metaicl.inner_loop.parameters import check_inner_loop_module, select_parame
 from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
-from metaicl.learners.gradient.maml import default_inner_lr
+from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -64,7 +64,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
     ) -> None:
         """Check the settings."""
         super().__init__(spec)
-        self.inner_lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        self.inner_lr = choose_inner_lr(spec, inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.n_pairs = check_count("n_pairs", n_pairs)
         self.sigma = check_positive("sigma", sigma)

@@ -14,7 +14,7 @@ from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
-from metaicl.learners.gradient.maml import default_inner_lr
+from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -63,7 +63,7 @@ class IMAML(Learner[dict[str, Tensor]]):
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
-        self.inner_lr = check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr)
+        self.inner_lr = choose_inner_lr(spec, inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.proximal = check_positive("proximal", proximal)
         if solver is not None and not isinstance(solver, Solver):

@@ -27,7 +27,7 @@ class MAML(Learner[dict[str, Weight]]):
         spec: The tasks.
         net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds one from the spec.
             It must not track running statistics.
-        inner_lr: Step size of gradient descent in the inner loop; None takes the paper's, see `default_inner_lr`.
+        inner_lr: Step size of gradient descent in the inner loop; None takes the paper's, see `choose_inner_lr`.
         inner_steps: Updates of the inner loop.
         first_order: Drop second derivatives (FOMAML).
         optimizer: Any other update rule of the inner loop, such as `metaicl.inner_loop.Adam(0.01)` or one with learned
@@ -107,7 +107,7 @@ class MAML(Learner[dict[str, Weight]]):
 
 def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | None) -> InnerOptimizer:
     if optimizer is None:
-        return SGD(check_positive("inner_lr", default_inner_lr(spec) if inner_lr is None else inner_lr))
+        return SGD(choose_inner_lr(spec, inner_lr))
     if not isinstance(optimizer, InnerOptimizer):
         hint = "such as metaicl.inner_loop.Adam(0.01); a torch.optim optimizer changes weights in place"
         raise TypeError(f"optimizer must be an InnerOptimizer, {hint}; got {type(optimizer).__name__}")
@@ -116,6 +116,12 @@ def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | 
     return optimizer
 
 
-def default_inner_lr(spec: TaskSpec) -> float:
-    """The paper's rates: .01 for regression, .4 for classification (Omniglot)."""
-    return 0.01 if spec.kind == "regression" else 0.4
+def choose_inner_lr(spec: TaskSpec, inner_lr: float | None) -> float:
+    """`inner_lr`, or for None the rates of MAML's paper: .01 for regression, .4 for classification (Omniglot).
+
+    Raises:
+        ValueError: If it is no finite number > 0.
+    """
+    if inner_lr is None:
+        return 0.01 if spec.kind == "regression" else 0.4
+    return check_positive("inner_lr", inner_lr)

@@ -10,7 +10,7 @@ from metaicl.inner_loop.curvature import Curvature
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.learner import Learner
-from metaicl.learners.gradient.maml import MAML, default_inner_lr
+from metaicl.learners.gradient.maml import MAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
@@ -47,7 +47,10 @@ class MetaCurvature(Learner[dict[str, Weight]]):
     ) -> None:
         """Build the MAML inside."""
         super().__init__(spec)
-        optimizer = SGD(default_inner_lr(spec) if inner_lr is None else inner_lr, precondition=Curvature())
+        optimizer = SGD(
+            choose_inner_lr(spec, inner_lr),
+            precondition=Curvature(),
+        )
         self.maml = MAML(
             spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )

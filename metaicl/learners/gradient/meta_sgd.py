@@ -10,7 +10,7 @@ from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
 from metaicl.learner import Learner
-from metaicl.learners.gradient.maml import MAML, default_inner_lr
+from metaicl.learners.gradient.maml import MAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
@@ -48,7 +48,7 @@ class MetaSGD(Learner[dict[str, Weight]]):
     ) -> None:
         """Build the MAML inside."""
         super().__init__(spec)
-        rate = Rate(default_inner_lr(spec) if inner_lr is None else inner_lr, "element")
+        rate = Rate(choose_inner_lr(spec, inner_lr), "element")
         self.maml = MAML(
             spec, net=net, optimizer=SGD(rate), inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )

@@ -88,7 +88,7 @@ class Reptile(Learner[dict[str, Tensor]]):
         """The query's loss after adapting to the support (scalar, nats per row), and Reptile's direction."""
         with torch.no_grad():
             start, ends = self._start(), self._train(concatenate(episode.support, episode.query))
-            found = {f"net.{name}": value - ends[name].mean(0) for name, value in start.items()}
+            found = {f"net.{name}": (value - ends[name]).mean(0) for name, value in start.items()}
             state = self.adapt(episode.support)
         rest = {name: p for name, p in self.named_parameters() if p.requires_grad and name not in found}
         with torch.enable_grad():
