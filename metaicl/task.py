@@ -154,13 +154,14 @@ class EpisodeStream(Dataset[Episode]):
         size = max(1, min(_CHUNKS_PER_MESSAGE, _BYTES_PER_MESSAGE // max(len(Packed.pack([first]).content), 1)))
         with warnings.catch_warnings():  # the caller asked for so many, be there a core for each or not
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            messages = DataLoader(
+            loader = DataLoader(
                 _Messages(self),
                 batch_size=None,
                 sampler=[range(i, min(i + size, stop)) for i in range(start + 1, stop, size)],
                 num_workers=workers,
                 generator=torch.Generator(),  # it would draw the seed of its workers from the global one
             )
+            messages = iter(loader)
         for message in messages:
             yield from message.unpack()
 
