@@ -1,5 +1,6 @@
 """The meta-step: the loss of each task and the meta-gradient, for any learner, eager or as one compiled graph."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +33,8 @@ class MetaStep:
     With `compile=True` objective, inner loop and meta-gradient become one graph that takes every tensor, weights too,
     as an argument: one that was traced with the module's own weights would go on using them. Every new shape, such as
     another n_shot or a smaller last micro-batch, costs another graph of some seconds. The first call of each shape
-    compares the graph with the eager step at two sets of weights. A learner whose graph differs, or that cannot be
-    compiled, is served eagerly, after one RuntimeWarning that names the reason.
+    compares the graph with the eager step at two sets of weights. A learner whose graph differs by more than rounding,
+    or that cannot be compiled, is served eagerly, after one RuntimeWarning that names the reason.
 
     Args:
         learner: Any learner with trainable parameters.
@@ -126,9 +127,16 @@ class MetaStep:
             return
         self._known_shapes.add(shape)
         graph, eager = (lambda: self._compiled(episode)), (lambda: self._eager(episode))
-        problem = find_problem(graph, eager, self.learner, names=self.parameters, tolerance=self._tolerance)
+        problem = find_problem(
+            graph, eager, self.learner, names=self.parameters, tolerance=self._tolerance,
+            exact=lambda: self._in_float64(episode),
+        )  # fmt: skip
         if problem is not None:
             self._fall_back(problem)
+
+    def _in_float64(self, episode: Episode) -> Result:
+        learner = copy.deepcopy(self.learner).double()
+        return MetaStep(learner, self._module.objective)(episode.to(dtype=torch.float64))
 
     def _fall_back(self, reason: str) -> None:
         self._graph = None

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def test_different_results_are_a_problem(wrong: dict[str, float]) -> None:
     assert "at the current weights the compiled step differs from the eager one by" in (
         problem(lambda: result(**wrong)) or ""
     )
+
+
+def test_rounding_is_told_from_an_error_by_an_exact_step() -> None:
+    def judge(graph: float, eager: float, exact: Callable[[], object]) -> str | None:
+        steps = (lambda: result(small=graph)), (lambda: result(small=eager))
+        return find_problem(*steps, make_normalized(), names=["raw_scale"], tolerance=1e-4, exact=exact)
+
+    zero = partial(result, small=0.0)
+    assert judge(3e-6, -2e-6, zero) is None  # a gradient of zero but for rounding, in both
+    assert judge(3e-6, 0.0, zero) is not None  # in the graph alone
+    assert judge(-2e-6, 2e-4, zero) is not None  # so bad that nothing can be said
+
+    def fails() -> None:
+        raise RuntimeError("no float64 here")
+
+    assert judge(3e-6, -2e-6, fails) is not None
 
 
 def test_results_that_are_not_finite_are_left_to_the_outer_loop() -> None:
