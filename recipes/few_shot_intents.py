@@ -33,12 +33,14 @@ PUBLISHED_FLOOR = {1: 0.748, 5: 0.921}
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"steps": 5, "n_episodes": 20, "seeds": 1, "processes": 1}
+    SMOKE: ClassVar = {"steps": 5, "n_episodes": 20, "seeds": 1, "processes": 1, "dim": 32}
 
     data: str = option("", "folder with clinc150.jsonl.gz")
     download: bool = option(False, "fetch the public original instead")
     split: str = option("01", "class split, 01 to 05")
     steps: int = option(400, "updates of each learner")
+    # 1,024 random directions keep unrelated words about as far apart as the floor's 8,192 places do
+    dim: int = option(1024, "width of the word vectors")
     seeds: int = option(3, "training seeds")
     processes: int = option(2, "runs at a time")
     n_episodes: int = option(600, "meta-test episodes")
@@ -80,30 +82,32 @@ class UnitScale(nn.Module):
         return embedded / embedded.shape[-1] ** 0.5
 
 
-def words(spec: TaskSpec, idf: Tensor) -> BagOfWords:
+Words = Callable[[TaskSpec], BagOfWords]
+
+
+def words(spec: TaskSpec, *, idf: Tensor, dim: int) -> BagOfWords:
     """The encoder of every learner; it starts from the word weights that the floor uses."""
-    # 1,024 random directions keep unrelated words about as far apart as the floor's 8,192 places do
-    return BagOfWords(spec.vocabulary or 0, dim=1024, importance=idf)
+    return BagOfWords(spec.vocabulary or 0, dim=dim, importance=idf)
 
 
-def on_words(kind: Callable[..., Learner[Any]], spec: TaskSpec, *, idf: Tensor, **settings: Any) -> Learner[Any]:
+def on_words(kind: Callable[..., Learner[Any]], spec: TaskSpec, *, words: Words, **settings: Any) -> Learner[Any]:
     """A learner on the word encoder."""
-    return kind(spec, encoder=words(spec, idf), **settings)
+    return kind(spec, encoder=words(spec), **settings)
 
 
-def maml(spec: TaskSpec, *, idf: Tensor) -> MAML:
+def maml(spec: TaskSpec, *, words: Words) -> MAML:
     """MAML adapts what comes after the words."""
-    return MAML(spec, net=EncoderWithHead(UnitScale(words(spec, idf)), spec), inner_lr=5.0, inner_steps=5)
+    return MAML(spec, net=EncoderWithHead(UnitScale(words(spec)), spec), inner_lr=5.0, inner_steps=5)
 
 
-def families(idf: Tensor) -> dict[str, Any]:
+def families(words: Words, *, dim: int) -> dict[str, Any]:
     """One learner of each family, all on the same encoder."""
-    ridge = partial(on_words, RidgeHead, idf=idf)
+    ridge = partial(on_words, RidgeHead, words=words)
     return {
-        "ProtoNet": partial(on_words, ProtoNet, idf=idf),
+        "ProtoNet": partial(on_words, ProtoNet, words=words),
         "RidgeHead": ridge,
-        "MAML": partial(maml, idf=idf),
-        "Transformer": partial(on_words, InContextTransformer, idf=idf, dim=512, depth=2),
+        "MAML": partial(maml, words=words),
+        "Transformer": partial(on_words, InContextTransformer, words=words, dim=dim // 2, depth=2),
         "retrieval + RidgeHead": partial(RetrievalAugmented, learner=ridge),
     }
 
@@ -121,7 +125,7 @@ def main(config: Config) -> RecipeResult:
     # Chosen on meta-validation: word vectors move little at the rate that suits the others.
     budgets = {"CLINC150": train, ("CLINC150", "ProtoNet"): replace(train, outer_lr=3e-3)}
     report = compare(
-        families(tfidf.idf) | {"TF-IDF prototypes": floor},
+        families(partial(words, idf=tfidf.idf, dim=config.dim), dim=config.dim) | {"TF-IDF prototypes": floor},
         {"CLINC150": tasks},
         train=budgets,
         n_episodes=config.n_episodes,
