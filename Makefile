@@ -47,7 +47,8 @@ test-slow: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Full-size claims; each ends in a verdict. DATA says where Omniglot and CLINC150 come from.
-CLAIMS         := gaussian_bayes finn_2017_sinusoid leakage_controls benchmark_meta_step benchmark_gradient
+CLAIMS         := gaussian_bayes finn_2017_sinusoid gradient_family leakage_controls benchmark_meta_step \
+                  benchmark_gradient benchmark_memory
 CLAIMS_ON_DATA := few_shot_intents omniglot
 DATA           ?= --download
 reproduce: install
