@@ -16,7 +16,7 @@ from metaicl.functional import categorical, masked_mean, positive
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.unrolling import Loss, Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import frozen_tensors, output_scale
+from metaicl.learners.gradient.inner_loss import check_masks, frozen_tensors, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy
 from metaicl.second_order import twice_differentiable
@@ -117,8 +117,7 @@ class AmortizedBayes(Learner[Posterior]):
 
     def adapt(self, support: Examples) -> Posterior:
         """Posteriors after `inner_steps` steps from the prior."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         prior, loss = self.prior(), self._bound()
         noise = self._noise("adapt", len(support), self.inner_steps, self.n_samples)
 

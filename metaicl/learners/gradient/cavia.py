@@ -11,7 +11,7 @@ from metaicl.functional import masked_mean
 from metaicl.inner_loop.parameters import check_inner_loop_module
 from metaicl.inner_loop.unrolling import Params, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, row_loss
+from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, row_loss
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -68,8 +68,7 @@ class CAVIA(Learner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Contexts (B, context_size)."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         shared = frozen_tensors(self.net, ())
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

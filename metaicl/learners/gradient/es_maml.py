@@ -11,7 +11,7 @@ from metaicl.functional import masked_mean
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
 from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.second_order import twice_differentiable
@@ -77,8 +77,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
         data = (support.x, support.y, support.mask)

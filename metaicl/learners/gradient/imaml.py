@@ -13,7 +13,7 @@ from metaicl.inner_loop.parameters import check_inner_loop_module, select_parame
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
 from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
@@ -86,8 +86,7 @@ class IMAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The regularized solution of every task, with leading axis B."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
         frozen, data = frozen_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         problem = Proximal(support_loss(self.spec, self.net, {}), self.proximal)

@@ -1,6 +1,7 @@
 """What gradient-based learners share: the loss they adapt by, the tensors they leave alone, the answer they give."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call
 
+from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean, positive
 from metaicl.inner_loop.factored import LinearLayers
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.unrolling import Loss, Params
+from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
 
 
@@ -51,6 +54,16 @@ def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor
     """Parameters of `net` that are not adapted, and copies of its buffers, which a forward pass may write into."""
     named = {name: value for name, value in net.named_parameters() if name not in adapted}
     return {**named, **{name: value.clone() for name, value in net.named_buffers()}}
+
+
+def check_masks(learner: Learner[Any], support: Examples) -> None:
+    """Refuse masked rows where a net normalizes by the statistics of all rows.
+
+    Raises:
+        ValueError: If there is a mask and the learner is transductive.
+    """
+    if support.mask is not None and learner.traits.transductive:
+        raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
 
 
 def linear_layers(

@@ -12,7 +12,14 @@ from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, linear_layers, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import (
+    answer,
+    check_masks,
+    frozen_tensors,
+    linear_layers,
+    output_scale,
+    support_loss,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -85,8 +92,7 @@ class MAML(Learner[dict[str, Weight]]):
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task: the adapted parameters, or their factors, with leading axis B."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         path = unroll_path(
             support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),

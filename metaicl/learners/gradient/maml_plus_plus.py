@@ -14,7 +14,14 @@ from metaicl.inner_loop.parameters import check_inner_loop_module, select_parame
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, linear_layers, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import (
+    answer,
+    check_masks,
+    frozen_tensors,
+    linear_layers,
+    output_scale,
+    support_loss,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -100,8 +107,7 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
     def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Weight]]:
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         # A compiled graph keeps second order behind a gate; eagerly it is not computed where it does not count.
         gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None

@@ -11,7 +11,7 @@ from metaicl.functional import categorical, masked_mean, prototypes
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.unrolling import Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import frozen_tensors, row_loss
+from metaicl.learners.gradient.inner_loss import check_masks, frozen_tensors, row_loss
 from metaicl.nets.backbones import build_encoder, encoder_dim
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -66,8 +66,7 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task, leading axis B: the encoder's by name, and the head's (C, D) and (C,)."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         start = {name: value for name, value in self.encoder.named_parameters() if name in self.adapted}
         frozen = frozen_tensors(self.encoder, self.adapted)
 

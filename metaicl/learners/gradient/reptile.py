@@ -12,7 +12,7 @@ from metaicl.functional import masked_mean
 from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
 from metaicl.inner_loop.unrolling import call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
 from metaicl.nets.backbones import build_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -74,8 +74,7 @@ class Reptile(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task after full-batch descent on the support."""
-        if support.mask is not None and self.traits.transductive:
-            raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+        check_masks(self, support)
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
         data = (support.x, support.y, support.mask)
         return unroll_tasks(loss, self._start(), data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
