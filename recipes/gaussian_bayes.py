@@ -25,7 +25,7 @@ class Config(RecipeConfig):
 
     SMOKE: ClassVar = {"steps": 10, "n_episodes": 20, "seeds": 1, "processes": 1}
 
-    steps: int = option(2000, "updates of each learner")
+    steps: int = option(4000, "updates of each learner")
     seeds: int = option(3, "training seeds")
     processes: int = option(2, "runs at a time")
     n_episodes: int = option(4000, "meta-test episodes")
