@@ -17,6 +17,7 @@ from metaicl.checks import check_count, check_device
 from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
 from metaicl.metrics import Calibration, calibration, calibration_counts, query_metrics
+from metaicl.peak_memory import read_peak, start_peak
 from metaicl.prefixes import first_shots
 from metaicl.spec import TaskSpec
 from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
@@ -45,8 +46,8 @@ class Evaluation:
         predict_seconds: Seconds to predict the query of one task, likewise.
         parameters: Numbers in the parameters of the learner.
         state_bytes: Bytes of adapted state per task, what is kept between `adapt` and `predict`.
-        peak_memory_bytes: Peak of torch's CUDA allocator above what was held before; None on other devices,
-            where torch keeps no such count.
+        peak_memory_bytes: The most memory that adapting to and answering a batch held beyond what was there before;
+            see `metaicl.peak_memory`. None where nobody keeps such a count.
         device: Where it ran.
         transductive: The learner's answer to a query may depend on the other queries.
     """
@@ -195,10 +196,11 @@ class _Tally:
     peak_bytes: int | None = None
 
     def add(self, learner: Learner, support: Examples, query: Examples) -> None:
-        held = _start_peak(query.x.device)
+        held = start_peak(query.x.device)
         try:
             state, adapting = _timed(lambda: learner.adapt(support), query.x.device)
             distribution, predicting = _timed(lambda: learner.predict(state, query.x), query.x.device)
+            peak = read_peak(query.x.device, held)
             values = query_metrics(distribution, query, self.spec, first_episode=self.n_episodes)
         except FloatingPointError as error:
             last = self.n_episodes + query.n_tasks - 1
@@ -210,8 +212,7 @@ class _Tally:
             self.counts = counts if self.counts is None else self.counts + counts
         self.seconds.append((adapting / query.n_tasks, predicting / query.n_tasks))
         self.state_bytes = max(self.state_bytes, _bytes_of(state) // query.n_tasks)
-        if held is not None:
-            peak = torch.cuda.max_memory_allocated(query.x.device) - held
+        if peak is not None:
             self.peak_bytes = max(self.peak_bytes or 0, peak)
         self.n_episodes += query.n_tasks
 
@@ -276,13 +277,6 @@ def _timed(function: Callable[[], T], device: torch.device) -> tuple[T, float]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _start_peak(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def _bytes_of(state: Any) -> int:

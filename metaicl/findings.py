@@ -33,6 +33,7 @@ class Row:
         predict_seconds: Per task, mean over seeds.
         parameters: Numbers in the parameters.
         state_bytes: Bytes of adapted state per task.
+        peak_memory_bytes: Of evaluating a batch, the highest over seeds; None where it is not known.
         transductive: An answer may depend on the other queries.
     """
 
@@ -50,6 +51,7 @@ class Row:
     predict_seconds: float | None = None
     parameters: int | None = None
     state_bytes: int | None = None
+    peak_memory_bytes: int | None = None
     transductive: bool | None = None
 
     @property
@@ -217,6 +219,7 @@ class Findings:
         if not finished:
             return Row(learner, results[0].role, results[0].status, note)
         evaluations = self._evaluations(task, learner, None)
+        peaks = [one.peak_memory_bytes for one in evaluations if one.peak_memory_bytes is not None]
         trained = [result.train_seconds for result in finished if result.train_seconds is not None]
         return Row(
             learner,
@@ -233,6 +236,7 @@ class Findings:
             predict_seconds=float(np.mean([one.predict_seconds for one in evaluations])),
             parameters=evaluations[0].parameters,
             state_bytes=evaluations[0].state_bytes,
+            peak_memory_bytes=max(peaks) if peaks else None,
             transductive=evaluations[0].transductive,
         )
 

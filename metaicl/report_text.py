@@ -16,6 +16,8 @@ FOOTNOTES = (
     "nll is in nats per query row, mse in squared units of the targets. Calibration error is the mean gap between "
     "promise and frequency over all query rows, of the confidence in 15 bins (ECE) or of central prediction intervals.",
     "Seconds are per task, the median over batches, and hold for the batch size, device and threads named above.",
+    "Memory is the most that adapting to one batch and answering it held on top of what was there before; on a CPU it "
+    "is resident memory, which does not see what the allocator had kept from earlier work.",
 )
 """What the columns mean; shown under every report."""
 
@@ -30,7 +32,7 @@ def columns(findings: Findings, task: str) -> list[str]:
     titles = ["learner", f"{_TITLES[metric]} [95 %]", "nll", error]
     titles += [f"difference to {baseline} [95 %]", "p"] if baseline is not None else []
     titles += [f"regret to {reference}"] if reference is not None else []
-    titles += ["train", "adapt", "predict", "parameters", "transductive", "seeds"]
+    titles += ["train", "adapt", "predict", "memory", "parameters", "transductive", "seeds"]
     return titles
 
 
@@ -48,6 +50,7 @@ def cells(findings: Findings, task: str, row: Row) -> list[str]:
     if findings.reference(task) is not None:
         found.append("-" if row.regret is None else interval_text(row.regret, signed=True))
     found += [seconds_text(row.train_seconds), seconds_text(row.adapt_seconds), seconds_text(row.predict_seconds)]
+    found.append("-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB")
     found += [f"{row.parameters:,}", "yes" if row.transductive else "no"]
     return [*found, row.seeds_text]
 

@@ -101,7 +101,7 @@ def test_regression_values_are_right_and_float64():
     assert found.mean("nll") == pytest.approx(0.5 * math.log(2 * math.pi) + 0.5 * found.mean("mse"), abs=1e-6)
     assert found.calibration.kind == "coverage"
     assert (found.parameters, found.state_bytes, found.device, found.transductive) == (1, 4, "cpu", False)
-    assert found.peak_memory_bytes is None
+    assert found.peak_memory_bytes is None or 0 <= found.peak_memory_bytes < 64 * 2**20
     assert found.adapt_seconds > 0
 
 
