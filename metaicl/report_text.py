@@ -50,7 +50,7 @@ def cells(findings: Findings, task: str, row: Row) -> list[str]:
     if findings.reference(task) is not None:
         found.append("-" if row.regret is None else interval_text(row.regret, signed=True))
     found += [seconds_text(row.train_seconds), seconds_text(row.adapt_seconds), seconds_text(row.predict_seconds)]
-    found.append("-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB")
+    found.append(memory_text(row.peak_memory_bytes))
     found += [f"{row.parameters:,}", "yes" if row.transductive else "no"]
     return [*found, row.seeds_text]
 
@@ -125,6 +125,13 @@ def seconds_text(seconds: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def memory_text(size: int | None) -> str:
+    """Whole MiB; below one it is lost in what the allocator keeps."""
+    if size is None:
+        return "-"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else "below 1 MiB"
 
 
 def _difference(found: Interval | None) -> list[str]:

@@ -7,6 +7,7 @@ from metaicl.report_text import (
     columns,
     describe_task,
     interval_text,
+    memory_text,
     number,
     protocol_lines,
     render_text,
@@ -104,3 +105,10 @@ def test_seconds(seconds, text):
 def test_protocol_lines_are_plain():
     lines = protocol_lines({"training_budget": {"steps": 3, "left": None}, "seeds": [1, 2], "nothing": None})
     assert lines == [("training budget", "steps 3"), ("seeds", "1, 2"), ("nothing", "-")]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(None, "-"), (1000, "below 1 MiB"), (2**20, "1 MiB"), (5 * 2**30, "5120 MiB")]
+)
+def test_memory_has_whole_units(size: int | None, text: str) -> None:
+    assert memory_text(size) == text
