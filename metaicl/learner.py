@@ -115,7 +115,11 @@ class HasMetaGradients(Protocol):
     """A learner whose outer step is no gradient of a loss (Reptile, evolution strategies)."""
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to report (scalar) and a gradient for every trainable parameter."""
+        """The loss to report (scalar) and a gradient for every trainable parameter.
+
+        Both are means over the tasks of the episode: micro-batches and processes are averaged by their numbers of
+        tasks.
+        """
         ...
 
 

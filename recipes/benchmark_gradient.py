@@ -1,8 +1,8 @@
-"""What a MAML update costs, side by side with learn2learn, higher and JAX.
+"""What a MAML update costs, side by side with learn2learn, higher, TorchOpt and JAX.
 
 Claim    One compiled graph for all tasks makes a second-order MAML update at least 50 times as fast as learn2learn's
          loop on sine waves, 8 times at width 256, where fast weights are never formed, and 1.2 times on Conv4.
-Run      python recipes/benchmark_gradient.py --out runs/benchmark_gradient       (JAX: pip install 'metaicl[bench]')
+Run      python recipes/benchmark_gradient.py --out runs/benchmark_gradient  (all peers: pip install 'metaicl[bench]')
 Smoke    python recipes/benchmark_gradient.py --smoke --out runs/benchmark_gradient
 Method   one process; the same weights and episodes; gradients are compared before anything is timed; calls of all
          variants interleaved; medians. An update is the meta-gradient and Adam. Peak: a matrix product of 2,048.
@@ -32,7 +32,7 @@ from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers.maml_steps import Steps, higher_steps, jax_steps, learn2learn_steps
+from peers.maml_steps import Steps, higher_steps, jax_steps, learn2learn_steps, torchopt_steps
 from peers.work import Work, medians
 
 
@@ -86,18 +86,20 @@ def variants(work: Work, config: Config, lr: float = 0.01) -> dict[str, Callable
         "learn2learn": lambda: learn2learn_steps(work.net().to(config.device), loss, lr, work.inner_steps),
         "higher": lambda: higher_steps(work.net().to(config.device), loss, lr, work.inner_steps),
     }
+    if find_spec("torchopt"):
+        found["TorchOpt"] = lambda: torchopt_steps(work.net().to(config.device), loss, lr, work.inner_steps)
     if find_spec("jax") and find_spec("optax"):
         found["JAX"] = lambda: jax_steps(work.net(), work.spec.kind, lr, work.inner_steps)
     return found
 
 
 def measure(work: Work, config: Config, names: set[str] | None = None) -> dict[str, float]:
-    """Median seconds of an update by each variant, and of the first call of ours as "compiling"."""
+    """Median seconds of an update by each variant, and of the very first call of ours as "compiling"."""
     episode = work.episode().to(config.device)
     found = {name: make for name, make in variants(work, config).items() if names is None or name in names}
     steps = {name: make() for name, make in found.items()}
     began = time.perf_counter()
-    expected = steps["ours"][0](episode)
+    expected = next(iter(steps.values()))[0](episode)
     compiling = time.perf_counter() - began
     scale = max(float(value.abs().max()) for value in expected.values())
     for name, (gradient, _) in steps.items():
@@ -106,7 +108,7 @@ def measure(work: Work, config: Config, names: set[str] | None = None) -> dict[s
             if not gap <= 1e-3:
                 raise RuntimeError(f"the gradient of {key} by {name} differs from ours by {gap:.1e} of the largest")
     calls = {name: partial(update, episode) for name, (_, update) in steps.items()}
-    return {**medians(calls, config.repeats, config.device), "compiling": compiling}
+    return {**medians(calls, config.repeats, turn=0.05, device=config.device), "compiling": compiling}
 
 
 def main(config: Config) -> RecipeResult:
@@ -146,7 +148,7 @@ def _flops(work: Work) -> float:
 def _peak(device: str) -> float:
     """Floating-point operations per second of a large matrix product."""
     a = torch.rand(2048, 2048, device=device)
-    return 2 * 2048**3 / medians({"peak": lambda: a @ a}, 5, device)["peak"]
+    return 2 * 2048**3 / medians({"peak": lambda: a @ a}, 5, turn=0.05, device=device)["peak"]
 
 
 def _plot_scaling(config: Config) -> None:
@@ -155,8 +157,8 @@ def _plot_scaling(config: Config) -> None:
     sizes = {"tasks per update": (1, 10, 100, 1000), "inner steps": (1, 5, 20, 50)}
     for axis, (label, values) in zip(axes, sizes.items(), strict=True):
         works = [Work(40, n, 1) if label.startswith("tasks") else Work(40, 25, n) for n in values]
-        found = [measure(work, config, {"ours", "learn2learn"}) for work in tqdm(works, desc=label)]
-        for variant in ("ours", "learn2learn"):
+        found = [measure(work, config, {"ours, eager", "learn2learn"}) for work in tqdm(works, desc=label)]
+        for variant in ("ours, eager", "learn2learn"):
             axis.loglog(values, [1e3 * each[variant] for each in found], marker="o", label=variant)
         axis.set_xlabel(label)
     axes[0].set_ylabel("ms per update")

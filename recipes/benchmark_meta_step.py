@@ -8,10 +8,8 @@ Method   one process, one thread, the same weights and episodes, calls of all va
          Gradients are compared before anything is timed. A step is the meta-gradient plus Adam.
 """
 
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +36,9 @@ from metaicl.learners import CausalInContextTransformer, ConditionalNeuralProces
 from metaicl.meta_step import MetaStep
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the learner of the neighboring recipe
+sys.path.insert(0, str(Path(__file__).parent))  # for the neighboring files
 from my_learner import KernelRegressor
+from peers.work import medians
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,7 @@ def main(config: Config) -> RecipeResult:
                 "compiled": partial(update, compiled, episode),
             },
             config.repeats,
+            turn=0,
         )
         criteria += [
             Criterion(f"{name}: compiled - eager gradient, relative", error, "<=", 1e-5),
@@ -135,7 +135,7 @@ def against_learn2learn(inner_steps: int, bound: float, config: Config) -> Crite
     gradients = [list(step(episode)[1].values()) for step in steps.values()]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     repeats = max(2, config.repeats // 3)
-    seconds = medians({name: partial(update, step, episode) for name, step in steps.items()}, repeats)
+    seconds = medians({name: partial(update, step, episode) for name, step in steps.items()}, repeats, turn=0)
     ratio = seconds["theirs"] / seconds["ours"]
     return Criterion(f"learn2learn / ours, MAML step, K={inner_steps}, meta-batch 25", ratio, ">=", bound)
 
@@ -155,18 +155,6 @@ def difference(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Ten
     """Largest difference of two gradients, relative to the largest entry."""
     scale = max(value.abs().max() for value in first.values())
     return float(max((first[name] - second[name]).abs().max() for name in first) / scale)
-
-
-def medians(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant, their calls interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 2):
-        for name, call in variants.items():
-            began = time.perf_counter()
-            call()
-            if repeat >= 2:  # the first two warm up
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

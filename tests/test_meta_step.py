@@ -189,7 +189,6 @@ def test_one_real_graph() -> None:
     assert step.is_compiled
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ridge", "maml"])
 def test_real_graphs_equal_eager_and_see_later_weights(name: str) -> None:
     assert_compiled_equals_eager(MAKERS[name]())
@@ -212,7 +211,6 @@ def test_dropout_is_the_same_compiled() -> None:
     assert_same_dropout()
 
 
-@pytest.mark.slow
 def test_dropout_is_the_same_in_a_real_graph() -> None:
     assert_same_dropout()
 

@@ -61,7 +61,6 @@ def test_resume_is_exact_with_workers_and_sgd(tmp_path: Path) -> None:
     assert_resume_is_exact(make_ridge, Lines(), small_config(workers=1, optimizer="sgd", steps=5), tmp_path, cuts=(4,))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "dropout"])
 def test_resume_is_exact_compiled(name: str, tmp_path: Path) -> None:
     config = small_config(compile=True, n_shot=3, micro_batch_size=None, steps=6)

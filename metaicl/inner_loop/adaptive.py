@@ -7,21 +7,40 @@ from metaicl.inner_loop.optimizers import InnerOptimizer, Precondition, Slots, c
 from metaicl.inner_loop.rates import Rate, check_rate
 
 
-class _Moments(InnerOptimizer):
-    """Adam's rule, with weight decay in the gradient or beside it."""
+class Adam(InnerOptimizer):
+    """Adam.
 
-    decoupled: bool
+    Its second derivative at a gradient of exactly zero is taken as if the running square were a constant there; the
+    square root has none.
+
+    Args:
+        lr: Step size, > 0.
+        betas: Decays of the running mean and the running square, in [0, 1).
+        eps: Added to the root of the running square; near a zero gradient second derivatives grow like 1 / eps.
+        weight_decay: Added to the gradient, times the weight.
+        clip_norm: See `InnerOptimizer`.
+        precondition: See `InnerOptimizer`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Reference:
+        Kingma & Ba, 2015, arXiv:1412.6980, by the rule of `torch.optim.Adam`.
+    """
+
+    decoupled: bool = False  # whether weight decay acts beside the gradient instead of in it
 
     def __init__(
         self,
         lr: Rate | float,
         *,
-        betas: tuple[Rate | float, Rate | float],
-        eps: float,
-        weight_decay: Rate | float,
-        clip_norm: float | None,
-        precondition: Precondition | None,
+        betas: tuple[Rate | float, Rate | float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Rate | float = 0.0,
+        clip_norm: float | None = None,
+        precondition: Precondition | None = None,
     ) -> None:
+        """Check the settings."""
         super().__init__(
             clip_norm=clip_norm,
             precondition=precondition,
@@ -49,46 +68,7 @@ class _Moments(InnerOptimizer):
         return value - lr / unbiased1 * (mean / scale), (mean, square)
 
 
-class Adam(_Moments):
-    """Adam.
-
-    Its second derivative at a gradient of exactly zero is taken as if the running square were a constant there; the
-    square root has none.
-
-    Args:
-        lr: Step size, > 0.
-        betas: Decays of the running mean and the running square, in [0, 1).
-        eps: Added to the root of the running square; near a zero gradient second derivatives grow like 1 / eps.
-        weight_decay: Added to the gradient, times the weight.
-        clip_norm: See `InnerOptimizer`.
-        precondition: See `InnerOptimizer`.
-
-    Raises:
-        ValueError: If a setting is out of range.
-
-    Reference:
-        Kingma & Ba, 2015, arXiv:1412.6980, by the rule of `torch.optim.Adam`.
-    """
-
-    decoupled = False
-
-    def __init__(
-        self,
-        lr: Rate | float,
-        *,
-        betas: tuple[Rate | float, Rate | float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate | float = 0.0,
-        clip_norm: float | None = None,
-        precondition: Precondition | None = None,
-    ) -> None:
-        """Check the settings."""
-        super().__init__(
-            lr, betas=betas, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, precondition=precondition
-        )
-
-
-class AdamW(_Moments):
+class AdamW(Adam):
     """Adam with decoupled weight decay.
 
     Args:

@@ -42,7 +42,7 @@ class Factors(NamedTuple):
         return self.outputs.mT @ self.inputs
 
 
-Weight = Tensor | Factors
+Weight = Tensor | Factors  # an adapted weight of each task, formed or not
 FastWeights = Mapping[str, Weight]
 Either = TypeVar("Either", Tensor, Factors)
 

@@ -1,11 +1,11 @@
 """Which parameters an inner loop adapts, and which nets it refuses."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -38,6 +38,17 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
             raise ValueError(f"the pattern {pattern!r} matches no parameter; there are {len(names)}, such as {close}")
         chosen.update(found)
     return frozenset(chosen)
+
+
+def adapted_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
+    """Parameters of `net` that are adapted: where every task starts."""
+    return {name: value for name, value in net.named_parameters() if name in adapted}
+
+
+def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
+    """Parameters of `net` that are not adapted, and copies of its buffers, which a forward pass may write into."""
+    named = {name: value for name, value in net.named_parameters() if name not in adapted}
+    return {**named, **{name: value.clone() for name, value in net.named_buffers()}}
 
 
 def check_inner_loop_module(net: nn.Module) -> None:

@@ -1,11 +1,11 @@
 """Unrolled inner loops: gradient steps on a support, differentiable from outside, for all tasks in one graph."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from metaicl.checks import check_count
@@ -22,6 +22,7 @@ from metaicl.inner_loop.factored import (
     split,
 )
 from metaicl.inner_loop.optimizers import InnerOptimizer, State
+from metaicl.inner_loop.tracing import note
 from metaicl.second_order import twice_differentiable
 
 Params = Mapping[str, Tensor]
@@ -39,39 +40,46 @@ class _Loop:
     first_order: bool | Tensor
     exact_from: int  # steps before this one are first order
     layers: Mapping[str, Sequence[Shape]]  # weights that are factored, and the shapes of their outputs
+    stepwise: Collection[str]  # shared tensors with a value of their own for each step
 
     def run(self, first: int, stop: int, tensors: tuple[Any, ...], data: Sequence[Any]) -> tuple[list, State]:
         """The weights after each of the steps `first` .. `stop` - 1 of one task, and the optimizer's state."""
         fast, state, shared, hyper = tensors
         path = []
         for step in range(first, stop):
-            gradients = self._gradients(step, fast, shared, data)
+            gradients, loss = self._gradients(step, fast, self._at(step, shared), data)
             if self.optimizer is None:
                 fast = {name: descend(value, hyper["lr"], gradients[name]) for name, value in fast.items()}
             else:
                 fast, state = functional_call(self.optimizer, hyper, (fast, gradients, state, step))
+            note(loss, fast)
             path.append(fast)
         return path, state
 
-    def _gradients(self, step: int, fast: FastWeights, shared: Params, data: Sequence[Any]) -> dict[str, Any]:
+    def _at(self, step: int, shared: Params) -> dict[str, Tensor]:
+        return {name: at_step(value, step) if name in self.stepwise else value for name, value in shared.items()}
+
+    def _gradients(
+        self, step: int, fast: FastWeights, shared: Params, data: Sequence[Any]
+    ) -> tuple[dict[str, Any], Tensor]:
         first_order = True if step < self.exact_from else self.first_order
         if first_order is True:  # taken at detached weights, so that no second graph is ever built
             fast, shared = _detached(fast), _detached(shared)
         plain, factors = split(fast)
-        gradients = self._factored(plain, factors, shared, data) if factors else self._plain(plain, shared, data)
+        if factors:
+            gradients, loss = self._factored(plain, factors, shared, data)
+        else:
+            gradients, loss = grad_and_value(lambda weights: self.loss({**shared, **weights}, *data))(plain)
         if first_order is True:  # the loss may also know weights that it was not given
-            return _detached(gradients)
+            return _detached(gradients), loss
         if first_order is False:
-            return gradients
+            return gradients, loss
         gate = 1 - first_order
-        return tree_map(lambda value: value.detach() + gate * (value - value.detach()), gradients)
-
-    def _plain(self, weights: Params, shared: Params, data: Sequence[Any]) -> dict[str, Any]:
-        return grad(lambda weights: self.loss({**shared, **weights}, *data))(dict(weights))
+        return tree_map(lambda value: value.detach() + gate * (value - value.detach()), gradients), loss
 
     def _factored(
         self, weights: Params, factors: Mapping[str, Factors], shared: Params, data: Sequence[Any]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], Tensor]:
         starts = {name: shared[name] for name in self.layers}
         zeros = {name: [starts[name].new_zeros(shape) for shape in shapes] for name, shapes in self.layers.items()}
 
@@ -80,8 +88,14 @@ class _Loop:
             with FactoredLinear(starts, factors, nudges, inputs):
                 return self.loss({**shared, **weights}, *data), inputs
 
-        (gradients, outputs), inputs = grad(loss, (0, 1), has_aux=True)(dict(weights), zeros)
-        return gradients | {name: Factors(rows_of(inputs[name]), rows_of(outputs[name])) for name in starts}
+        (gradients, outputs), (value, inputs) = grad_and_value(loss, (0, 1), has_aux=True)(dict(weights), zeros)
+        factored = {name: Factors(rows_of(inputs[name]), rows_of(outputs[name])) for name in starts}
+        return gradients | factored, value
+
+
+def at_step(value: Tensor, step: int) -> Tensor:
+    """The entry of step `step` in a tensor with leading axis K; steps beyond the last share its entry."""
+    return value[min(step, len(value) - 1)]
 
 
 def unroll(
@@ -120,7 +134,7 @@ def unroll(
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400, Algorithm 1; first order as in section 5.2.
     """
-    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers={})
+    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers={}, stepwise=())
     path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), data)
     return path[-1] if path else dict(params)
 
@@ -182,6 +196,7 @@ def unroll_path(
     truncate: int | None = None,
     checkpoint: bool | int = False,
     layers: Mapping[str, Sequence[Shape]] | None = None,
+    stepwise: Collection[str] = (),
     whole: bool = True,
 ) -> list[dict[str, Any]]:
     """The fast weights after every step of `unroll_tasks`, whose arguments these are.
@@ -200,12 +215,19 @@ def unroll_path(
         layers: Weights of linear layers that are never formed for each task but kept as `Factors`, and the shapes of
             what comes out of these layers for one support; `LinearLayers` finds both. The optimizer has to take
             factors.
+        stepwise: Names in `shared` of tensors with another value for each step, along a leading axis; steps beyond
+            its end see the last one.
         whole: False leaves out all but the last.
 
     Returns:
         As many sets of weights with leading axis B as there are steps, the latest last; the start, if there are none.
+
+    Raises:
+        TypeError, ValueError: As in `unroll_tasks`; also if `layers` meet an optimizer that cannot take factors.
     """
-    loop = _loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers=layers or {})
+    loop = _loop(
+        loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers=layers or {}, stepwise=stepwise
+    )
     fast: dict[str, Any] = {name: no_factors(value) if name in loop.layers else value for name, value in params.items()}
     shared = {**(shared or {}), **{name: params[name] for name in loop.layers}}
     if steps == 0:  # nothing depends on the task
@@ -266,14 +288,17 @@ def _loop(
     first_order: bool | Tensor,
     truncate: int | None,
     layers: Mapping[str, Sequence[Shape]],
+    stepwise: Collection[str],
 ) -> _Loop:
     if (lr is None) == (optimizer is None):
         raise ValueError("an inner loop needs either lr, for gradient descent, or an optimizer")
     check_count("steps", steps, minimum=0)
     exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
+    if layers and not (optimizer is None or optimizer.takes_factors):
+        raise ValueError(f"layers need an optimizer that takes factors, got {type(optimizer).__name__}")
     # No module is made here: a compiled graph cannot make one.
     hyper = {"lr": lr} if optimizer is None else dict(optimizer.named_parameters())
-    return _Loop(loss, optimizer, hyper, steps, first_order, exact_from, layers)
+    return _Loop(loss, optimizer, hyper, steps, first_order, exact_from, layers, frozenset(stepwise))
 
 
 def _detached(tensors: Any) -> Any:

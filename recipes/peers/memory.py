@@ -15,6 +15,7 @@ from peers.work import Work
 from metaicl import MAML, Learner
 from metaicl.learners import IMAML
 from metaicl.meta_step import MetaStep
+from metaicl.peak_memory import read_peak, start_peak
 
 OURS: dict[str, Callable[[int], Learner]] = {
     "plain": lambda steps: MAML(WORK.spec, net=WORK.net(), inner_steps=steps),
@@ -38,17 +39,13 @@ def gradient(variant: str, steps: int) -> None:
         PEERS[variant](WORK.net(), F.cross_entropy, 0.01, steps)[0](episode)
 
 
-def resident(key: str) -> float:
-    """VmRSS or VmHWM of this process in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, n_steps = sys.argv[1], int(sys.argv[2])
     gradient(name, 1)  # what is allocated once and for all
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest value so far
-    base = resident("VmRSS")
+    held = start_peak(torch.device("cpu"))
     gradient(name, n_steps)
-    print(resident("VmHWM") - base)
+    found = read_peak(torch.device("cpu"), held)
+    if found is None:
+        sys.exit("this system does not tell a process its peak memory")
+    print(found / 2**20)

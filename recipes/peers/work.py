@@ -52,23 +52,25 @@ class Work:
         return Episode(support, query)
 
 
-def medians(calls: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+def medians(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, *, turn: float, device: str = "cpu"
+) -> dict[str, float]:
     """Median seconds of each call.
 
-    The calls take turns, so that a busy moment hits all. A turn lasts .05 seconds if a call is quicker than that, as
-    one in a training loop finds its data in the caches; a call that has used up 20 seconds in three turns rests.
+    The calls take turns, so that a busy moment hits all. A turn goes on calling for `turn` seconds, as a call in a
+    training loop finds its data in the caches; 0 calls once. A call that has used up 20 seconds in three turns rests.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats + 2):
         for name, call in calls.items():
             if len(times[name]) >= 3 and sum(times[name]) > 20:
                 continue
             count, began = 0, time.perf_counter()
-            while count == 0 or time.perf_counter() - began < 0.05:
+            while count == 0 or time.perf_counter() - began < turn:
                 call()
                 count += 1
                 if device != "cpu":
                     torch.cuda.synchronize()
-            if repeat:  # the first turn warms up
+            if repeat >= 2:  # the first two turns warm up
                 times[name].append((time.perf_counter() - began) / count)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaicl.episode import Examples
 from metaicl.inner_loop import SGD, Adam, Rate
 from metaicl.inner_loop.factored import Factors, LinearLayers
+from metaicl.inner_loop.unrolling import unroll_path
 from metaicl.learners import MAML, MAMLPlusPlus
-from metaicl.learners.gradient.inner_loss import linear_layers
+from metaicl.learners.gradient.shared import linear_layers
 from metaicl.meta_step import MetaStep
 from metaicl.nets.backbones import MLP
 from metaicl.spec import TaskSpec
@@ -165,6 +166,9 @@ def test_wrong_use_is_refused() -> None:
     with pytest.raises(ValueError, match="factored=True found no linear layer of Conv2d"):
         linear_layers(nn.Conv2d(4, 3, 1), TaskSpec("classification", (4, 1, 1), "image", n_way=3), [], SGD(0.1), True)
     assert MAML(SINES.spec, optimizer=SGD(0.01, momentum=0.9)).layers is None
+    weight, data = {"weight": torch.zeros(1, 1)}, (torch.zeros(2, 3, 1),)
+    with pytest.raises(ValueError, match="layers need an optimizer that takes factors, got Adam"):
+        unroll_path(lambda w, x: x.sum(), weight, data, steps=1, optimizer=Adam(0.01), layers={"weight": [(3, 1)]})
 
 
 def test_several_steps_of_maml_plus_plus_are_factored_too() -> None:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
-from metaicl.learners.gradient.inner_loss import row_loss
+from metaicl.inner_loop.supervised import row_loss
 from metaicl.learners.gradient.reptile import Reptile, minibatches
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec

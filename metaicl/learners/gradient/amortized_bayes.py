@@ -13,10 +13,10 @@ from torch.func import functional_call, vmap
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, positive
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.unrolling import Loss, Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import check_masks, frozen_tensors, output_scale
+from metaicl.learners.gradient.shared import check_masks, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy
 from metaicl.second_order import twice_differentiable
@@ -111,8 +111,8 @@ class AmortizedBayes(Learner[Posterior]):
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, factors if adapt is None else adapt)
         log_scale = math.log(check_positive("prior_scale", prior_scale))
-        means = [value for name, value in self.net.named_parameters() if name in self.adapted]
-        self.log_scales = nn.ParameterList([torch.full_like(value, log_scale) for value in means])
+        means = adapted_tensors(self.net, self.adapted)
+        self.log_scales = nn.ParameterList([torch.full_like(value, log_scale) for value in means.values()])
         self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> Posterior:
@@ -151,7 +151,7 @@ class AmortizedBayes(Learner[Posterior]):
 
     def prior(self) -> dict[str, Tensor]:
         """The prior's means by name, and log standard deviations by "log_scale " and name."""
-        means = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        means = adapted_tensors(self.net, self.adapted)
         return {**means, **{_SCALE + name: value for name, value in zip(means, self.log_scales, strict=True)}}
 
     def _bound(self) -> Loss:
@@ -181,7 +181,7 @@ class AmortizedBayes(Learner[Posterior]):
 
     def _noise(self, purpose: str, n_tasks: int, *leading: int) -> dict[str, Tensor]:
         """Standard normal numbers (B, *leading, ...) in train mode; fixed ones (*leading, ...) in eval mode."""
-        means = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        means = adapted_tensors(self.net, self.adapted)
         if self.training:
             return {name: value.new_empty(n_tasks, *leading, *value.shape).normal_() for name, value in means.items()}
         generator = derive_generator("amortized bayes", purpose)

@@ -8,10 +8,11 @@ from torch.func import functional_call, vmap
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import check_inner_loop_module
+from metaicl.inner_loop.parameters import check_inner_loop_module, frozen_tensors
+from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, row_loss
+from metaicl.learners.gradient.shared import answer, check_masks, output_scale
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

@@ -8,12 +8,14 @@ from torch.func import functional_call, vmap
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
 from metaicl.learners.gradient.maml import choose_inner_lr
+from metaicl.learners.gradient.shared import answer, check_masks, output_scale
 from metaicl.nets.backbones import build_net
+from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
@@ -78,7 +80,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
         check_masks(self, support)
-        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        start = adapted_tensors(self.net, self.adapted)
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
         data = (support.x, support.y, support.mask)
         return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
@@ -99,8 +101,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
             )
             slopes = (plus - minus) / (2 * self.sigma * self.n_pairs * n_tasks)
             found = {name: torch.tensordot(slopes, value, 2) for name, value in noise.items()}
-            log_prob = self(episode.support, episode.query.x).log_prob(episode.query.y)
-            return masked_mean(-log_prob, episode.query.mask, 1).mean(), found
+            return query_loss(self, episode).mean(), found
 
     def _losses(self, weights: Params, episode: Episode) -> Tensor:
         """The query's losses (P, B) after adapting from weights with leading axes (P, B)."""

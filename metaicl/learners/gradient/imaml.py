@@ -9,12 +9,13 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
+from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner
-from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
 from metaicl.learners.gradient.maml import choose_inner_lr
+from metaicl.learners.gradient.shared import answer, check_masks, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -87,7 +88,7 @@ class IMAML(Learner[dict[str, Tensor]]):
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The regularized solution of every task, with leading axis B."""
         check_masks(self, support)
-        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
+        start = adapted_tensors(self.net, self.adapted)
         frozen, data = frozen_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         problem = Proximal(support_loss(self.spec, self.net, {}), self.proximal)
         begin, rest = ({name: value.detach() for name, value in part.items()} for part in (start, frozen))

@@ -9,17 +9,11 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import (
-    answer,
-    check_masks,
-    frozen_tensors,
-    linear_layers,
-    output_scale,
-    support_loss,
-)
+from metaicl.learners.gradient.shared import answer, check_masks, linear_layers, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -86,7 +80,9 @@ class MAML(Learner[dict[str, Weight]]):
         self.adapted = select_parameters(self.net, adapt)
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
-        self.optimizer = _choose(spec, inner_lr, optimizer).bind(self._start(), self.inner_steps)
+        self.optimizer = _choose(spec, inner_lr, optimizer).bind(
+            adapted_tensors(self.net, self.adapted), self.inner_steps
+        )
         self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
         self.raw_scale = output_scale(spec)
 
@@ -95,10 +91,10 @@ class MAML(Learner[dict[str, Weight]]):
         check_masks(self, support)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         path = unroll_path(
-            support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
-            steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
-            first_order=self.first_order, truncate=self.truncate, checkpoint=self.checkpoint, layers=layers,
-            whole=False,
+            support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),
+            (support.x, support.y, support.mask), steps=self.inner_steps, optimizer=self.optimizer,
+            shared=frozen_tensors(self.net, self.adapted), first_order=self.first_order,
+            truncate=self.truncate, checkpoint=self.checkpoint, layers=layers, whole=False,
         )  # fmt: skip
         return path[-1]
 
@@ -106,9 +102,6 @@ class MAML(Learner[dict[str, Weight]]):
         """Answer with each task's fast weights."""
         output = call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x)
         return answer(output, self.raw_scale)
-
-    def _start(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
 
 
 def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | None) -> InnerOptimizer:

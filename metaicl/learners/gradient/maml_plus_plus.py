@@ -10,18 +10,12 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.rates import Rate
+from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner
-from metaicl.learners.gradient.inner_loss import (
-    answer,
-    check_masks,
-    frozen_tensors,
-    linear_layers,
-    output_scale,
-    support_loss,
-)
+from metaicl.learners.gradient.shared import answer, check_masks, linear_layers, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -80,7 +74,9 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.adapted = select_parameters(self.net, adapt)
-        self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(self._start(), self.inner_steps)
+        self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(
+            adapted_tensors(self.net, self.adapted), self.inner_steps
+        )
         self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, None)
         self.raw_scale = output_scale(spec)
         self.register_buffer("step_weights", _step_weights(self.inner_steps, 1.0))
@@ -112,13 +108,10 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         return unroll_path(
-            support_loss(self.spec, self.net, {}), self._start(), (support.x, support.y, support.mask),
-            steps=self.inner_steps, optimizer=self.optimizer, shared=frozen_tensors(self.net, self.adapted),
-            first_order=gate, layers=layers, whole=whole,
+            support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),
+            (support.x, support.y, support.mask), steps=self.inner_steps, optimizer=self.optimizer,
+            shared=frozen_tensors(self.net, self.adapted), first_order=gate, layers=layers, whole=whole,
         )  # fmt: skip
-
-    def _start(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
 
 
 def _step_weights(steps: int, part: float) -> Tensor:

@@ -47,10 +47,7 @@ class MetaCurvature(Learner[dict[str, Weight]]):
     ) -> None:
         """Build the MAML inside."""
         super().__init__(spec)
-        optimizer = SGD(
-            choose_inner_lr(spec, inner_lr),
-            precondition=Curvature(),
-        )
+        optimizer = SGD(choose_inner_lr(spec, inner_lr), precondition=Curvature())
         self.maml = MAML(
             spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )

@@ -8,10 +8,11 @@ from torch.func import functional_call, vmap
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, prototypes
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import check_masks, frozen_tensors, row_loss
+from metaicl.learners.gradient.shared import check_masks
 from metaicl.nets.backbones import build_encoder, encoder_dim
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -67,7 +68,7 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task, leading axis B: the encoder's by name, and the head's (C, D) and (C,)."""
         check_masks(self, support)
-        start = {name: value for name, value in self.encoder.named_parameters() if name in self.adapted}
+        start = adapted_tensors(self.encoder, self.adapted)
         frozen = frozen_tensors(self.encoder, self.adapted)
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,10 +9,11 @@ from metaicl.checks import check_count, check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import check_inner_loop_module, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.inner_loss import answer, check_masks, frozen_tensors, output_scale, support_loss
+from metaicl.learners.gradient.shared import answer, check_masks, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -76,8 +77,8 @@ class Reptile(Learner[dict[str, Tensor]]):
         """Fast weights of every task after full-batch descent on the support."""
         check_masks(self, support)
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
-        data = (support.x, support.y, support.mask)
-        return unroll_tasks(loss, self._start(), data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
+        start, data = adapted_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
+        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
 
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
@@ -86,7 +87,8 @@ class Reptile(Learner[dict[str, Tensor]]):
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss after adapting to the support (scalar, nats per row), and Reptile's direction."""
         with torch.no_grad():
-            start, ends = self._start(), self._train(concatenate(episode.support, episode.query))
+            start = adapted_tensors(self.net, self.adapted)
+            ends = self._train(start, concatenate(episode.support, episode.query))
             found = {f"net.{name}": (value - ends[name]).mean(0) for name, value in start.items()}
             state = self.adapt(episode.support)
         rest = {name: p for name, p in self.named_parameters() if p.requires_grad and name not in found}
@@ -98,12 +100,9 @@ class Reptile(Learner[dict[str, Tensor]]):
                 found.update(zip(rest, values, strict=True))
         return loss.detach(), found
 
-    def _start(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.net.named_parameters() if name in self.adapted}
-
-    def _train(self, rows: Examples) -> dict[str, Tensor]:
+    def _train(self, start: dict[str, Tensor], rows: Examples) -> dict[str, Tensor]:
         """Weights of every task, leading axis B, after SGD on minibatches."""
-        start, loss = self._start(), support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
+        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
 
         def one_task(x: Tensor, y: Tensor, real: Tensor, places: Tensor) -> dict[str, Tensor]:
             fast = start

@@ -1,15 +1,14 @@
 """Training a fresh net on each support: what a learner without meta-learning does."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, masked_mean
-from metaicl.inner_loop.parameters import select_parameters
-from metaicl.inner_loop.unrolling import Params, call_tasks, unroll_tasks
+from metaicl.functional import categorical, gaussian
+from metaicl.inner_loop.parameters import adapted_tensors, frozen_tensors, select_parameters
+from metaicl.inner_loop.supervised import support_loss
+from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.reference.simple import mean_and_scale
 from metaicl.nets.backbones import build_net
@@ -45,16 +44,8 @@ class FromScratch(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The trained weights of every task, and for regression the scale of their residuals."""
-        start = {name: value for name, value in self.net.named_parameters() if name in self.adapted}
-        frozen = self._frozen()
-
-        def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-            output = functional_call(self.net, {**frozen, **weights}, (x,), strict=True)
-            if self.spec.kind == "classification":
-                return masked_mean(F.cross_entropy(output, y, reduction="none"), mask, 0)
-            return masked_mean((output - y).square().mean(-1), mask, 0)
-
-        data = (support.x, support.y, support.mask)
+        start, frozen = adapted_tensors(self.net, self.adapted), frozen_tensors(self.net, self.adapted)
+        loss, data = support_loss(self.spec, self.net, frozen), (support.x, support.y, support.mask)
         fast = unroll_tasks(loss, start, data, lr=self.lr, steps=self.steps, first_order=True)
         if self.spec.kind == "classification":
             return fast
@@ -64,12 +55,8 @@ class FromScratch(Learner[dict[str, Tensor]]):
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's net."""
         weights = {name: value for name, value in state.items() if name != _SCALE}
-        output = call_tasks(self.net, weights, self._frozen(), x)
+        output = call_tasks(self.net, weights, frozen_tensors(self.net, self.adapted), x)
         return categorical(output) if self.spec.kind == "classification" else gaussian(output, state[_SCALE])
-
-    def _frozen(self) -> dict[str, Tensor]:
-        named = {name: value for name, value in self.net.named_parameters() if name not in self.adapted}
-        return {**named, **dict(self.net.named_buffers())}
 
 
 _SCALE = " scale"  # a key no parameter can have

@@ -1,59 +1,18 @@
-"""What gradient-based learners share: the loss they adapt by, the tensors they leave alone, the answer they give."""
+"""What gradient-based learners share: checks, layers that can be factored, the answer they give."""
 
 from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call
 
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, masked_mean, positive
+from metaicl.functional import categorical, gaussian, positive
 from metaicl.inner_loop.factored import LinearLayers
 from metaicl.inner_loop.optimizers import InnerOptimizer
-from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
-
-
-def row_loss(spec: TaskSpec, output: Tensor, y: Tensor) -> Tensor:
-    """The inner loss of each row, without a reduction over rows.
-
-    Args:
-        spec: Its kind decides: cross-entropy in nats for classification, mean over y_dim of squared errors otherwise.
-        output: Logits (N, C) or means (N, y_dim).
-        y: Class indices (N,) or targets (N, y_dim).
-
-    Returns:
-        Losses (N,).
-    """
-    if spec.kind == "classification":
-        return F.cross_entropy(output, y, reduction="none")
-    return (output - y).square().mean(-1)
-
-
-def support_loss(spec: TaskSpec, net: nn.Module, frozen: Params) -> Loss:
-    """The inner loss of one task as a function of (weights, x, y, mask): the mean of `row_loss` over real rows.
-
-    Args:
-        spec: The tasks.
-        net: (rows, *x_shape) -> (rows, n_way logits or y_dim means).
-        frozen: Parameters and buffers of `net` that `weights` will not name.
-    """
-
-    def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        output = functional_call(net, {**frozen, **weights}, (x,), strict=True)
-        return masked_mean(row_loss(spec, output, y), mask, 0)
-
-    return loss
-
-
-def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
-    """Parameters of `net` that are not adapted, and copies of its buffers, which a forward pass may write into."""
-    named = {name: value for name, value in net.named_parameters() if name not in adapted}
-    return {**named, **{name: value.clone() for name, value in net.named_buffers()}}
 
 
 def check_masks(learner: Learner[Any], support: Examples) -> None:

@@ -1,0 +1,41 @@
+"""The inner loss of supervised tasks."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaicl.functional import masked_mean
+from metaicl.inner_loop.unrolling import Loss, Params
+from metaicl.spec import TaskSpec
+
+
+def row_loss(spec: TaskSpec, output: Tensor, y: Tensor) -> Tensor:
+    """The inner loss of each row, without a reduction over rows.
+
+    Args:
+        spec: Its kind decides: cross-entropy in nats for classification, mean over y_dim of squared errors otherwise.
+        output: Logits (N, C) or means (N, y_dim).
+        y: Class indices (N,) or targets (N, y_dim).
+
+    Returns:
+        Losses (N,).
+    """
+    if spec.kind == "classification":
+        return F.cross_entropy(output, y, reduction="none")
+    return (output - y).square().mean(-1)
+
+
+def support_loss(spec: TaskSpec, net: nn.Module, frozen: Params) -> Loss:
+    """The inner loss of one task as a function of (weights, x, y, mask): the mean of `row_loss` over real rows.
+
+    Args:
+        spec: The tasks.
+        net: (rows, *x_shape) -> (rows, n_way logits or y_dim means).
+        frozen: Parameters and buffers of `net` that `weights` will not name.
+    """
+
+    def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        output = functional_call(net, {**frozen, **weights}, (x,), strict=True)
+        return masked_mean(row_loss(spec, output, y), mask, 0)
+
+    return loss
