@@ -25,6 +25,7 @@ class Traits:
         kinds: The task kinds it serves.
         instead: For a kind it does not serve, the name of a learner that does, as (kind, name) pairs.
         trainable: There is something to meta-train; False for closed-form and from-scratch references.
+        approximate: The meta-gradient is meant to be another than the slope of the query loss: first order, implicit.
     """
 
     transductive: bool = False
@@ -32,6 +33,7 @@ class Traits:
     kinds: tuple[Kind, ...] = ("regression", "classification")
     instead: tuple[tuple[Kind, str], ...] = ()
     trainable: bool = True
+    approximate: bool = False
 
 
 class Learner(nn.Module, ABC, Generic[State]):
@@ -60,6 +62,10 @@ class Learner(nn.Module, ABC, Generic[State]):
             hint = f"; use {other} instead" if other else ""
             raise ValueError(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
         self.spec = spec
+
+    def declare_approximate(self, approximate: bool = True) -> None:
+        """Declare that the meta-gradient is not the slope of the query loss, if it is not."""
+        self.traits = replace(self.traits, approximate=approximate)
 
     def declare_nets(self, *nets: nn.Module) -> None:
         """Declare the learner transductive if one of its nets mixes the rows it is given (batch statistics)."""

@@ -90,6 +90,14 @@ class MetaStep:
             self._verify_new_shape(episode)
         return self._eager(episode) if self._graph is None else self._compiled(episode)
 
+    def replay(self, episode: Episode) -> None:
+        """Go through the losses once more, eagerly and without a meta-gradient, for someone who watches."""
+        with torch.no_grad():
+            if self._own is not None:
+                self._own.meta_gradients(episode)
+            else:
+                self._module(episode)
+
     def _compiled(self, episode: Episode) -> Result:
         assert self._graph is not None
         # Never the module's own Parameter objects, and read afresh: a learner may put a new tensor in a buffer's place.

@@ -61,6 +61,7 @@ _LEARNER_EXAM = Exam(
         streaming.check_update,
         streaming.check_predict_prefixes,
         learning.check_meta_gradient,
+        learning.check_gradient_slope,
         learning.check_batch_gradient,
         learning.check_learns,
     ),

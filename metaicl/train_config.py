@@ -28,6 +28,7 @@ class TrainConfig:
         n_query: Query rows, likewise.
         outer_lr: Learning rate of the outer loop, the highest one where a schedule changes it.
         optimizer: "adam", "adamw" or "sgd" (without momentum).
+        betas: Decays of Adam's and AdamW's running means of gradients and of their squares, in [0, 1).
         weight_decay: As the optimizer defines it.
         schedule: "constant", or "cosine" or "linear" down to zero at `steps`.
         warmup_steps: Updates over which the rate rises linearly at first.
@@ -56,6 +57,7 @@ class TrainConfig:
     n_query: int = 15
     outer_lr: float = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
@@ -112,6 +114,9 @@ class TrainConfig:
         check_seed(self.seed)
         check_positive("outer_lr", self.outer_lr)
         check_choice("optimizer", self.optimizer, _OPTIMIZERS)
+        if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)):
+            raise ValueError(f"betas must be a pair of numbers in [0, 1); got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
         check_choice("schedule", self.schedule, _SCHEDULES)
         if self.weight_decay != 0:
             check_positive("weight_decay", self.weight_decay)
@@ -126,7 +131,8 @@ def make_optimizer(learner: Learner, config: TrainConfig) -> tuple[optim.Optimiz
     parameters = list(trainable_parameters(learner).values())
     fused = all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
     make = _OPTIMIZERS[config.optimizer]
-    optimizer = make(parameters, lr=config.outer_lr, weight_decay=config.weight_decay, fused=fused or None)
+    betas = {} if config.optimizer == "sgd" else {"betas": config.betas}
+    optimizer = make(parameters, lr=config.outer_lr, weight_decay=config.weight_decay, fused=fused or None, **betas)
     return optimizer, LambdaLR(optimizer, lambda step: rate_factor(config, step))
 
 

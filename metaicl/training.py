@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaicl.checks import check_count, check_device, check_episode, check_positive
 from metaicl.compiled import Result
 from metaicl.distributed import align, check_alike, check_unwrapped, divide, n_processes, rank
+from metaicl.divergence import explain_inner_loops, name_problem
 from metaicl.episode import Episode
 from metaicl.learner import FollowsTraining, Learner
 from metaicl.meta_step import MetaStep, accumulate
@@ -98,7 +99,8 @@ def outer_loop(
         ValueError: If an argument is out of range, or the optimizer holds parameters of something else.
         RuntimeError: From the generator, when the processes do not start alike.
         FloatingPointError: From the generator, when a loss or a gradient is NaN or infinite. The update is not made,
-            and the message names the task or the parameter and how to replay the episode.
+            and the message names the task or the parameter, what the inner loop did step by step where there is one,
+            and how to replay the episode.
     """
     check_unwrapped(learner)
     if not isinstance(learner, Learner):
@@ -164,13 +166,11 @@ class _Update:
             losses, gradients = divide(self._gradients, episode)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         loss_value, norm_value = torch.stack([losses.mean().to(norm), norm]).tolist()  # the one synchronization
-        problem = None if math.isfinite(loss_value) and math.isfinite(norm_value) else _name_problem(losses, gradients)
-        if problem is not None:
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            message = self._what_failed(index, episode, losses, gradients, seed)
             for buffer, value in before:
                 buffer.copy_(value)
-            raise FloatingPointError(
-                f"{problem} at step {index}, and the weights are those before it. {self._address(index)}"
-            )
+            raise FloatingPointError(message)
         align(self.buffers)
         if self.updates == 0:
             self.buffers = [buffer for buffer, value in before if not torch.equal(buffer, value)]
@@ -184,7 +184,7 @@ class _Update:
     def _apply(self, gradients: Mapping[str, Tensor], norm: Tensor) -> None:
         parameters = self.meta_step.parameters
         for name, gradient in gradients.items():
-            parameters[name].grad = gradient
+            parameters[name].grad = _laid_out_like(parameters[name], gradient)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.clip_norm, norm)
         self.optimizer.step()
@@ -192,6 +192,15 @@ class _Update:
             self.scheduler.step()
         for parameter in parameters.values():
             parameter.grad = None
+
+    def _what_failed(
+        self, index: int, episode: Episode, losses: Tensor, gradients: Mapping[str, Tensor], seed: int
+    ) -> str:
+        learner = self.meta_step.learner
+        with training_mode(learner), isolated_randomness(seed, device_of(learner)):
+            inside = explain_inner_loops(self.meta_step, place(episode, learner), losses, self.micro_batch_size)
+        problem = f"{name_problem(losses, gradients)} at step {index}, and the weights are those before it."
+        return " ".join(part for part in (problem, inside, self._address(index)) if part)
 
     def _address(self, index: int) -> str:
         stream = self.stream
@@ -204,6 +213,17 @@ class _Update:
 
     def _n_shot(self, episode: Episode) -> int:
         return episode.support.n_rows // (self.stream.tasks.spec.n_way or 1)
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter.
+
+    Derivatives of transposed or broadcast weights come transposed or broadcast. `Tensor.backward` copies them into
+    place; fused optimizers do not look at strides and would mix up the entries.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 @contextlib.contextmanager
@@ -261,18 +281,3 @@ def _check_optimizer(optimizer: Optimizer, learner: Learner) -> None:
             f"optimizer must hold parameters of the learner only; {foreign} of its {len(held)} are of something else "
             f"(was the {type(learner).__name__} rebuilt after the optimizer?)"
         )
-
-
-def _name_problem(losses: Tensor, gradients: Mapping[str, Tensor]) -> str:
-    wrong = (~losses.isfinite()).flatten().nonzero().flatten().tolist()
-    if wrong:
-        value = losses.flatten()[wrong[0]].item()
-        more = f" ({len(wrong)} of {losses.numel()} tasks)" if len(wrong) > 1 else ""
-        return f"the loss of task {wrong[0]} is {value}{more}"
-    for name, gradient in gradients.items():
-        if not bool(gradient.isfinite().all()):
-            return (
-                f"the meta-gradient of parameter {name} has {int((~gradient.isfinite()).sum())} NaN or infinite values"
-            )
-    name = max(gradients, key=lambda name: float(gradients[name].abs().max()) if gradients[name].numel() else 0.0)
-    return f"the norm of the meta-gradient overflows, with the largest values in parameter {name}"

@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from metaicl.episode import Examples
 from metaicl.functional import gaussian, masked_mean, positive
 from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.maml import MAML
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
@@ -163,6 +164,54 @@ class DoublesTheGradient(Honest):
     def adapt(self, support: Examples) -> Any:
         state = super().adapt(support)
         return state if len(support) == 1 else state + (state - state.detach())
+
+
+class HalfDetachedState(Honest):
+    """The gradient arrives everywhere, and half of what flows through the state is missing."""
+
+    def adapt(self, support: Examples) -> Any:
+        state = super().adapt(support)
+        return (state + state.detach()) / 2
+
+
+class _SineOnce(torch.autograd.Function):
+    """The sine, whose backward leaves the graph; torch.func does not heed `once_differentiable`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent * ctx.saved_tensors[0].cos()
+
+
+class _Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _SineOnce.apply(x)
+
+
+class OnceDifferentiable(MAML):
+    """An inner loop through a function that can be differentiated once."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        dim, out = spec.x_shape[0], spec.output_size
+        super().__init__(spec, net=nn.Sequential(nn.Linear(dim, WIDTH), _Sine(), nn.Linear(WIDTH, out)), inner_lr=0.1)
+
+
+class DeclaredApproximate(OnceDifferentiable):
+    """The same, and says so."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.declare_approximate()
 
 
 class TrainableReference(Honest):

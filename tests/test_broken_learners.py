@@ -22,14 +22,16 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.MixesEpisodes, "batch_equals_loop", {"episode_independence", "batch_gradient", "masked_rows"}),
     (broken.ConsumesGlobalRng, "global_rng", set()),
     (broken.SeedsGlobalRng, "global_rng", set()),
-    (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "learns"}),
+    (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "gradient_slope", "learns"}),
     (broken.WrongShape, "answer_shape", set()),
     (broken.ReturnsTensor, "answer_shape", set()),
     (broken.DeadParameter, "meta_gradient", set()),
-    (broken.DetachedState, "meta_gradient", set()),
-    (broken.DoublesTheGradient, "batch_gradient", set()),
+    (broken.DetachedState, "meta_gradient", {"gradient_slope"}),
+    (broken.HalfDetachedState, "gradient_slope", set()),
+    (broken.OnceDifferentiable, "gradient_slope", set()),
+    (broken.DoublesTheGradient, "batch_gradient", {"gradient_slope"}),
     (broken.TrainableReference, "meta_gradient", set()),
-    (broken.NeedsGradMode, "no_grad", set()),
+    (broken.NeedsGradMode, "no_grad", {"gradient_slope"}),
     (broken.OrderSensitive, "support_order", set()),
     (broken.IgnoresMask, "masked_rows", set()),
     (broken.NeedsNoMask, "full_mask", {"masked_rows", "support_order"}),
@@ -70,7 +72,14 @@ def test_every_check_has_a_fault_that_it_catches() -> None:
 
 
 @pytest.mark.parametrize(
-    "learner", [broken.Honest, broken.HonestStream, broken.DeclaredTransductive, broken.DeclaredPeeker]
+    "learner",
+    [
+        broken.Honest,
+        broken.HonestStream,
+        broken.DeclaredTransductive,
+        broken.DeclaredPeeker,
+        broken.DeclaredApproximate,
+    ],
 )
 def test_honest_learners_pass(learner: type[Learner]) -> None:
     assert check_learner(learner, TASKS) is None

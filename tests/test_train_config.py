@@ -28,6 +28,8 @@ from metaicl.train_config import TrainConfig, make_optimizer, rate_factor
         ("outer_lr", math.inf, ValueError, "outer_lr must be a finite number > 0; got inf"),
         ("optimizer", "adm", ValueError, "optimizer must be one of .* did you mean 'adam'"),
         ("weight_decay", -0.1, ValueError, "weight_decay must be"),
+        ("betas", (0.9, 1.0), ValueError, r"betas must be a pair of numbers in \[0, 1\)"),
+        ("betas", 0.9, ValueError, "betas must be a pair"),
         ("schedule", "cosin", ValueError, "did you mean 'cosine'"),
         ("warmup_steps", 10, ValueError, "warmup_steps must be below steps = 10; got 10"),
         ("clip_norm", 0.0, ValueError, "clip_norm must be"),
@@ -75,9 +77,10 @@ def test_optimizers(name: str, kind: type) -> None:
     learner = make_ridge()
     learner.raw_scale.requires_grad_(False)
     optimizer, schedule = make_optimizer(
-        learner, TrainConfig(steps=4, optimizer=name, weight_decay=0.1, warmup_steps=2)
+        learner, TrainConfig(steps=4, optimizer=name, weight_decay=0.1, warmup_steps=2, betas=(0.8, 0.9))
     )
     assert type(optimizer) is kind
     assert len(optimizer.param_groups[0]["params"]) == 2
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert optimizer.param_groups[0].get("betas") == (None if name == "sgd" else (0.8, 0.9))
     assert schedule.get_last_lr() == [0.5e-3]

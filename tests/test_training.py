@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from training_helpers import (
     MAKERS,
     Lines,
@@ -15,9 +16,12 @@ from training_helpers import (
     weights_of,
 )
 
-from metaicl.episode import Episode
+from metaicl.episode import Episode, Examples
+from metaicl.functional import gaussian
 from metaicl.learner import Learner
+from metaicl.meta_step import MetaStep
 from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.training import outer_loop, training_mode
 
@@ -145,6 +149,38 @@ def test_clipping_and_schedule() -> None:
         before = after
         rates.append(step.learning_rate)
     assert rates == [1.0, 0.5, 0.25]
+
+
+class Transposed(Learner[Tensor]):
+    """Weights that are used transposed, whose gradients come so too."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.first, self.second = (nn.Parameter(torch.randn(1, 3, 4)) for _ in range(2))
+
+    def adapt(self, support: Examples) -> Tensor:
+        return support.y.mean(1)
+
+    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+        product = self.first.mT @ self.second  # (1, 4, 4)
+        waves = torch.sin(x.sum(-1, keepdim=True) * torch.arange(1, 5))
+        mean = ((waves @ product[0]) * waves).sum(-1, keepdim=True) + state[:, None]
+        return gaussian(mean, torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_fused_optimizers_get_gradients_in_the_layout_of_the_weights(kind: type) -> None:
+    trained = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        learner = Transposed(Lines().spec)
+        gradients = MetaStep(learner)(EpisodeStream(Lines(), seed=0, split="train", n_shot=2, n_query=2)[0])[1]
+        assert not gradients["first"].is_contiguous()
+        optimizer = kind(learner.parameters(), lr=1e-2, fused=fused)
+        list(outer_loop(learner, Lines(), optimizer, steps=5, meta_batch_size=4))
+        trained.append(learner.state_dict())
+    for name, value in trained[0].items():
+        assert torch.allclose(value, trained[1][name], atol=1e-6), name
 
 
 def test_some_parameters_may_stay_out_of_the_optimizer() -> None:

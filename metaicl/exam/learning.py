@@ -1,6 +1,7 @@
-"""Checks of meta-training: gradients arrive, agree with a loop, and a few updates on an easy family help."""
+"""Checks of meta-training: gradients arrive, are slopes, agree with a loop, and a few updates on easy tasks help."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from metaicl.task import EpisodeStream, Split, TaskDistribution
 
 _UPDATES = 200
 _MARGIN = 0.1
+_STRIDES = (1e-7, 1e-8, 1e-9)  # short, since kinks and Adam's first step turn sharply; one for each direction
+_SLOPE_GAP = 1e-4  # relative
 
 
 def check_meta_gradient(case: Case) -> None:
@@ -58,6 +61,28 @@ def check_batch_gradient(case: Case) -> None:
         )
 
 
+def check_gradient_slope(case: Case) -> None:
+    """The meta-gradient is the slope of the query loss, by differences along random directions in float64."""
+    learner = case.learner
+    exempt = not learner.traits.trainable or learner.traits.approximate or isinstance(learner, HasMetaGradients)
+    if exempt or dtype_of(learner) != torch.float64:
+        return
+    named = {name: value for name, value in learner.named_parameters() if value.requires_grad}
+    gradients, source, gaps = meta_gradients(learner, case.episode), fixed_generator(), []
+    for stride in _STRIDES:
+        way = {name: _uphill(value, gradients.get(name), source) for name, value in named.items()}
+        expected = sum(float((way[name] * gradient).sum()) for name, gradient in gradients.items())
+        found = _rise(learner, case.episode, named, way, stride)
+        gaps.append((abs(found - expected) / max(abs(found), abs(expected), 1e-6), found, expected))
+    gap, found, expected = min(gaps)  # a right gradient may meet a kink, a wrong one is wrong along all of them
+    if not gap <= _SLOPE_GAP:
+        raise AssertionError(
+            f"along a direction the query loss rises by {found:.6g} per unit, and by the meta-gradient {expected:.6g}. "
+            "Hint: look for detach, no_grad, .data and functions whose backward is not differentiable; if the gradient "
+            "is meant to be another, such as first order, call declare_approximate() in the learner's __init__"
+        )
+
+
 def check_learns(case: Case) -> None:
     """A few updates on an easy family beat the best constant predictor, for learners with something to train."""
     learner = case.native
@@ -97,6 +122,27 @@ def meta_gradients(learner: Learner, episode: Episode) -> dict[str, Tensor]:
     loss = query_loss(learner, episode).mean()
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: value for name, value in zip(named, found, strict=True) if value is not None}
+
+
+def _uphill(value: Tensor, gradient: Tensor | None, source: torch.Generator) -> Tensor:
+    """A random direction of length one, plus that of the gradient, so that slopes do not cancel out."""
+    way = torch.randn(value.shape, generator=source).to(value)
+    way = way / way.norm().clamp(min=1e-12)
+    return way if gradient is None else way + gradient / gradient.norm().clamp(min=1e-12)
+
+
+def _rise(
+    learner: Learner, episode: Episode, named: Mapping[str, Tensor], way: Mapping[str, Tensor], stride: float
+) -> float:
+    """The slope of the query loss along `way`, by a central difference."""
+    start, values = {name: value.detach().clone() for name, value in named.items()}, []
+    with torch.no_grad():
+        for shift in (stride, -stride, 0.0):
+            for name, value in named.items():
+                value.copy_(start[name] + shift * way[name])
+            if shift:
+                values.append(float(query_loss(learner, episode).mean()))
+    return (values[0] - values[1]) / (2 * stride)
 
 
 class EasyTasks(TaskDistribution):

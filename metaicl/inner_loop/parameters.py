@@ -59,7 +59,7 @@ def check_inner_loop_module(net: nn.Module) -> None:
             a parameter is float16.
     """
     check_no_running_statistics(net)
-    _check_precision(net)
+    check_precision(net)
     kinds = (nn.RNNBase, nn.RNNCellBase)
     recurrent = [name or type(layer).__name__ for name, layer in net.named_modules() if isinstance(layer, kinds)]
     if recurrent:
@@ -70,12 +70,17 @@ def check_inner_loop_module(net: nn.Module) -> None:
         )
 
 
-def _check_precision(net: nn.Module) -> None:
+def check_precision(net: nn.Module) -> None:
+    """Refuse float16.
+
+    Raises:
+        ValueError: If a parameter is float16.
+    """
     half = [name for name, parameter in net.named_parameters() if parameter.dtype == torch.float16]
     if half:
         raise ValueError(
             "an inner loop cannot run in float16, where gradients and products of them underflow; "
-            f"{type(net).__name__} has float16 parameters {half[:5]}. Keep the net in float32 (net.float()), "
+            f"{type(net).__name__} has float16 parameters {half[:5]}. Keep it in float32 (.float()), "
             'and train with autocast="bf16" to save memory'
         )
 
@@ -92,5 +97,6 @@ def check_no_running_statistics(net: nn.Module) -> None:
     if tracking:
         raise ValueError(
             f"an inner loop cannot use running statistics; {type(net).__name__} tracks them in {tracking[:5]}. "
-            "Use GroupNorm or LayerNorm, or metaicl.nets.norm.BatchStatNorm for the batch statistics of the papers"
+            "Use GroupNorm or LayerNorm, metaicl.nets.norm.BatchStatNorm for the batch statistics of the papers, or "
+            "metaicl.nets.norm.freeze_statistics(net) to keep those of a pretrained net"
         )

@@ -57,7 +57,8 @@ class _Loop:
         return path, state
 
     def _at(self, step: int, shared: Params) -> dict[str, Tensor]:
-        return {name: at_step(value, step) if name in self.stepwise else value for name, value in shared.items()}
+        now = {name: shared[name][min(step, len(shared[name]) - 1)] for name in self.stepwise}
+        return {**shared, **now}
 
     def _gradients(
         self, step: int, fast: FastWeights, shared: Params, data: Sequence[Any]
@@ -91,11 +92,6 @@ class _Loop:
         (gradients, outputs), (value, inputs) = grad_and_value(loss, (0, 1), has_aux=True)(dict(weights), zeros)
         factored = {name: Factors(rows_of(inputs[name]), rows_of(outputs[name])) for name in starts}
         return gradients | factored, value
-
-
-def at_step(value: Tensor, step: int) -> Tensor:
-    """The entry of step `step` in a tensor with leading axis K; steps beyond the last share its entry."""
-    return value[min(step, len(value) - 1)]
 
 
 def unroll(
@@ -215,8 +211,7 @@ def unroll_path(
         layers: Weights of linear layers that are never formed for each task but kept as `Factors`, and the shapes of
             what comes out of these layers for one support; `LinearLayers` finds both. The optimizer has to take
             factors.
-        stepwise: Names in `shared` of tensors with another value for each step, along a leading axis; steps beyond
-            its end see the last one.
+        stepwise: Names in `shared` of tensors with a leading axis of steps; steps beyond its end see the last entry.
         whole: False leaves out all but the last.
 
     Returns:

@@ -1,5 +1,7 @@
 """Normalization that is right under `vmap` and under second derivatives."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,9 +37,86 @@ class BatchStatNorm(nn.Module):
         return centered * (variance + self.eps).rsqrt() * self.weight.view(shape) + self.bias.view(shape)
 
 
+class FrozenNorm(nn.Module):
+    """Normalization by statistics that never change, such as those a pretrained net came with.
+
+    It looks at one row at a time and writes nothing, so that it can stand inside an inner loop. Weight and bias are
+    parameters like others.
+
+    Args:
+        mean: Of each channel (channels,).
+        variance: Of each channel (channels,).
+        eps: Added to the variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, mean: Tensor, variance: Tensor, *, eps: float = 1e-5) -> None:
+        """Copy the statistics; start from weight 1 and bias 0."""
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("mean", mean.detach().clone())
+        self.register_buffer("variance", variance.detach().clone())
+        self.weight = nn.Parameter(torch.ones_like(self.mean))
+        self.bias = nn.Parameter(torch.zeros_like(self.mean))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (rows, channels, ...)."""
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        gain = self.weight * (self.variance + self.eps).rsqrt()
+        return (x - self.mean.view(shape)) * gain.view(shape) + self.bias.view(shape)
+
+
+def freeze_statistics(net: nn.Module) -> nn.Module:
+    """A copy of a net whose batch normalization with running statistics has become a `FrozenNorm` by these statistics.
+
+    In eval mode it answers as the net did. Other normalization is left as it is; so is `net`.
+
+    Raises:
+        ValueError: If no layer keeps running statistics.
+    """
+    copied = copy.deepcopy(net)
+    found = [name for name, layer in copied.named_modules() if _keeps_statistics(layer)]
+    if not found:
+        raise ValueError(f"{type(net).__name__} has no batch normalization with running statistics to freeze")
+    for name in found:
+        frozen = _frozen(copied.get_submodule(name))
+        if not name:
+            return frozen
+        parent, _, child = name.rpartition(".")
+        setattr(copied.get_submodule(parent), child, frozen)
+    return copied
+
+
+def batch_norms(net: nn.Module) -> list[str]:
+    """Names of the layers that normalize by the statistics of the rows they are given, in evaluation too."""
+    return [
+        name
+        for name, layer in net.named_modules()
+        if isinstance(layer, BatchStatNorm) or (isinstance(layer, _BatchNorm) and not layer.track_running_stats)
+    ]
+
+
 def mixes_rows(net: nn.Module) -> bool:
     """Whether the net normalizes by the statistics of the rows it is given, in evaluation too."""
-    layers = net.modules()
-    return any(
-        isinstance(m, BatchStatNorm) or (isinstance(m, _BatchNorm) and not m.track_running_stats) for m in layers
-    )
+    return bool(batch_norms(net))
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+def _frozen(layer: nn.Module) -> FrozenNorm:
+    assert isinstance(layer, _BatchNorm)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    frozen = FrozenNorm(layer.running_mean, layer.running_var, eps=layer.eps).train(layer.training)
+    for name in ("weight", "bias"):
+        own, new = getattr(layer, name), getattr(frozen, name)
+        if own is None:  # a layer without weights: keep the ones and zeros
+            new.requires_grad_(False)
+        else:
+            new.data.copy_(own.data)
+            new.requires_grad_(own.requires_grad)
+    return frozen

@@ -1,4 +1,4 @@
-"""A whole MAML update with Adam as users of learn2learn, higher and JAX write it: a function of an episode.
+"""A whole MAML update with Adam as users of learn2learn, higher, TorchOpt and JAX write it: a function of an episode.
 
 Each factory takes (net, loss, lr, inner_steps) and returns (gradient, update): both take an episode; `gradient` gives
 the meta-gradient by parameter name and changes nothing, `update` does a training step. The net is copied.
@@ -43,6 +43,25 @@ def higher_steps(net: nn.Module, loss: Loss, lr: float, inner_steps: int) -> Ste
             for _ in range(inner_steps):
                 optimizer.step(loss(fast(x), y))
             return loss(fast(new_x), new_y)
+
+    return _loop(own, task_loss)
+
+
+def torchopt_steps(net: nn.Module, loss: Loss, lr: float, inner_steps: int) -> Steps:
+    """A differentiable optimizer that puts new weights into the net, which gets its old ones back after each task."""
+    import torchopt
+
+    own = copy.deepcopy(net)
+    inner = torchopt.MetaSGD(own, lr=lr)  # type: ignore[attr-defined]  # the package re-exports it by a star
+
+    def task_loss(x: Tensor, y: Tensor, new_x: Tensor, new_y: Tensor) -> Tensor:
+        start, fresh = (torchopt.extract_state_dict(part, by="reference") for part in (own, inner))
+        for _ in range(inner_steps):
+            inner.step(loss(own(x), y))
+        outer = loss(own(new_x), new_y)
+        torchopt.recover_state_dict(own, start)
+        torchopt.recover_state_dict(inner, fresh)
+        return outer
 
     return _loop(own, task_loss)
 

@@ -16,7 +16,7 @@ from metaicl.functional import categorical, masked_mean, positive
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.unrolling import Loss, Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import check_masks, output_scale
+from metaicl.learners.gradient.shared import check_support, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy
 from metaicl.second_order import twice_differentiable
@@ -109,6 +109,7 @@ class AmortizedBayes(Learner[Posterior]):
         if rank is not None:
             self.net, factors = low_rank_copy(self.net, rank=rank)
         self.declare_nets(self.net)
+        self.declare_approximate(self.first_order)
         self.adapted = select_parameters(self.net, factors if adapt is None else adapt)
         log_scale = math.log(check_positive("prior_scale", prior_scale))
         means = adapted_tensors(self.net, self.adapted)
@@ -117,7 +118,7 @@ class AmortizedBayes(Learner[Posterior]):
 
     def adapt(self, support: Examples) -> Posterior:
         """Posteriors after `inner_steps` steps from the prior."""
-        check_masks(self, support)
+        check_support(self, support)
         prior, loss = self.prior(), self._bound()
         noise = self._noise("adapt", len(support), self.inner_steps, self.n_samples)
 

@@ -12,7 +12,7 @@ from metaicl.inner_loop.parameters import check_inner_loop_module, frozen_tensor
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_masks, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, output_scale
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -65,11 +65,12 @@ class CAVIA(Learner[Tensor]):
         check_inner_loop_module(self.net)
         _check_takes_context(self.net, spec, self.context_size)
         self.declare_nets(self.net)
+        self.declare_approximate(self.first_order)
         self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> Tensor:
         """Contexts (B, context_size)."""
-        check_masks(self, support)
+        check_support(self, support)
         shared = frozen_tensors(self.net, ())
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

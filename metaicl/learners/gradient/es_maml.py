@@ -13,7 +13,7 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import answer, check_masks, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
@@ -79,7 +79,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
-        check_masks(self, support)
+        check_support(self, support)
         start = adapted_tensors(self.net, self.adapted)
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
         data = (support.x, support.y, support.mask)
@@ -91,6 +91,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss at the unperturbed weights (scalar, nats per row), and the estimated gradient."""
+        check_support(self, episode.support)
         trainable = {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
         n_tasks, shape = episode.n_tasks, (self.n_pairs, episode.n_tasks)
         with torch.no_grad():

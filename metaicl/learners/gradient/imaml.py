@@ -15,7 +15,7 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import answer, check_masks, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -76,6 +76,7 @@ class IMAML(Learner[dict[str, Tensor]]):
         check_inner_loop_module(self.net)
         _check_deterministic(self.net)
         self.declare_nets(self.net)
+        self.declare_approximate()
         self.adapted = select_parameters(self.net, adapt)
         self.raw_scale = output_scale(spec)
 
@@ -87,7 +88,7 @@ class IMAML(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The regularized solution of every task, with leading axis B."""
-        check_masks(self, support)
+        check_support(self, support)
         start = adapted_tensors(self.net, self.adapted)
         frozen, data = frozen_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         problem = Proximal(support_loss(self.spec, self.net, {}), self.proximal)

@@ -13,7 +13,7 @@ from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_modu
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_masks, linear_layers, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, linear_layers, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -77,6 +77,7 @@ class MAML(Learner[dict[str, Weight]]):
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
+        self.declare_approximate(self.first_order or self.truncate is not None)
         self.adapted = select_parameters(self.net, adapt)
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
@@ -88,7 +89,7 @@ class MAML(Learner[dict[str, Weight]]):
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task: the adapted parameters, or their factors, with leading axis B."""
-        check_masks(self, support)
+        check_support(self, support)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         path = unroll_path(
             support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),

@@ -1,4 +1,4 @@
-"""MAML++: MAML with a loss at every inner step, rates per tensor and step, and first order to begin with."""
+"""MAML++: MAML with a loss at every inner step, rates and normalization per step, and first order to begin with."""
 
 from collections.abc import Iterable
 
@@ -15,8 +15,9 @@ from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll_path
 from metaicl.learner import Learner
-from metaicl.learners.gradient.shared import answer, check_masks, linear_layers, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, linear_layers, output_scale
 from metaicl.nets.backbones import build_net
+from metaicl.nets.norm import batch_norms
 from metaicl.spec import TaskSpec
 
 _LEAST = 0.03  # of an equal share: the floor of what an early inner step weighs
@@ -26,8 +27,10 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
     """MAML, made to train more steadily.
 
     Early in training the query's loss is taken after every inner step, with weights that move towards the last step;
-    later it is the last step's alone. Each tensor learns a step size for each inner step. Second derivatives are left
-    out at first. The outer loop tells the learner how far training is; without one it does what it does at the end.
+    later it is the last step's alone. Each tensor learns a step size for each inner step. In a net with batch
+    normalization, weights and biases of these layers do not adapt but are learned for each inner step. Second
+    derivatives are left out at first. The outer loop tells the learner how far training is; without one it does what it
+    does at the end.
 
     Args:
         spec: The tasks.
@@ -37,16 +40,22 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         multi_step_until: Part of the training with losses at every step, in [0, 1].
         first_order_until: Part of the training without second derivatives, in [0, 1].
         adapt: As in `MAML`.
+        per_step_norm: Learn weights and biases of batch normalization for each inner step, instead of adapting them.
+            None: where the net has such layers (`BatchStatNorm`, or torch's without running statistics). The net's
+            own serve the first step; an answer after step k uses those of step k.
 
     Raises:
         TypeError: If a count is no int.
-        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used.
+        ValueError: If a setting is out of range, a pattern matches nothing or the net cannot be used; if
+            `per_step_norm` is True and there is no batch normalization to learn.
 
     Reference:
         Antoniou, Edwards & Storkey, 2018, arXiv:1810.09502: multi-step loss, derivative-order annealing, learned
-        per-layer per-step rates; weights of the steps as in the authors' code. Differs: rates per tensor, as in the
-        code; parts of the training instead of epochs; no per-step batch normalization (the nets built here use group
-        normalization, which has no statistics to keep). Cosine annealing is `TrainConfig(schedule="cosine")`.
+        per-layer per-step rates, per-step batch normalization weights and biases (BNWB); weights of the steps as in
+        the authors' code. Differs: rates per tensor, as in the code; parts of the training instead of epochs; no
+        running statistics per step (BNRS): the authors' code keeps them, but normalizes by the statistics of the rows
+        at hand in training and evaluation alike, as here, so that no answer depends on them. The nets built here use
+        group normalization, which has nothing of the kind. Cosine annealing is `TrainConfig(schedule="cosine")`.
     """
 
     step_weights: Tensor
@@ -62,6 +71,7 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         multi_step_until: float = 0.1,
         first_order_until: float = 0.5,
         adapt: str | Iterable[str] | None = None,
+        per_step_norm: bool | None = None,
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
@@ -73,7 +83,14 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
-        self.adapted = select_parameters(self.net, adapt)
+        self.norms = _norm_parameters(self.net, per_step_norm)
+        self.adapted = select_parameters(self.net, adapt) - set(self.norms)
+        if not self.adapted:
+            raise ValueError(f"adapt={adapt!r} leaves only batch normalization; give per_step_norm=False to adapt it")
+        later = {name: self.net.get_parameter(name).detach() for name in self.norms if self.inner_steps > 1}
+        self.later_norms = nn.ParameterDict(
+            {_key(name): value.repeat(self.inner_steps - 1, 1) for name, value in later.items()}
+        )
         self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(
             adapted_tensors(self.net, self.adapted), self.inner_steps
         )
@@ -84,9 +101,11 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
 
     def at(self, fraction: float) -> None:
         """Weights of the steps and order of the derivatives for this part of the training."""
+        fraction = _check_part("fraction", fraction)
         part = fraction / self.multi_step_until if self.multi_step_until else 1.0
-        self.step_weights.copy_(_step_weights(self.inner_steps, part))
-        self.first_order.fill_(float(fraction < self.first_order_until))
+        weights, first_order = _step_weights(self.inner_steps, part), float(fraction < self.first_order_until)
+        self.step_weights.copy_(weights)  # once nothing can fail any more
+        self.first_order.fill_(first_order)
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task after the last step, with leading axis B."""
@@ -103,15 +122,50 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
     def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Weight]]:
-        check_masks(self, support)
+        check_support(self, support)
         # A compiled graph keeps second order behind a gate; eagerly it is not computed where it does not count.
         gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
         layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
-        return unroll_path(
+        norms = self._step_norms()
+        path = unroll_path(
             support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),
             (support.x, support.y, support.mask), steps=self.inner_steps, optimizer=self.optimizer,
-            shared=frozen_tensors(self.net, self.adapted), first_order=gate, layers=layers, whole=whole,
+            shared={**frozen_tensors(self.net, self.adapted), **norms}, stepwise=tuple(norms), first_order=gate,
+            layers=layers, whole=whole,
         )  # fmt: skip
+        first = self.inner_steps - len(path)
+        return [self._with_norms(fast, norms, first + i, len(support)) for i, fast in enumerate(path)]
+
+    def _step_norms(self) -> dict[str, Tensor]:
+        """Weights and biases of batch normalization by name, of every inner step (K, channels)."""
+        first, later = adapted_tensors(self.net, self.norms), self.later_norms
+        return {n: torch.cat([value[None], later[_key(n)]]) if later else value[None] for n, value in first.items()}
+
+    def _with_norms(
+        self, fast: dict[str, Weight], norms: dict[str, Tensor], step: int, n_tasks: int
+    ) -> dict[str, Weight]:
+        """Fast weights after `step`, and the normalization that belongs to it."""
+        now = {name: value[min(step, len(value) - 1)].expand(n_tasks, -1) for name, value in norms.items()}
+        return {**fast, **now}
+
+
+def _norm_parameters(net: nn.Module, per_step_norm: bool | None) -> list[str]:
+    """Names of the weights and biases to learn for each step."""
+    if per_step_norm is False:
+        return []
+    trainable = {name for name, value in net.named_parameters() if value.requires_grad}
+    wanted = [f"{layer}.{part}" if layer else part for layer in batch_norms(net) for part in ("weight", "bias")]
+    found = [name for name in wanted if name in trainable]
+    if per_step_norm and not found:
+        raise ValueError(
+            f"per_step_norm=True found no batch normalization with weights to learn in {type(net).__name__}; "
+            "use metaicl.nets.norm.BatchStatNorm"
+        )
+    return found
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a parameter's name cannot hold a dot
 
 
 def _step_weights(steps: int, part: float) -> Tensor:

@@ -12,7 +12,7 @@ from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_modu
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import check_masks
+from metaicl.learners.gradient.shared import check_support
 from metaicl.nets.backbones import build_encoder, encoder_dim
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -63,11 +63,12 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         check_inner_loop_module(self.encoder)
         encoder_dim(self.encoder, spec)
         self.declare_nets(self.encoder)
+        self.declare_approximate(self.first_order)
         self.adapted = select_parameters(self.encoder, None)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task, leading axis B: the encoder's by name, and the head's (C, D) and (C,)."""
-        check_masks(self, support)
+        check_support(self, support)
         start = adapted_tensors(self.encoder, self.adapted)
         frozen = frozen_tensors(self.encoder, self.adapted)
 

@@ -13,7 +13,7 @@ from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_modu
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import call_tasks, unroll, unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_masks, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, output_scale
 from metaicl.nets.backbones import build_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -75,7 +75,7 @@ class Reptile(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task after full-batch descent on the support."""
-        check_masks(self, support)
+        check_support(self, support)
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
         start, data = adapted_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
@@ -86,6 +86,7 @@ class Reptile(Learner[dict[str, Tensor]]):
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss after adapting to the support (scalar, nats per row), and Reptile's direction."""
+        check_support(self, episode.support)
         with torch.no_grad():
             start = adapted_tensors(self.net, self.adapted)
             ends = self._train(start, concatenate(episode.support, episode.query))

@@ -11,18 +11,20 @@ from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, positive
 from metaicl.inner_loop.factored import LinearLayers
 from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import check_precision
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
 
 
-def check_masks(learner: Learner[Any], support: Examples) -> None:
-    """Refuse masked rows where a net normalizes by the statistics of all rows.
+def check_support(learner: Learner[Any], support: Examples) -> None:
+    """Refuse masked rows where a net normalizes by the statistics of all rows, and a learner made float16 since.
 
     Raises:
-        ValueError: If there is a mask and the learner is transductive.
+        ValueError: If there is a mask and the learner is transductive, or a parameter is float16.
     """
     if support.mask is not None and learner.traits.transductive:
         raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
+    check_precision(learner)
 
 
 def linear_layers(
