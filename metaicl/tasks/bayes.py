@@ -1,7 +1,7 @@
 """Bayes-optimal learners of the synthetic families, built from their parameters."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,22 @@ from torch.distributions import Distribution
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, gaussian, squared_distances
 from metaicl.learner import Learner, Traits
+from metaicl.nets.moments import Moments, prefix_moments, row_moments
 from metaicl.spec import TaskSpec
 
 
-class BayesianLinearRegression(Learner[tuple[Tensor, Tensor]]):
-    """The posterior predictive of linear regression with a Gaussian prior on the weights.
+class LinearPosterior(NamedTuple):
+    """Mean (B, D, y_dim) and covariance (B, D, D) of the weights, and the moments they come from, in float64."""
+
+    mean: Tensor
+    covariance: Tensor
+    moments: Moments
+
+
+class BayesianLinearRegression(Learner[LinearPosterior]):
+    """The posterior predictive of linear regression with a Gaussian prior on the weights; exact for any inputs.
+
+    More rows are added with `update`, and every prefix of a stream is answered in one pass.
 
     Args:
         spec: Vector inputs, regression.
@@ -36,23 +47,41 @@ class BayesianLinearRegression(Learner[tuple[Tensor, Tensor]]):
         self.noise, self.weight_scale = noise, weight_scale
         self.query_noise = noise if query_noise is None else query_noise
 
-    def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
-        """Posterior mean (B, D, y_dim) and covariance (B, D, D) of the weights, in float64."""
-        x, y = support.x.double(), support.y.double()
-        real = support.real[..., None]
-        x, y = x * real, y * real
-        penalty = (self.noise / self.weight_scale) ** 2
-        gram = x.mT @ x + penalty * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        factor = torch.linalg.cholesky(gram)
-        mean = torch.cholesky_solve(x.mT @ y, factor)
-        return mean, torch.cholesky_inverse(factor) * self.noise**2
+    def adapt(self, support: Examples) -> LinearPosterior:
+        """The posterior of the weights."""
+        return self._posterior(row_moments(support.x.double(), support.y.double(), support.real))
 
-    def predict(self, state: tuple[Tensor, Tensor], x: Tensor) -> Distribution:
+    def update(self, state: LinearPosterior, examples: Examples) -> LinearPosterior:
+        """The posterior after the new rows too."""
+        more = row_moments(examples.x.double(), examples.y.double(), examples.real)
+        return self._posterior(state.moments.plus(more))
+
+    def predict(self, state: LinearPosterior, x: Tensor) -> Distribution:
         """Gaussian with the posterior's mean and its variance plus the query noise."""
-        mean, covariance = state
         wide = x.double()
-        variance = ((wide @ covariance) * wide).sum(-1, keepdim=True) + self.query_noise**2
-        return gaussian((wide @ mean).to(x.dtype), variance.sqrt().to(x.dtype))
+        variance = ((wide @ state.covariance) * wide).sum(-1, keepdim=True) + self.query_noise**2
+        return gaussian((wide @ state.mean).to(x.dtype), variance.sqrt().to(x.dtype))
+
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        """Every row of a stream (B, T) from the rows before it, in one pass; see `PredictsPrefixes`."""
+        wide = examples.x.double()
+        moments = prefix_moments(wide, examples.y.double(), examples.real)
+        factor, row = self._factor(moments), wide[..., None]
+        mean = (row.mT @ torch.cholesky_solve(moments.cross, factor))[..., 0, :]
+        spread = torch.linalg.solve_triangular(factor, row, upper=False).square().sum(-2)  # (B, T, 1)
+        scale = (self.noise**2 * spread + self.query_noise**2).sqrt()
+        return gaussian(mean.to(examples.x.dtype), scale.to(examples.x.dtype))
+
+    def _posterior(self, moments: Moments) -> LinearPosterior:
+        factor = self._factor(moments)
+        mean = torch.cholesky_solve(moments.cross, factor)
+        return LinearPosterior(mean, torch.cholesky_inverse(factor) * self.noise**2, moments)
+
+    def _factor(self, moments: Moments) -> Tensor:
+        """Cholesky factor of the posterior precision in units of the noise (..., D, D)."""
+        penalty = (self.noise / self.weight_scale) ** 2
+        eye = torch.eye(moments.gram.shape[-1], dtype=moments.gram.dtype, device=moments.gram.device)
+        return torch.linalg.cholesky(moments.gram + penalty * eye)
 
 
 class SinusoidPosterior(Learner[dict[str, Tensor]]):

@@ -68,6 +68,17 @@ def test_logistic_equals_sklearn(classification) -> None:
         np.testing.assert_allclose(answer.probs[task].numpy(), expected, atol=1e-6)
 
 
+def test_logistic_answers_equal_probabilities_where_a_support_is_empty(classification) -> None:
+    tasks, episode = classification
+    support = episode.support
+    mask = support.real.clone()
+    mask[1] = False
+    found = Logistic(tasks.spec)(Examples(support.x, support.y, mask), episode.query.x).probs
+    torch.testing.assert_close(found[1], torch.full_like(found[1], 1 / tasks.spec.output_size))
+    whole = Logistic(tasks.spec)(support, episode.query.x).probs
+    torch.testing.assert_close(found[[0, 2, 3]], whole[[0, 2, 3]])
+
+
 def test_constant_is_the_mean_or_the_smoothed_frequencies() -> None:
     support = Examples(
         torch.zeros(1, 4, 1), torch.tensor([[[1.0], [3.0], [5.0], [100.0]]]), torch.tensor([[1, 1, 1, 0]]).bool()

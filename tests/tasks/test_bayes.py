@@ -49,7 +49,7 @@ def test_linear_posterior_equals_the_textbook_formula() -> None:
     learner = BayesianLinearRegression(LinearRegression(dim=3).spec, noise=0.3, weight_scale=2.0)
     from metaicl.episode import Examples
 
-    mean, covariance = learner.adapt(Examples(x, y))
+    mean, covariance, _ = learner.adapt(Examples(x, y))
     a, b = x[0].numpy(), y[0].numpy()
     precision = a.T @ a / 0.09 + np.eye(3) / 4.0
     np.testing.assert_allclose(covariance[0].numpy(), np.linalg.inv(precision), rtol=1e-10)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from metaicl.checks import check_count, check_positive
+from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import (
     categorical,
@@ -21,6 +21,7 @@ from metaicl.learner import Learner, Traits
 from metaicl.spec import TaskSpec
 
 _TIE = 1e-5  # relative difference of squared distances below which two rows are equally near
+_COINCIDENT = 1e-12  # squared distance below which two rows are the same
 _MIN_SCALE = 1e-2  # of a Gaussian fitted to a handful of residuals, in units of the targets
 
 
@@ -64,14 +65,16 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
     Args:
         spec: The tasks.
         k: Neighbors; fewer where the support has fewer rows.
+        weights: "uniform", or "distance" for weights of one over the distance.
     """
 
     traits = Traits(trainable=False)
 
-    def __init__(self, spec: TaskSpec, *, k: int = 1) -> None:
-        """Keep k."""
+    def __init__(self, spec: TaskSpec, *, k: int = 1, weights: str = "uniform") -> None:
+        """Keep k and the weights."""
         super().__init__(spec)
         self.k = check_count("k", k)
+        self.by_distance = check_choice("weights", weights, ("uniform", "distance")) == "distance"
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, N, D), targets as numbers (B, N, K) and the real rows (B, N)."""
@@ -99,36 +102,42 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
         last = last.masked_fill(last.isinf(), 0).amax(-1, keepdim=True)
         # Rows as near as the k-th one vote too: a choice among them would depend on their order and on rounding.
         weights = (distances <= last + _TIE * (1 + last)).to(y.dtype)
+        if self.by_distance:
+            weights = weights * distances.clamp(min=_COINCIDENT, max=torch.finfo(y.dtype).max).rsqrt()
+            weights = weights / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
         return weights @ y / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Ridge(Learner[tuple[Tensor, Tensor]]):
-    """Ridge regression on raw features with an unpenalized bias; `penalty` near 0 gives least squares.
+    """Ridge regression on raw features, with an unpenalized bias or none; `penalty` near 0 gives least squares.
 
     The scale of the answer is the support's residual, corrected for the effective number of parameters.
 
     Args:
         spec: A regression spec.
         penalty: On squared weights.
+        intercept: False leaves the bias at zero.
     """
 
     traits = Traits(kinds=("regression",), instead=(("classification", "Logistic"),), trainable=False)
 
-    def __init__(self, spec: TaskSpec, *, penalty: float = 1e-3) -> None:
-        """Keep the penalty."""
+    def __init__(self, spec: TaskSpec, *, penalty: float = 1e-3, intercept: bool = True) -> None:
+        """Keep the settings."""
         super().__init__(spec)
-        self.penalty = check_positive("penalty", penalty)
+        self.penalty, self.intercept = check_positive("penalty", penalty), bool(intercept)
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim)."""
         features = raw_features(support.x, self.spec)
         center, middle = masked_mean(features, support.mask, 1), masked_mean(support.y, support.mask, 1)
+        if not self.intercept:
+            center, middle = torch.zeros_like(center), torch.zeros_like(middle)
         x, y = features - center[:, None], support.y - middle[:, None]
         weights = ridge_solve(x, y, self.penalty, support.mask)
         bias = middle[:, None] - center[:, None] @ weights
         residual = (y - x @ weights).square() * support.real[..., None]
         n_rows = support.real.sum(1)[:, None, None]
-        freedom = (n_rows - min(features.shape[-1] + 1, features.shape[1] - 1)).clamp(min=1)
+        freedom = (n_rows - min(features.shape[-1] + self.intercept, features.shape[1] - 1)).clamp(min=1)
         scale = (residual.sum(1, keepdim=True) / freedom).sqrt().clamp(min=_MIN_SCALE)
         return torch.cat([weights, bias], 1), scale
 
@@ -141,6 +150,8 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
 
 class Logistic(Learner[tuple[Tensor, Tensor]]):
     """Multinomial logistic regression on raw features, fitted to each support by accelerated gradient descent.
+
+    Without a real row all classes are equally probable.
 
     Args:
         spec: A classification spec.
@@ -163,10 +174,10 @@ class Logistic(Learner[tuple[Tensor, Tensor]]):
         features = raw_features(support.x, self.spec)
         center = masked_mean(features, support.mask, 1)[:, None]
         x = (features - center) * support.real[..., None]
-        spread = x.square().sum((1, 2), keepdim=True) / support.real.sum(1)[:, None, None]
+        count = support.real.sum(1).clamp(min=1).to(x.dtype)[:, None, None]  # without rows the weights stay zero
+        spread = x.square().sum((1, 2), keepdim=True) / count
         x = x * (spread + 1e-12).rsqrt()
         target = class_weights(support.y, self.spec.output_size, support.mask, x.dtype)
-        count = support.real.sum(1).to(x.dtype)[:, None, None]
         rate = 1 / (0.5 + self.penalty)  # rows have mean square 1, so the Hessian's norm is below 1/2
         momentum = (1 - (rate * self.penalty) ** 0.5) / (1 + (rate * self.penalty) ** 0.5)
         weights = ahead = x.new_zeros(x.shape[0], x.shape[2], self.spec.output_size)

@@ -1,0 +1,58 @@
+"""Associative recall: the contract, the pairs, and what looking up reaches."""
+
+import pytest
+import torch
+
+from metaicl.episode import Examples
+from metaicl.task import EpisodeStream
+from metaicl.tasks.recall import AssociativeRecall, ExactLookup
+from metaicl.testing import check_learner, check_tasks
+
+SMALL = AssociativeRecall(n_values=4, n_keys=32)
+
+
+def test_it_keeps_the_contract() -> None:
+    check_tasks(SMALL)
+    check_learner(ExactLookup, SMALL)
+
+
+def test_keys_are_paired_once_and_queries_ask_for_them() -> None:
+    for n_shot, n_query in ((3, 3), (1, 2), (4, 1)):
+        episode = EpisodeStream(SMALL, seed=0, split="train", n_shot=n_shot, n_query=n_query, chunk_size=50)[0]
+        for task in episode:
+            keys, values = task.support.x.flatten().tolist(), task.support.y.flatten().tolist()
+            assert len(set(keys)) == 4 * n_shot
+            assert min(keys) >= 1
+            assert max(keys) <= 32
+            paired = dict(zip(keys, values, strict=True))
+            assert dict(task.latents["pairs"][0, 0].tolist()) == paired
+            asked = list(zip(task.query.x.flatten().tolist(), task.query.y.flatten().tolist(), strict=True))
+            assert all(paired[key] == value for key, value in asked)
+            if n_query <= n_shot:
+                assert len(set(asked)) == 4 * n_query
+
+
+def test_splits_do_not_share_a_set_of_pairs() -> None:
+    tiny = AssociativeRecall(n_values=2, n_keys=6)  # 30 tasks in all
+    found = []
+    for split in ("train", "validation", "test"):
+        pairs = EpisodeStream(tiny, seed=0, split=split, n_shot=1, n_query=1, chunk_size=300)[0].latents["pairs"]
+        found.append({tuple(one.flatten().tolist()) for one in pairs})
+    assert len(found[0] | found[1] | found[2]) == 30
+    assert sum(map(len, found)) == 30
+
+
+def test_looking_up_is_always_right_and_guesses_what_it_has_not_seen() -> None:
+    episode = EpisodeStream(SMALL, seed=0, split="test", n_shot=4, n_query=4, chunk_size=50)[0]
+    lookup = SMALL.references()["lookup"]
+    answer = lookup(episode.support, episode.query.x)
+    assert torch.equal(answer.logits.argmax(-1), episode.query.y)
+    nothing = Examples(episode.support.x, episode.support.y, torch.zeros_like(episode.support.real))
+    torch.testing.assert_close(lookup(nothing, episode.query.x).probs, torch.full((50, 16, 4), 0.25))
+
+
+def test_too_few_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_keys must be at least n_values x n_shot = 36"):
+        EpisodeStream(SMALL, seed=0, split="train", n_shot=9, n_query=1)[0]
+    with pytest.raises(ValueError, match="n_keys must be an int >= 8; got 4"):
+        AssociativeRecall(n_values=8, n_keys=4)
