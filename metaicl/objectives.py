@@ -1,10 +1,11 @@
 """What the outer loop minimizes: functions (learner, episode) -> loss of each task (B,)."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
@@ -12,6 +13,15 @@ from metaicl.functional import masked_mean
 from metaicl.learner import AdaptsInStages, Learner, PredictsPrefixes, Regularizes
 
 Objective = Callable[[Learner, Episode], Tensor]
+
+
+@runtime_checkable
+class AnswersPrefixesInStages(Protocol):
+    """A learner that is trained on what it answers for every prefix on the way too, such as after each of its loops."""
+
+    def prefix_stages(self, examples: Examples) -> Sequence[tuple[float, Distribution]]:
+        """Weights and answers (B, N), the last answer last; in train mode the weighted losses are summed."""
+        ...
 
 
 def query_loss(learner: Learner, episode: Episode) -> Tensor:
@@ -48,13 +58,38 @@ def squared_error(learner: Learner, episode: Episode) -> Tensor:
 def prefix_loss(learner: Learner, episode: Episode) -> Tensor:
     """Negative log-likelihood of every row given the rows before it, support then query, nats per row: (B,).
 
+    While a learner is in train mode, one with `prefix_stages` has the losses of its stages summed by their weights.
+
     Raises:
         TypeError: If the learner has no `predict_prefixes`.
     """
+    return _prefix_mean(learner, episode, lambda answer, y: -answer.log_prob(y))
+
+
+def prefix_squared_error(learner: Learner, episode: Episode) -> Tensor:
+    """Squared error of the mean predicted for every row from the rows before it, support then query: (B,).
+
+    Summed over y_dim, mean over real rows; stages as in `prefix_loss`. The loss of Garg et al. 2022,
+    arXiv:2208.01066, equation 2. It leaves the predicted scale untrained, as `squared_error` does.
+
+    Raises:
+        TypeError: If the learner has no `predict_prefixes`.
+    """
+    return _prefix_mean(learner, episode, lambda answer, y: (answer.mean - y).square().sum(-1))
+
+
+def _prefix_mean(learner: Learner, episode: Episode, loss: Callable[[Distribution, Tensor], Tensor]) -> Tensor:
     if not isinstance(learner, PredictsPrefixes):
-        raise TypeError(f"prefix_loss needs a learner with predict_prefixes; {type(learner).__name__} has none")
+        raise TypeError(f"losses of prefixes need a learner with predict_prefixes; {type(learner).__name__} has none")
     rows = stream_of(episode)
-    return masked_mean(-learner.predict_prefixes(rows).log_prob(rows.y), rows.mask, 1)
+    if learner.training and isinstance(learner, AnswersPrefixesInStages):
+        stages = learner.prefix_stages(rows)
+    else:
+        stages = [(1.0, learner.predict_prefixes(rows))]
+    return sum(
+        (weight * masked_mean(loss(answer, rows.y), rows.mask, 1) for weight, answer in stages),
+        start=rows.x.new_zeros(rows.n_tasks),
+    )
 
 
 def stream_of(episode: Episode) -> Examples:

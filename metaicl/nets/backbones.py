@@ -127,6 +127,13 @@ def build_encoder(spec: TaskSpec, *, dim: int | None = None) -> nn.Module:
     return MLP((spec.x_shape[0], dim, dim))
 
 
+def raw_or_encoded(spec: TaskSpec, encoder: nn.Module | None) -> nn.Module:
+    """The encoder that was given; where none was, vectors are taken as they are and other inputs get one."""
+    if encoder is not None:
+        return encoder
+    return nn.Identity() if spec.x_kind == "vector" else build_encoder(spec)
+
+
 def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
     """D, the size of the encoder's output, found by one forward pass on zeros.
 

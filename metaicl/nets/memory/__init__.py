@@ -1,0 +1,1 @@
+"""Memories written at test time: linear attention, the delta rule, least squares, descent, and their layers."""
