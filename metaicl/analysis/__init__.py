@@ -1,0 +1,1 @@
+"""The microscope: which algorithm did a learner learn, where does it keep what it knows, and when did it learn it."""

@@ -1,0 +1,173 @@
+"""Probes of every layer at every position, each beside its controls: a table and a heat map."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+
+from metaicl.analysis.activations import collect_activations
+from metaicl.analysis.answers import check_learners, draw_episodes
+from metaicl.analysis.probe_targets import Target
+from metaicl.analysis.probes import probe, shuffled
+from metaicl.collation import concatenate
+from metaicl.files import atomic_write
+from metaicl.learner import Learner
+from metaicl.plots import STYLE
+from metaicl.statistics import Interval
+from metaicl.task import EVAL_SEED, Split, TaskDistribution
+from metaicl.training import device_of, isolated_randomness
+
+Tables = Mapping[str, Mapping[str, Mapping[str, tuple[Interval, ...]]]]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """R^2 of probes: `r2[target][subject][module]` holds an interval for each position.
+
+    The subjects are "trained", "shuffled" (the same activations, targets of other episodes) and one for each control.
+
+    Args:
+        r2: On held-out episodes, from position 1: position t has seen t rows.
+        kind: "linear" or "mlp".
+        n_episodes: Fitting, choosing and held-out ones together.
+    """
+
+    r2: Tables
+    kind: str
+    n_episodes: int
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a file."""
+        atomic_write(Path(path), json.dumps(asdict(self), indent=1).encode())
+
+    def __str__(self) -> str:
+        """R^2 at the last position: targets by subjects and modules."""
+        lines = [f"R2 of {self.kind} probes at the last position, held-out episodes, with 95 % intervals"]
+        for target, subjects in self.r2.items():
+            for subject, modules in subjects.items():
+                for module, values in modules.items():
+                    one = values[-1]
+                    lines.append(
+                        f"  {target:24s}{subject:16s}{module:32s}{one.mean:7.3f} [{one.low:.3f}, {one.high:.3f}]"
+                    )
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Heat maps, modules by positions; a row of panels for each target, a column for each subject."""
+        targets, subjects = list(self.r2), list(next(iter(self.r2.values())))
+        modules = list(next(iter(self.r2[targets[0]].values())))
+        size = (2.0 + 3.0 * len(subjects), 0.9 + len(targets) * (0.95 + 0.3 * len(modules)))
+        with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
+            figure = Figure(figsize=size, layout="constrained")
+            panels = figure.subplots(len(targets), len(subjects), squeeze=False, sharex=True, sharey=True)
+            image: Any = None
+            for i, target in enumerate(targets):
+                for j, subject in enumerate(subjects):
+                    axes = panels[i, j]
+                    values = [[one.mean for one in self.r2[target][subject][module]] for module in modules]
+                    extent = (0.5, len(values[0]) + 0.5, len(modules) - 0.5, -0.5)
+                    image = axes.imshow(
+                        np.clip(values, 0, 1), vmin=0, vmax=1, cmap=colormaps["cividis"], aspect="auto", extent=extent
+                    )
+                    axes.grid(visible=False)
+                    axes.tick_params(length=0)
+                    axes.set_title(f"{target}: {subject}", fontsize=9.5)
+                    axes.set_yticks(range(len(modules)), modules, fontsize=8)
+                    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            figure.supxlabel("rows seen", fontsize=10)
+            bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.015)
+            bar.set_label(f"R² of a {self.kind} probe, held out")
+            bar.outline.set_visible(False)
+        if path is not None:
+            figure.savefig(path, dpi=160, facecolor="white")
+        return figure
+
+
+def probe_layers(
+    learner: Learner,
+    tasks: TaskDistribution,
+    *,
+    names: Sequence[str],
+    targets: Mapping[str, Target],
+    controls: Mapping[str, Learner],
+    n_shot: int,
+    kind: Literal["linear", "mlp"] = "linear",
+    n_episodes: int = 1000,
+    split: Split = "test",
+    seed: int = EVAL_SEED,
+) -> ProbeReport:
+    """Probe modules of a learner while it answers every row of addressed streams from the rows before it.
+
+    Args:
+        learner: Whose prefix answers run through the modules, such as `CausalInContextTransformer`.
+        tasks: What it reads.
+        names: Modules or patterns, such as "transformer.blocks.*"; each must output (B, T, H) with a place per row in
+            its last call. Of several matches all are probed.
+        targets: By name; see `metaicl.analysis.probe_targets`.
+        controls: Learners of the same make that cannot know: untrained (see `untrained`), or trained on one fixed task.
+            They are probed alike on the same episodes. A control with shuffled targets is always there.
+        n_shot: Rows of the stream.
+        kind: "linear" or "mlp".
+        n_episodes: Half fit, a quarter chooses, a quarter is judged.
+        split: Which tasks.
+        seed: The address.
+
+    Raises:
+        TypeError: If a learner is none.
+        ValueError: If a name matches nothing, a shape does not fit, or there are no targets.
+
+    Reference:
+        Akyürek et al. 2022, arXiv:2211.15661, section 5; Hewitt & Liang 2019, arXiv:1909.03368, for control tasks.
+        Differs: a probe for each position and a penalty chosen on other episodes, in place of a learned softmax over
+        positions.
+    """
+    if not targets:
+        raise ValueError("targets must name at least one quantity; see metaicl.analysis.probe_targets")
+    subjects = {"trained": learner, **controls}
+    check_learners(list(subjects.values()), tasks)
+    episode = draw_episodes(tasks, n_shot=n_shot, n_query=1, start=0, stop=n_episodes, split=split, seed=seed)
+    stream = concatenate(episode.support, episode.query)
+    wanted = {name: target(stream, episode.latents)[:, 1:] for name, target in targets.items()}
+    found: dict[str, dict[str, dict[str, tuple[Interval, ...]]]] = {name: {} for name in targets}
+    for subject, one in subjects.items():
+        activations = collect_activations(one, episode, names, seed=seed)
+        for name, values in wanted.items():
+            found[name][subject] = {
+                module: probe(rows[:, 1:], values, kind=kind, seed=seed).r2 for module, rows in activations.items()
+            }
+            if subject == "trained":
+                found[name]["shuffled"] = {
+                    module: probe(rows[:, 1:], shuffled(values), kind=kind, seed=seed).r2
+                    for module, rows in activations.items()
+                }
+    return ProbeReport(found, kind, n_episodes)
+
+
+def untrained(learner: Learner, *, seed: int = 0) -> Learner:
+    """A copy of a learner with first weights of its modules' own making: the control that has learned nothing.
+
+    Parameters outside modules with a `reset_parameters` (start tokens) are drawn with the spread of those they replace.
+    """
+    fresh = copy.deepcopy(learner)
+    with isolated_randomness(seed, device_of(learner)):
+        reset: set[int] = set()
+        for module in fresh.modules():
+            again = getattr(module, "reset_parameters", None)
+            if callable(again):
+                again()
+                reset.update(id(parameter) for parameter in module.parameters(recurse=False))
+        for parameter in fresh.parameters():
+            if id(parameter) not in reset and parameter.is_floating_point() and parameter.numel() > 1:
+                spread = float(parameter.detach().std())
+                nn.init.normal_(parameter, std=spread)
+    return fresh
