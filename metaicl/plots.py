@@ -72,7 +72,7 @@ def plot_shots(findings: Findings, task: str, *, legend: bool = True) -> Figure 
     if len(shots) < 2:
         return None
     metric = findings.metric(task)
-    with _figure() as (figure, axes):
+    with figure_with_panels() as (figure, axes):
         for name, style in _present(findings, task):
             found = intervals([findings.values(task, name, shots=k) for k in shots])
             axes.plot(shots, [one.mean for one in found], marker="o", markersize=4, label=name, **style)
@@ -96,7 +96,7 @@ def plot_differences(findings: Findings, task: str) -> Figure | None:
         return None
     metric, styles = findings.metric(task), learner_styles(findings)
     names = [first for first, _ in found][::-1]
-    with _figure(height=max(1.6, 0.45 * len(names) + 1.2)) as (figure, axes):
+    with figure_with_panels(height=max(1.6, 0.45 * len(names) + 1.2)) as (figure, axes):
         axes.axvline(0, color=INK, linewidth=1)
         for y, name in enumerate(names):
             one, color = found[name, str(baseline)], styles[name]["color"]
@@ -117,7 +117,7 @@ def plot_cost(findings: Findings, task: str, *, legend: bool = True) -> Figure |
     rows = [row for row in findings.rows(task) if row.metrics is not None]
     if not rows:
         return None
-    with _figure() as (figure, axes):
+    with figure_with_panels() as (figure, axes):
         for row in rows:
             assert row.metrics is not None
             one = row.metrics[metric]
@@ -137,7 +137,7 @@ def plot_cost(findings: Findings, task: str, *, legend: bool = True) -> Figure |
 
 def plot_training(findings: Findings, task: str, *, legend: bool = True) -> Figure | None:
     """Training loss against updates, one line per seed, smoothed by a running median."""
-    with _figure() as (figure, axes):
+    with figure_with_panels() as (figure, axes):
         seen: list[float] = []
         for name, style in _present(findings, task):
             for i, result in enumerate(findings.of(task, name)):
@@ -161,7 +161,7 @@ def plot_calibration(findings: Findings, task: str, *, legend: bool = True) -> F
     found = {name: findings.pooled_calibration(task, name) for name, _ in _present(findings, task)}
     if not any(found.values()):
         return None
-    with _figure() as (figure, axes):
+    with figure_with_panels() as (figure, axes):
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
         for name, style in _present(findings, task):
             one = found[name]
@@ -183,7 +183,7 @@ def plot_examples(findings: Findings, task: str, *, legend: bool = True) -> Figu
     cards = findings.tasks[task]["examples"]
     if not cards or cards[0]["kind"] not in ("curve", "plane"):
         return None
-    with _figure(len(cards), width=3.4 * len(cards), height=2.9) as (figure, *panels):
+    with figure_with_panels(len(cards), width=3.4 * len(cards), height=2.9) as (figure, *panels):
         for i, (card, axes) in enumerate(zip(cards, panels, strict=True)):
             if card["kind"] == "curve":
                 _draw_curve(axes, card, {n: (s, _sketch(findings, task, n, i)) for n, s in _present(findings, task)})
@@ -212,7 +212,8 @@ def task_figures(findings: Findings, task: str, *, legend: bool = False) -> Iter
 
 
 @contextmanager
-def _figure(n_panels: int = 1, *, width: float = 5.2, height: float = 3.4) -> Iterator[tuple[Any, ...]]:
+def figure_with_panels(n_panels: int = 1, *, width: float = 5.2, height: float = 3.4) -> Iterator[tuple[Any, ...]]:
+    """An empty figure of `width` by `height` inches and its axes side by side; draw and save inside the context."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield (figure, *np.atleast_1d(figure.subplots(1, n_panels)))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from metaicl.files import atomic_write
+from metaicl.statistics import Array, interval
 
 
 def option(default: Any, help: str) -> Any:
@@ -63,6 +64,24 @@ class Criterion:
         """Whether the value is on the right side of the bound; NaN never is."""
         compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}[self.comparison]
         return compare(self.value, self.bound)
+
+
+def ratio_criterion(
+    name: str, ours: Array, theirs: Array, comparison: Literal[">", ">=", "<="], bound: float
+) -> Criterion:
+    """A criterion on mean(ours) / mean(theirs), with an interval that uses that both saw the same episodes.
+
+    Args:
+        name: What is compared.
+        ours: Positive values, seeds by episodes (S, E).
+        theirs: On the same episodes, (S, E) or (1, E).
+        comparison: As in `Criterion`.
+        bound: On the ratio.
+    """
+    reference = float(np.mean(theirs))
+    ends = interval(np.asarray(ours - theirs, dtype=np.float64)).ends
+    ci = None if ends is None else (1 + ends[0] / reference, 1 + ends[1] / reference)
+    return Criterion(name, float(np.mean(ours)) / reference, comparison, bound, ci=ci)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ class Interval:
     n_episodes: int
 
     @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends, or None where nothing can be said."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
     def covers(self) -> str:
         """What another run of the study could draw anew: "seeds and episodes", "seeds", "episodes" or "nothing"."""
         repeated = [name for name, n in (("seeds", self.n_seeds), ("episodes", self.n_episodes)) if n > 1]

@@ -143,7 +143,7 @@ def main(config: Config) -> RecipeResult:
         bound = report.interval("CLINC150", "TF-IDF prototypes", shots=shots).mean
         for name in report.learners("CLINC150", finished=True):
             found = report.interval("CLINC150", name, shots=shots)
-            ci = None if found.low is None or found.high is None else (found.low, found.high)
+            ci = found.ends
             if name != "TF-IDF prototypes":  # the floor cannot fail to reach itself; the published one stands beside it
                 reference = PUBLISHED_FLOOR[shots]
                 criteria.append(Criterion(f"{name}, {shots}-shot", found.mean, ">=", bound, ci=ci, reference=reference))

@@ -68,7 +68,7 @@ def main(config: Config) -> RecipeResult:
     criteria = []
     for name in tasks:
         found = report.interval(name, "ProtoNet")
-        ci = None if found.low is None or found.high is None else (found.low, found.high)
+        ci = found.ends
         criteria.append(Criterion(f"{name}: ProtoNet accuracy, 1-shot", found.mean, ">=", 1.5 / config.n_way, ci=ci))
     return RecipeResult("my_data", "A CSV and an image folder train few-shot learners.", config, criteria)
 

@@ -21,13 +21,30 @@ from metaicl.learners.gradient.meta_curvature import MetaCurvature
 from metaicl.learners.gradient.meta_sgd import MetaSGD
 from metaicl.learners.gradient.proto_maml import ProtoMAML
 from metaicl.learners.gradient.reptile import Reptile
+from metaicl.learners.incontext.linear_transformer import CausalLinearTransformer, LinearTransformer
+from metaicl.learners.incontext.looped_linear import LoopedLinearAttention
+from metaicl.learners.incontext.memory import BareMemory, MemoryLearner
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
+from metaicl.learners.incontext.recurrent import RecurrentLearner
+from metaicl.learners.incontext.sequence import InterleavedTransformer, LoopedTransformer
+from metaicl.learners.incontext.softmax_attention import SoftmaxAttention
 from metaicl.learners.incontext.transformer import CausalInContextTransformer, InContextTransformer
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.reference.from_scratch import FromScratch
+from metaicl.learners.reference.kernel import KernelRegression
+from metaicl.learners.reference.lasso import Lasso
+from metaicl.learners.reference.linear import (
+    Averaging,
+    GradientDescent,
+    GradientDescentPlusPlus,
+    LeastSquares,
+    PreconditionedDescent,
+)
+from metaicl.learners.reference.recursive import RecursiveLeastSquares
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors, Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.nets.memory.layers import Mesa
 from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
@@ -52,6 +69,14 @@ LEARNERS = {
     "RidgeHead": RidgeHead,
     "InContextTransformer": partial(InContextTransformer, dim=32, depth=2),
     "CausalInContextTransformer": partial(CausalInContextTransformer, dim=32, depth=2),
+    "LinearTransformer": partial(LinearTransformer, depth=2),
+    "CausalLinearTransformer": partial(CausalLinearTransformer, depth=2, heads=2),
+    "SoftmaxAttention": SoftmaxAttention,
+    "InterleavedTransformer": partial(InterleavedTransformer, dim=32, depth=2),
+    "LoopedTransformer": partial(LoopedTransformer, dim=32, loops=3, window=2),
+    "MemoryLearner": partial(MemoryLearner, dim=32),
+    "BareMemory": partial(BareMemory, memory=Mesa),
+    "RecurrentLearner": partial(RecurrentLearner, dim=32),
     "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=32),
     "Retrieval(MAML)": partial(retrieve, learner=MAML),
     "Retrieval(CNP)": partial(retrieve, learner=partial(ConditionalNeuralProcess, dim=32), frozen=True),
@@ -62,7 +87,18 @@ LEARNERS = {
     "FromScratch": partial(FromScratch, steps=10),
 }
 
-REGRESSORS = {"sklearn ridge": partial(SklearnLearner, estimator=BayesianRidge())}
+REGRESSORS = {
+    "LoopedLinearAttention": LoopedLinearAttention,
+    "sklearn ridge": partial(SklearnLearner, estimator=BayesianRidge()),
+    "GradientDescent": partial(GradientDescent, steps=3, lr=0.1, momentum=0.5),
+    "GradientDescentPlusPlus": partial(GradientDescentPlusPlus, steps=3, lr=0.1, gamma=[0.1, 0.2, 0.3]),
+    "Averaging": Averaging,
+    "LeastSquares": LeastSquares,
+    "PreconditionedDescent": partial(PreconditionedDescent, steps=3, alpha=0.05, beta=0.2, penalty=0.1),
+    "Lasso": partial(Lasso, penalty=0.05, steps=50),
+    "RecursiveLeastSquares": partial(RecursiveLeastSquares, penalty=0.1),
+    "KernelRegression": KernelRegression,
+}
 CLASSIFIERS = {
     "ProtoNet": ProtoNet,
     "ProtoMAML": partial(ProtoMAML, inner_steps=2),

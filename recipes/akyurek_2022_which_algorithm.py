@@ -1,0 +1,170 @@
+"""Which learning algorithm is in-context learning? After Akyürek et al. 2022, arXiv:2211.15661, sections 4 and 5.
+
+Claim    A Transformer trained on noisy linear regression answers as Bayes does: as ridge regression with the penalty
+         noise^2 / weight_scale^2. Its weights can be read off its activations, and off those of a model that was
+         trained on one fixed task they cannot.
+Run      python recipes/akyurek_2022_which_algorithm.py --out runs/akyurek
+Smoke    python recipes/akyurek_2022_which_algorithm.py --smoke --out runs/akyurek
+Expect   Excess of Bayes at noise variance .25, D = 5: .228 and .054 per input at 5 and 10 rows.
+Differs  D = 5, 20 rows, 3 layers 64 wide instead of D = 8, 40 rows, 16 layers 512 wide; row and target are one token;
+         a probe for each position instead of a learned softmax over positions.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from metaicl import Episode, Examples, TaskDistribution, TrainConfig, meta_train
+from metaicl.analysis.fingerprint import fingerprint
+from metaicl.analysis.fingerprint_result import Fingerprint
+from metaicl.analysis.probe_report import ProbeReport, probe_layers, untrained
+from metaicl.analysis.probe_targets import least_squares_weights, moment
+from metaicl.evaluation import evaluate_shots
+from metaicl.learner import Learner
+from metaicl.learners import CausalInContextTransformer
+from metaicl.learners.reference.linear import LeastSquares
+from metaicl.objectives import prefix_squared_error
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
+from metaicl.task import Split
+from metaicl.tasks import LinearRegression
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Options of this recipe."""
+
+    SMOKE: ClassVar = {
+        "steps": 4,
+        "seeds": 1,
+        "n_episodes": 16,
+        "n_probed": 64,
+        "rows": 6,
+        "variances": (0.25,),
+        "dim": 3,
+    }
+
+    variances: tuple[float, ...] = option((0.0, 0.25, 1.0), "noise variances; weights have variance 1")
+    dim: int = option(5, "inputs D")
+    rows: int = option(20, "rows of a stream")
+    width: int = option(64, "width of the Transformer")
+    depth: int = option(3, "its layers")
+    steps: int = option(15000, "updates of each model")
+    lr: float = option(1e-3, "highest learning rate")
+    seeds: int = option(1, "training seeds of each model")
+    n_episodes: int = option(512, "episodes of a fingerprint")
+    n_probed: int = option(4000, "episodes of the probes")
+    compile: bool = option(False, "one compiled graph for the training step")
+
+
+class OneTask(LinearRegression):
+    """Linear regression with the same weights in every episode: nothing is to be learned from the rows."""
+
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
+        """Episodes of the family with their targets moved to the weights (1, ..., 1) / sqrt(D)."""
+        episode = super().sample(n_tasks, split=split, n_shot=n_shot, n_query=n_query, generator=generator)
+        weights, dim = episode.latents["weights"], self.spec.x_shape[0]
+        fixed = torch.full_like(weights, dim**-0.5)
+        parts = [(part.x, part.y + part.x @ (fixed - weights)[..., None]) for part in (episode.support, episode.query)]
+        support, query = (Examples(x, y) for x, y in parts)
+        return Episode(support, query, {"weights": fixed})
+
+
+def train(tasks: TaskDistribution, config: Config, seed: int) -> Learner:
+    """One model."""
+    torch.manual_seed(seed)
+    learner = CausalInContextTransformer(tasks.spec, dim=config.width, depth=config.depth)
+    choices: dict[str, Any] = {"schedule": "cosine", "clip_norm": 1.0, "validate_every": None, "seed": seed}
+    choices |= {"warmup_steps": config.steps // 50, "meta_batch_size": 64, "n_shot": config.rows, "n_query": 1}
+    plan = TrainConfig(steps=config.steps, outer_lr=config.lr, compile=config.compile, **choices)
+    meta_train(learner, tasks, plan, objective=prefix_squared_error)
+    return learner
+
+
+def judge(found: Fingerprint, tasks: LinearRegression, models: list[Learner], config: Config) -> list[Criterion]:
+    """What one noise level says."""
+    dim, variance = config.dim, tasks.noise**2
+    cell, criteria = f"variance {variance:g}", []
+    late = [one for k, one in enumerate(found.relative["Bayes"], start=1) if k >= dim]
+    worst = max(late, key=lambda one: one.mean)
+    label = f"{cell}: distance to Bayes / to zero, worst of k >= D"
+    criteria.append(Criterion(label, worst.mean, "<=", 0.1, ci=worst.ends))
+    r2 = min((look.r2 for look in found.closer if look.length >= dim), key=lambda one: one.mean)
+    criteria.append(Criterion(f"{cell}: R2 of a linear map, worst of k >= D", r2.mean, ">=", 0.98, ci=r2.ends))
+    if variance == 0:
+        return criteria
+    fit = found.fits["ridge"].overall
+    ratio = max(fit.value / variance, variance / fit.value)
+    criteria.append(Criterion(f"{cell}: nearest penalty, factor from noise / prior", ratio, "<=", 2.0, reference=1.0))
+    clean = LinearRegression(dim=dim, noise=tasks.noise, noisy_query=False)
+    options: dict[str, Any] = {"shots": (dim, 2 * dim), "n_query": 20, "n_episodes": 4 * config.n_episodes}
+    bayes = evaluate_shots(clean.references()["Bayes"], clean, **options)
+    ours = [evaluate_shots(model, clean, **options) for model in models]
+    for k in options["shots"]:
+        mean = sum(one[k].mean("mse") for one in ours) / len(ours)
+        criteria.append(Criterion(f"{cell}: risk / Bayes after {k} rows", mean / bayes[k].mean("mse"), "<=", 1.15))
+    if variance >= 1:
+        least = fingerprint(
+            tasks.references()["Bayes"], tasks, n_shot=dim, references={"ols": LeastSquares(tasks.spec)}, at=()
+        )
+        share = found.distance["Bayes"][dim].mean / least.distance["ols"][dim].mean
+        criteria.append(Criterion(f"{cell}: distance to Bayes / of least squares to Bayes, k = D", share, "<=", 0.25))
+    return criteria
+
+
+def judge_probes(report: ProbeReport) -> list[Criterion]:
+    """The weights at the last position: in the model, and in the one that never needed them."""
+    best = {
+        subject: max((values[-1] for values in modules.values()), key=lambda one: one.mean)
+        for subject, modules in report.r2["weights"].items()
+    }
+    ours = best["trained"]
+    control = max(best["fixed task"].mean, best["shuffled"].mean)
+    return [
+        Criterion("R2 of a linear probe for the weights, best layer", ours.mean, ">=", 0.9, ci=ours.ends),
+        Criterion("the same above the control", ours.mean - control, ">=", 0.3),
+    ]
+
+
+def main(config: Config) -> RecipeResult:
+    """Train at each noise level, take fingerprints, probe the middle one."""
+    criteria: list[Criterion] = []
+    at = sorted({1, config.dim, 2 * config.dim, config.rows} & set(range(1, config.rows + 1)))
+    for variance in config.variances:
+        tasks = LinearRegression(dim=config.dim, noise=math.sqrt(variance))
+        models = [train(tasks, config, seed) for seed in range(config.seed, config.seed + config.seeds)]
+        options: dict[str, Any] = {"n_shot": config.rows, "n_episodes": config.n_episodes, "at": at}
+        found = fingerprint(models, tasks, name="Transformer", **options)
+        print(found)
+        found.plot(config.out / f"fingerprint_{variance:g}.png", at=2 * config.dim)
+        found.to_json(config.out / f"fingerprint_{variance:g}.json")
+        criteria += judge(found, tasks, models, config)
+        if variance == sorted(config.variances)[len(config.variances) // 2]:
+            criteria += judge_probes(probes(tasks, models[0], config))
+    claim = "A Transformer trained on linear regression answers as ridge regression at the penalty of Bayes."
+    return RecipeResult("akyurek_2022_which_algorithm", claim, config, criteria)
+
+
+def probes(tasks: LinearRegression, model: Learner, config: Config) -> ProbeReport:
+    """Every layer at every position, beside an untrained copy and a model that was trained on one task."""
+    fixed = train(OneTask(dim=config.dim, noise=tasks.noise), config, config.seed)
+    controls: Mapping[str, Learner] = {"untrained": untrained(model), "fixed task": fixed}
+    report = probe_layers(
+        model,
+        tasks,
+        names=["embed", "transformer.blocks.*"],
+        targets={"moment": moment, "weights": least_squares_weights},
+        controls=controls,
+        n_shot=config.rows,
+        n_episodes=config.n_probed,
+    )
+    print(report)
+    if not config.smoke:
+        report.plot(config.out / "probes.png")
+    return report
+
+
+if __name__ == "__main__":
+    run(main, Config)

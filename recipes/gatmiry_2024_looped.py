@@ -1,0 +1,188 @@
+"""Looped models: one layer, applied again and again, is an algorithm that can be run for longer.
+
+Claim    Linear attention looped L times learns gradient descent with L steps at the best rate, and running it twice
+         as long does not diverge. One Transformer block in a loop does the work of four with a third of the
+         parameters, and more loops than it was trained with do not harm.
+Paper    Gatmiry et al. 2024, arXiv:2410.08292 (looped linear attention); Yang et al. 2023, arXiv:2311.12424 (blocks).
+Run      python recipes/gatmiry_2024_looped.py --out runs/gatmiry_2024_looped
+Smoke    python recipes/gatmiry_2024_looped.py --smoke --out runs/gatmiry_2024_looped
+Expect   risk/d of gradient descent after 1, 2, 3, 5 steps for d = 5, N = 10: .374 .234 .172 .113.
+Differs  d = 5 in place of 20, no curriculum, cosine learning rate, and the number of loops is not raised in training;
+         --paper: d = 20, blocks of width 256, 30 loops of which 15 count, the curriculum of dimensions and points.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from metaicl.learner import Learner
+from metaicl.learners import InterleavedTransformer, LoopedLinearAttention, LoopedTransformer
+from metaicl.learners.reference.tuning import best_rate, measure_risk
+from metaicl.meta_training import meta_train
+from metaicl.objectives import squared_error
+from metaicl.plots import COLORS, GRAY, figure_with_panels
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
+from metaicl.statistics import interval
+from metaicl.tasks import LinearRegression
+from metaicl.train_config import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers.risk_curves import risks, stages, train
+
+PRINTED = {1: 0.374, 2: 0.234, 3: 0.172, 5: 0.113}  # gradient descent, d = 5, N = 10
+N_SHOT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Options of this recipe."""
+
+    SMOKE: ClassVar = {"linear_steps": 5, "steps": 3, "width": 16, "seeds": 1, "n_episodes": 20, "n_tuning": 50}
+    PAPER: ClassVar = {
+        "dim": 20, "points": 41, "width": 256, "heads": 8, "loops": 30, "window": 15, "steps": 500_000, "lr": 1e-4,
+        "every": 5000,
+    }  # fmt: skip
+
+    paper: bool = option(False, "the published scale of the blocks, for a GPU; overrides what it names")
+    linear_steps: int = option(2000, "updates of each linear model")
+    n_tuning: int = option(4000, "tasks on which the rate of gradient descent is tuned")
+    dim: int = option(5, "d, inputs of the Transformers")
+    points: int = option(11, "examples in a prompt of the Transformers")
+    width: int = option(64, "of the Transformers")
+    heads: int = option(2, "of the Transformers")
+    depth: int = option(4, "layers of the Transformer without a loop")
+    loops: int = option(8, "b, passes through the block")
+    window: int = option(4, "passes at the end that training looks at")
+    steps: int = option(15_000, "updates of each Transformer")
+    lr: float = option(1e-3, "learning rate of the Transformers")
+    every: int = option(0, "updates between the stages of the curriculum; 0: none")
+    seeds: int = option(3, "training seeds")
+    n_episodes: int = option(4000, "meta-test tasks")
+    device: str = option("cpu", "where to train the Transformers")
+
+
+def main(config: Config) -> RecipeResult:
+    """The linear models first, then the Transformers."""
+    c = replace(config, **config.PAPER) if config.paper else config
+    linear, curves = judge_linear(c)
+    blocks, risk = judge_blocks(c)
+    plot(c.out / "loops.png", curves, risk)
+    claim = "Looped linear attention is multi-step gradient descent; a looped block does the work of four."
+    return RecipeResult("gatmiry_2024_looped", claim, config, [*linear, *blocks])
+
+
+def judge_linear(c: Config) -> tuple[list[Criterion], dict[int, list[float]]]:
+    """Criteria, and for each L the risk over d of the first seed's model after 1 .. 2 L loops."""
+    tasks = LinearRegression(dim=5, noise=0.0)
+    judge = partial(measure_risk, tasks=tasks, n_shot=N_SHOT, n_tasks=5 * c.n_episodes)
+    criteria, curves = [], {}
+    for loops, printed in PRINTED.items():
+        tuned = best_rate(tasks, loops, n_shot=N_SHOT, n_tasks=c.n_tuning).learner
+        learners = [train_linear(tasks, c, loops, seed) for seed in range(c.seed, c.seed + c.seeds)]
+        ours = float(np.mean([judge(one)[0] for one in learners])) / 5
+        reference = judge(tuned)[0] / 5
+        for learner in learners:
+            learner.loops = 2 * loops
+        longer = max(judge(one)[0] for one in learners) / 5
+        name = f"L = {loops}: |risk / that of the best {loops}-step gradient descent - 1|"
+        gap = abs(reference - printed)
+        criteria += [
+            Criterion(name, abs(ours / reference - 1), "<=", 0.03),
+            Criterion(f"risk/d of {loops}-step descent, distance to the printed", gap, "<=", 0.01, reference=printed),
+            Criterion(f"risk of {2 * loops} loops / that of {loops}, worst seed", longer / ours, "<=", 1.0),
+        ]
+        print(f"L = {loops}: risk/d {ours:.4f}, gradient descent {reference:.4f} ({printed}), 2 L loops {longer:.4f}")
+        curves[loops] = [risk_after(learners[0], loop, judge) for loop in range(1, 2 * loops + 1)]
+    return criteria, curves
+
+
+def train_linear(tasks: LinearRegression, c: Config, loops: int, seed: int) -> LoopedLinearAttention:
+    """Looped linear attention after training on the squared error."""
+    torch.manual_seed(seed)
+    learner = LoopedLinearAttention(tasks.spec, loops=loops)
+    choices = TrainConfig(
+        steps=c.linear_steps, meta_batch_size=256, n_shot=N_SHOT, n_query=10, outer_lr=0.01, schedule="cosine",
+        seed=seed, validate_every=None,
+    )  # fmt: skip
+    meta_train(learner, tasks, choices, objective=squared_error, progress=False)
+    return learner.double()  # as the references are judged
+
+
+def risk_after(learner: LoopedLinearAttention, loops: int, judge: partial[tuple[float, float]]) -> float:
+    """Risk over d after so many loops."""
+    learner.loops = loops
+    return judge(learner)[0] / 5
+
+
+def judge_blocks(c: Config) -> tuple[list[Criterion], dict[str, np.ndarray]]:
+    """Criteria, and risk over d after every number of examples: without a loop, after b loops and after 2 b."""
+    tasks = LinearRegression(dim=c.dim, noise=0.0)
+    found: dict[str, list[np.ndarray]] = {"without a loop": [], "b loops": [], "2 b loops": []}
+    sizes = []
+    for seed in range(c.seed, c.seed + c.seeds):
+        shape: dict[str, Any] = {"dim": c.width, "heads": c.heads, "max_length": 2 * c.points}
+        torch.manual_seed(seed)
+        plain = InterleavedTransformer(tasks.spec, depth=c.depth, **shape)
+        torch.manual_seed(seed)
+        looped = LoopedTransformer(tasks.spec, loops=c.loops, window=c.window, **shape)
+        sizes = [sum(value.numel() for value in one.model.parameters()) for one in (looped, plain)]
+        for learner, label in ((plain, "without a loop"), (looped, "looped")):
+            fit(learner, c, tasks, seed, label)
+        judge = partial(risks, tasks=tasks, points=c.points, n_episodes=c.n_episodes)
+        found["without a loop"].append(judge(plain))
+        found["b loops"].append(judge(looped))
+        looped.loops = 2 * c.loops
+        found["2 b loops"].append(judge(looped))
+    values = {name: np.stack(rows) for name, rows in found.items()}  # (S, episodes, points)
+    # Summed over prompts, so that the examples after which nothing is left to learn do not decide.
+    plain, once, twice = (interval(matrix.mean(-1)) for matrix in values.values())
+    for name, one in zip(values, (plain, once, twice), strict=True):
+        print(f"{name}: mean risk/d over the prompt {one.mean:.4f} {one.ends}")
+    last = {name: float(matrix[..., -1].mean()) for name, matrix in values.items()}
+    criteria = [
+        Criterion("parameters, looped block / without a loop", sizes[0] / sizes[1], "<=", 0.35),
+        Criterion("mean error of the prompt, looped / without a loop", once.mean / plain.mean, "<=", 1.3),
+        Criterion("mean error of the prompt, 2 b loops / b loops", twice.mean / once.mean, "<=", 1.2),
+        Criterion(
+            "error after the last example, looped / without", last["b loops"] / last["without a loop"], "<=", 1.3
+        ),
+        Criterion("error after the last example, 2 b / b loops", last["2 b loops"] / last["b loops"], "<=", 1.2),
+    ]
+    return criteria, {name: matrix.mean((0, 1)) for name, matrix in values.items()}
+
+
+def fit(learner: Learner, c: Config, tasks: LinearRegression, seed: int, label: str) -> None:
+    """Train on every prefix."""
+    config = TrainConfig(
+        steps=c.steps, meta_batch_size=64, outer_lr=c.lr, schedule="constant" if c.paper else "cosine", seed=seed,
+        warmup_steps=0 if c.paper else c.steps // 20, device=c.device,
+    )  # fmt: skip
+    plan = list(stages(config, dim=c.dim, points=c.points, noise=tasks.noise, every=c.every))
+    train(learner, config, plan, label=f"{label}, seed {seed}")
+
+
+def plot(path: Path, curves: Mapping[int, Sequence[float]], risk: Mapping[str, np.ndarray]) -> None:
+    """Risk against loops of linear attention, and against examples for the blocks."""
+    with figure_with_panels(2, width=9, height=3.6) as (figure, left, right):
+        for (loops, curve), color in zip(curves.items(), COLORS, strict=False):
+            left.plot(
+                range(1, len(curve) + 1), curve, marker="o", markersize=3, color=color, label=f"trained with {loops}"
+            )
+        left.plot(list(PRINTED), list(PRINTED.values()), "x", color="black", label="best gradient descent")
+        left.set(title="looped linear attention", xlabel="loops", ylabel="squared error / d", yscale="log")
+        for (name, curve), color in zip(risk.items(), (GRAY, COLORS[0], COLORS[1]), strict=True):
+            right.plot(curve, color=color, label=name)
+        right.set(title="blocks", xlabel="examples in context", ylabel="squared error / d")
+        for axes in (left, right):
+            axes.legend()
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+if __name__ == "__main__":
+    run(main, Config)
