@@ -90,7 +90,7 @@ def kinds(config: Config) -> dict[str, Callable[[], Learner]]:
     """What is trained, from the bottom of the ladder up."""
     spec = DynamicalSystem(dim=config.dim).spec
     one_layer = partial(CausalLinearTransformer, spec, per_row=False)
-    mesa = partial(BareMemory, spec, memory=Mesa)
+    mesa = partial(BareMemory, spec, memory=partial(Mesa, unit_keys=False))  # the length of a state matters here
     return {"1 layer": one_layer, **{f"{k} layers": partial(deep, config, k) for k in (2, 4)}, "mesa layer": mesa}
 
 
@@ -184,7 +184,8 @@ def plot(config: Config, found: Mapping[str, Errors], best: Mapping[str, Errors]
         for (name, one), style in zip(best.items(), (":", "-.", "--", "-"), strict=True):
             left.plot(one.mean((0, 1)), style, color=GRAY, linewidth=1, label=name)
         left.set(title="next state", xlabel="earlier rows", ylabel="squared error / dimension", yscale="log")
-        left.legend(fontsize=8, ncols=2)
+        left.set_ylim(top=20)  # room for the legend
+        left.legend(fontsize=8, ncols=2, loc="upper left")
         for curve, color, name in zip(few, (COLORS[3], INK), ("mesa layer", "ridge on overlapping pairs"), strict=True):
             right.plot(np.arange(1, len(curve) + 1), curve, color=color, marker="o", markersize=3, label=name)
         right.set(title="pairs (x, y) as one stream", xlabel="pair", ylabel="squared error of y / dimension")

@@ -22,12 +22,12 @@ TASKS = LinearRegression(dim=DIM)
 
 MEMORIES = {
     "LinearAttention, gate": partial(LinearAttention, gate=True),
-    "DeltaRule, gate": partial(DeltaRule, gate=True, heads=2),
+    "DeltaRule, gate": partial(DeltaRule, gate=True, heads=2, key_dim=4, value_dim=4),
     "DeltaRule, degree 2": partial(DeltaRule, degree=2, key_dim=4),
-    "Mesa": partial(Mesa, heads=2),
+    "Mesa": partial(Mesa, heads=2, key_dim=4, value_dim=4),
     "Mesa, gate": partial(Mesa, gate=True),
     "Mesa, recursive": partial(Mesa, recursive=True),
-    "TTT": partial(TestTimeTraining, batch=4, heads=2),
+    "TTT": partial(TestTimeTraining, batch=4, heads=2, key_dim=4, value_dim=4),
     "TTT, MLP": partial(TestTimeTraining, batch=4, hidden=16),
     "Titans": Titans,
     "Titans, MLP": partial(Titans, hidden=16, batch=4),

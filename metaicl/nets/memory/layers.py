@@ -12,7 +12,7 @@ from metaicl.checks import check_count
 from metaicl.functional import unit_rows
 from metaicl.nets.memory.delta import delta_rule_chunked, linear_attention_chunked
 from metaicl.nets.memory.least_squares import Fit, least_squares_chunked, least_squares_recursive, ridge_start
-from metaicl.nets.memory.recall import feature_count, polynomial_features, recall
+from metaicl.nets.memory.recall import PolynomialFeatures, feature_count, recall
 from metaicl.nets.memory.state import FastWeights
 from metaicl.nets.sequence.mixer import Mixer
 
@@ -32,7 +32,7 @@ class FastWeightMixer(Mixer[FastWeights]):
         key_dim: Size of keys and queries per head, before features are made of them; None takes D / H.
         value_dim: V, size of values per head; None takes D / H.
         unit_keys: Scale keys and queries to length one.
-        degree: Keys and queries become all their monomials up to this degree (`polynomial_features`), which raises
+        degree: Keys and queries become all their monomials up to this degree (`PolynomialFeatures`), which raises
             how many keys a memory can hold apart from about K to about K^degree / degree!.
         gates: Numbers a rule takes from each token and head, beside key and value.
 
@@ -63,6 +63,7 @@ class FastWeightMixer(Mixer[FastWeights]):
         value_dim = check_count("value_dim", dim // heads if value_dim is None else value_dim)
         self.heads, self.unit_keys, self.degree = heads, unit_keys, degree
         self.key_size, self.value_size = feature_count(key_dim, degree), value_dim
+        self.features = PolynomialFeatures(key_dim, degree)
         self.to_query = nn.Linear(dim, heads * key_dim, bias=False)
         self.to_key = nn.Linear(dim, heads * key_dim, bias=False)
         self.to_value = nn.Linear(dim, heads * value_dim, bias=False)
@@ -115,7 +116,7 @@ class FastWeightMixer(Mixer[FastWeights]):
         rows = unit_rows(rows) if self.unit_keys else rows
         if self.degree == 1:
             return rows
-        rows = polynomial_features(rows, self.degree)
+        rows = self.features(rows)
         return unit_rows(rows) if self.unit_keys else rows
 
     def _split(self, h: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _EPS = 1e-6
 _SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -58,27 +58,42 @@ def factors(weights: tuple[Tensor, ...], keys: Tensor, values: Tensor, *, norm: 
     return [(error @ weights[1] * _gelu_slope(first), keys), (error, inner)]
 
 
-def polynomial_features(x: Tensor, degree: int) -> Tensor:
+class PolynomialFeatures(nn.Module):
     """Features of rows (..., n, D) whose inner products are sum_{i=1}^degree (a . b)^i / i!.
 
     They are all monomials of degree 1 to `degree`, each scaled by the root of its multinomial coefficient.
 
+    Args:
+        size: D.
+        degree: Highest degree.
+
     Reference:
         Behrouz et al. 2025, arXiv:2505.23735 (ATLAS), section 3.1, with Taylor coefficients of the exponential.
     """
-    size, parts = x.shape[-1], []
-    for order in range(1, degree + 1):
-        places, scale = _monomials(size, order)
-        chosen = places.to(x.device)
-        monomials = x.index_select(-1, chosen[:, 0])
-        for place in range(1, order):
-            monomials = monomials * x.index_select(-1, chosen[:, place])
-        parts.append(monomials * scale.to(x))
-    return torch.cat(parts, -1)
+
+    def __init__(self, size: int, degree: int) -> None:
+        """List the monomials, as buffers: a compiled graph takes no tensors that are made while it is traced."""
+        super().__init__()
+        self.orders = range(2, degree + 1)
+        for order in self.orders:
+            places, ways = _monomials(size, order)
+            self.register_buffer(f"places_{order}", places, persistent=False)
+            self.register_buffer(f"ways_{order}", ways, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (..., n, `feature_count(size, degree)`)."""
+        parts = [x]
+        for order in self.orders:
+            places, ways = self.get_buffer(f"places_{order}"), self.get_buffer(f"ways_{order}")
+            monomials = x.index_select(-1, places[:, 0])
+            for place in range(1, order):
+                monomials = monomials * x.index_select(-1, places[:, place])
+            parts.append(monomials * (ways.to(x) / math.factorial(order)).sqrt())
+        return torch.cat(parts, -1)
 
 
 def feature_count(size: int, degree: int) -> int:
-    """How many features `polynomial_features` makes of `size` numbers."""
+    """How many features `PolynomialFeatures` makes of `size` numbers."""
     return math.comb(size + degree, degree) - 1
 
 
@@ -111,9 +126,8 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
 
 
-@torch.compiler.assume_constant_result
 def _monomials(size: int, order: int) -> tuple[Tensor, Tensor]:
-    """The coordinates of each monomial of this order, long (n, order), and its scale (n,), float64."""
+    """The coordinates of each monomial of this order, long (n, order), and in how many orders they stand, long (n,)."""
     index = list(combinations_with_replacement(range(size), order))
     ways = [math.factorial(order) // math.prod(math.factorial(one.count(i)) for i in set(one)) for one in index]
-    return torch.tensor(index), (torch.tensor(ways, dtype=torch.float64) / math.factorial(order)).sqrt()
+    return torch.tensor(index), torch.tensor(ways)

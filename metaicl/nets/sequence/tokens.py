@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.episode import Examples
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
 
@@ -26,8 +26,7 @@ class InterleavedTokens(nn.Module):
     def __init__(self, spec: TaskSpec, *, dim: int, encoder: nn.Module | None = None) -> None:
         """Build the two maps."""
         super().__init__()
-        if encoder is None:
-            encoder = nn.Identity() if spec.x_kind == "vector" else build_encoder(spec)
+        encoder = raw_or_encoded(spec, encoder)
         size = encoder_dim(encoder, spec)
         self.spec, self.encoder = spec, encoder
         # Raw vectors keep their scale, which can carry information; an encoder's scale is its own arbitrary choice.

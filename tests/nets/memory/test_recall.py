@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metaicl.nets.memory.recall import factors, feature_count, orthogonalize, polynomial_features, recall
+from metaicl.nets.memory.recall import PolynomialFeatures, factors, feature_count, orthogonalize, recall
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -29,9 +29,10 @@ def test_polynomial_features_have_the_taylor_kernel_of_the_exponential(degree: i
     a, b = torch.randn(2, 7, 5, dtype=torch.float64)
     product = (a * b).sum(-1)
     kernel = sum(product**i / math.factorial(i) for i in range(1, degree + 1))
-    phi = polynomial_features(a, degree)
+    features = PolynomialFeatures(5, degree)
+    phi = features(a)
     assert phi.shape[-1] == feature_count(5, degree)
-    torch.testing.assert_close((phi * polynomial_features(b, degree)).sum(-1), kernel, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((phi * features(b)).sum(-1), kernel, rtol=1e-12, atol=1e-12)
 
 
 def test_feature_counts() -> None:

@@ -9,11 +9,15 @@ from torch import nn
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.looped import Looped
 from metaicl.nets.sequence.model import Block, SequenceModel
+from metaicl.nets.sequence.momentum import MomentumAttention
 from metaicl.second_order import twice_differentiable
 
 attention = partial(CausalAttention, heads=2)
+momentum = partial(MomentumAttention, heads=2, momentum=0.7)
 MIXERS = {
     "attention": lambda: attention(8),
+    "momentum": lambda: momentum(8),
+    "stack with momentum": lambda: SequenceModel(8, mixer=momentum, depth=2, max_length=16),
     "block": lambda: Block(8, attention(8)),
     "block without MLP": lambda: Block(8, attention(8), expansion=None),
     "block without mixer": lambda: Block(8, None),
