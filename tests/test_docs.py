@@ -1,5 +1,6 @@
 """The pages: every Python block runs, every public name has its place, every link and number of checks is right."""
 
+import ast
 import importlib
 import re
 import sys
@@ -91,3 +92,11 @@ def test_the_citation_names_the_version_of_the_package() -> None:
     assert version is not None
     assert f'version: "{version[1]}"' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_fields_of_named_tuples_are_attributes() -> None:
+    """The builder of the pages finds no arguments in a NamedTuple, and refuses those that a docstring names."""
+    for path in (ROOT / "metaicl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "NamedTuple" for base in node.bases):
+                assert "Args:" not in (ast.get_docstring(node) or ""), f"{path.name}: {node.name} has Attributes"

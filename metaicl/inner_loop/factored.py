@@ -29,7 +29,7 @@ _HARMLESS = tuple(
 class Factors(NamedTuple):
     """A weight (out, in) as W_0 + outputs^T inputs, without W_0; leading axes as those of a weight.
 
-    Args:
+    Attributes:
         inputs: (r, in).
         outputs: (r, out).
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Sums over real rows, with any leading axes.
 
-    Args:
+    Attributes:
         gram: Sum of x x^T (..., D, D).
         cross: Sum of x y^T (..., D, K).
         count: Real rows (...,), in the dtype of the others.

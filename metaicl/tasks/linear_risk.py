@@ -16,7 +16,7 @@ from metaicl.checks import check_count, check_positive
 class LinearFamily(NamedTuple):
     """The family of `LinearRegression` that the formulas are about.
 
-    Args:
+    Attributes:
         dim: D.
         noise: sigma, of the labels.
         weight_scale: tau.
