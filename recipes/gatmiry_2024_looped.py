@@ -94,7 +94,7 @@ def judge_linear(c: Config) -> tuple[list[Criterion], dict[int, list[float]]]:
         gap = abs(reference - printed)
         criteria += [
             Criterion(name, abs(ours / reference - 1), "<=", 0.03),
-            Criterion(f"risk/d of {loops}-step descent, distance to the printed", gap, "<=", 0.01, reference=printed),
+            Criterion(f"risk/d of {loops}-step descent, distance to the printed", gap, "<=", 0.005, reference=printed),
             Criterion(f"risk of {2 * loops} loops / that of {loops}, worst seed", longer / ours, "<=", 1.0),
         ]
         print(f"L = {loops}: risk/d {ours:.4f}, gradient descent {reference:.4f} ({printed}), 2 L loops {longer:.4f}")
