@@ -35,6 +35,14 @@ def first_shots(support: Examples, n_shot: int, spec: TaskSpec) -> Examples:
     return Examples(support.x[task, order], support.y[task, order], None if bool(kept.all()) else kept, ids)
 
 
+def take_prefix(examples: Examples, length: int) -> Examples:
+    """The first `length` rows; the empty prefix is one masked row, because every learner takes at least one."""
+    if length:
+        return examples.rows(slice(length))
+    nothing = examples.rows(slice(1))
+    return Examples(nothing.x, nothing.y, torch.zeros_like(nothing.real), nothing.ids)
+
+
 def predict_prefixes(learner: Learner, examples: Examples) -> Distribution:
     """Predict every row of a stream from the rows before it, by the learner's own method where it has one.
 
@@ -52,10 +60,7 @@ def predict_prefixes(learner: Learner, examples: Examples) -> Distribution:
     """
     if isinstance(learner, PredictsPrefixes):
         return learner.predict_prefixes(examples)
-    nothing = examples.rows(slice(1))
-    empty = Examples(nothing.x, nothing.y, torch.zeros_like(nothing.real), nothing.ids)
-    prefixes = [empty, *(examples.rows(slice(t)) for t in range(1, examples.n_rows))]
-    parts = [learner(prefix, examples.x[:, t : t + 1]) for t, prefix in enumerate(prefixes)]
+    parts = [learner(take_prefix(examples, t), examples.x[:, t : t + 1]) for t in range(examples.n_rows)]
     if all(isinstance(part, Categorical) for part in parts):
         return categorical(torch.cat([part.logits for part in parts], 1))
     if all(isinstance(part, Independent) and isinstance(part.base_dist, Normal) for part in parts):

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from metaicl.episode import Episode
 from metaicl.learners import SoftmaxAttention
 from metaicl.objectives import squared_error
 from metaicl.plots import COLORS, INK, figure_with_panels
@@ -79,19 +79,20 @@ def train(tasks: DictionaryRegression, config: Config, seed: int) -> tuple[np.nd
     curve = []
     for step, _ in enumerate(loop):
         if step % config.every == 0 or step + 1 == config.steps:
-            curve.append(attention_to_own_feature(learner, episode.support.x, episode.query.x))
+            curve.append(attention_to_own_feature(learner, episode))
     with torch.no_grad():
         return np.stack(curve), squared_error(learner, episode).numpy()
 
 
-def attention_to_own_feature(learner: SoftmaxAttention, support: Tensor, query: Tensor) -> np.ndarray:
+def attention_to_own_feature(learner: SoftmaxAttention, episode: Episode) -> np.ndarray:
     """Mean attention to rows with the query's feature, for queries of each feature that the support has, (K,)."""
+    query = episode.query.x
     with torch.no_grad():
-        same = query @ support.mT  # (B, Q, N), 1 where the features agree
-        weights = torch.softmax(query @ learner.query_key @ support.mT, -1)
-        mass, seen = (weights * same).sum(-1), same.sum(-1) > 0
-        of_feature = query * seen[..., None]
-        return ((of_feature * mass[..., None]).sum((0, 1)) / of_feature.sum((0, 1))).numpy()
+        weights = learner.weights(learner.adapt(episode.support), query)
+    same = query @ episode.support.x.mT  # (B, Q, N), 1 where the features agree
+    mass, seen = (weights * same).sum(-1), same.sum(-1) > 0
+    of_feature = query * seen[..., None]
+    return ((of_feature * mass[..., None]).sum((0, 1)) / of_feature.sum((0, 1))).numpy()
 
 
 def first_time(curve: np.ndarray, every: int) -> float:

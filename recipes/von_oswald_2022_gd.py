@@ -121,13 +121,13 @@ def half_constructed(learner: LinearTransformer, step: Learner) -> LinearTransfo
     scale = key_query[:DIM, :DIM].diagonal().mean()
     built_key_query, built_project_value = products(built)
     halves = (key_query / scale + built_key_query) / 2, (project_value * scale + built_project_value) / 2
-    mixed.stack.layers[0].set_products(*(half[None] for half in halves))  # type: ignore[operator]  # a ModuleList
+    mixed.stack[0].set_products(*(half[None] for half in halves))
     return mixed
 
 
 def products(learner: LinearTransformer) -> tuple[torch.Tensor, torch.Tensor]:
     """W_K^T W_Q and P W_V of the only head of the only layer, (D, D) each."""
-    key_query, project_value = learner.stack.layers[0].products()  # type: ignore[operator]  # a ModuleList
+    key_query, project_value = learner.stack[0].products()
     return key_query[0].detach(), project_value[0].detach()
 
 

@@ -167,7 +167,7 @@ def off_block(learner: Learner) -> float:
     """Share of the squared entries of both products of the only layer that a step of descent has no use for."""
     assert isinstance(learner, CausalLinearTransformer)
     dim = learner.x_size
-    key_query, project_value = learner.stack.layers[0].products()  # type: ignore[operator]  # a ModuleList
+    key_query, project_value = learner.stack[0].products()
     read = project_value[0][dim:]  # the other rows change what nothing reads
     shares = [
         block_structure(key_query[0], (dim, dim), [(0, 0)]).off_block,

@@ -93,7 +93,7 @@ def with_products(inputs: Tensor, target: float) -> LinearTransformer:
     learner = LinearTransformer(LinearRegression(dim=DIM).spec)
     key_query, project_value = torch.zeros(1, DIM + 1, DIM + 1), torch.zeros(1, DIM + 1, DIM + 1)
     key_query[0, :DIM, :DIM], project_value[0, DIM, DIM] = inputs, target
-    learner.stack.layers[0].set_products(key_query, project_value)  # type: ignore[operator]  # a ModuleList
+    learner.stack[0].set_products(key_query, project_value)
     return learner
 
 
@@ -105,7 +105,7 @@ def normalized(theta: Tensor) -> Tensor:
 
 def read_out(learner: LinearTransformer) -> Tensor:
     """P (D, D) of the answer x' P (1/N) sum_i y_i x_i, where a layer uses no other products of its tokens."""
-    key_query, project_value = learner.stack.layers[0].products()  # type: ignore[operator]  # a ModuleList
+    key_query, project_value = learner.stack[0].products()
     return -(project_value[0, DIM, DIM] * key_query[0, :DIM, :DIM]).detach()
 
 

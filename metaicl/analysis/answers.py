@@ -12,6 +12,7 @@ from metaicl.checks import check_count
 from metaicl.collation import collate
 from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner, PredictsPrefixes
+from metaicl.prefixes import take_prefix
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, Split, TaskDistribution, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
@@ -35,14 +36,6 @@ def zero_answer(spec: TaskSpec, x: Tensor) -> Tensor:
 def real_prefix(examples: Examples) -> Examples:
     """The prefix itself: the state of a reference that has none."""
     return examples
-
-
-def take_prefix(examples: Examples, length: int) -> Examples:
-    """The first `length` rows; the empty prefix is one masked row, because every learner takes at least one."""
-    if length:
-        return examples.rows(slice(length))
-    nothing = examples.rows(slice(1))
-    return Examples(nothing.x, nothing.y, torch.zeros_like(nothing.real), nothing.ids)
 
 
 def draw_episodes(

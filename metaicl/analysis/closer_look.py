@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.analysis.answers import answers_at_length, sensitivities, slopes, take_prefix
+from metaicl.analysis.answers import answers_at_length, sensitivities, slopes
 from metaicl.analysis.fingerprint_result import CloserLook, ParameterFit
 from metaicl.analysis.linear_fit import cosines, explained, fit_linear, weight_difference
 from metaicl.analysis.prefix_answers import value_at
@@ -17,6 +17,7 @@ from metaicl.checks import check_count
 from metaicl.episode import Episode
 from metaicl.functional import raw_features
 from metaicl.learner import Learner
+from metaicl.prefixes import take_prefix
 from metaicl.statistics import Array, Interval, intervals
 from metaicl.training import training_mode
 

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.analysis.answers import answers_at_prefixes, take_prefix
+from metaicl.analysis.answers import answers_at_prefixes
 from metaicl.analysis.fingerprint_result import ParameterFit
 from metaicl.analysis.reference_algorithms import Reference
 from metaicl.episode import Examples
+from metaicl.prefixes import take_prefix
 from metaicl.statistics import Array
 
 

@@ -149,6 +149,14 @@ def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
     return out.shape[1]
 
 
+def encoder_norm(encoder: nn.Module, size: int) -> nn.Module:
+    """What is put behind an encoder of size D = `size`: an encoder's scale is its own arbitrary choice.
+
+    Raw vectors keep their scale, which can carry information.
+    """
+    return nn.Identity() if isinstance(encoder, nn.Identity) else nn.LayerNorm(size)
+
+
 def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     """Apply an encoder of rows to x (B, N, *x_shape): (B, N, D)."""
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])

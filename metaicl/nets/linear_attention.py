@@ -126,10 +126,21 @@ class LinearAttentionStack(nn.Module):
         self.clip = None if clip is None else check_positive("clip", clip)
         self.damping = 1.0  # factor on the change made by every layer
 
+    def __getitem__(self, index: int) -> LinearAttention:
+        """Layer `index`."""
+        layer = self.layers[index]
+        assert isinstance(layer, LinearAttention)  # a ModuleList does not know what it holds
+        return layer
+
+    def __len__(self) -> int:
+        """Layers with weights of their own."""
+        return len(self.layers)
+
     def run(self) -> Iterator[LinearAttention]:
         """The layers in the order in which tokens pass them."""
         for _ in range(self.loops):
-            yield from self.layers  # type: ignore[misc]  # a ModuleList does not know what it holds
+            for index in range(len(self)):
+                yield self[index]
 
     def step(self, h: Tensor, change: Tensor) -> Tensor:
         """Tokens after a layer that changes them by `change`."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.functional import categorical, class_weights, gaussian, positive
-from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
+from metaicl.nets.backbones import encode, encoder_dim, encoder_norm, raw_or_encoded
 from metaicl.spec import TaskSpec
 
 
@@ -24,8 +24,7 @@ class RowEmbedding(nn.Module):
         encoder = raw_or_encoded(spec, encoder)
         size = encoder_dim(encoder, spec)
         self.spec, self.encoder = spec, encoder
-        # Raw vectors keep their scale, which can carry information; an encoder's scale is its own arbitrary choice.
-        self.norm = nn.Identity() if isinstance(encoder, nn.Identity) else nn.LayerNorm(size)
+        self.norm = encoder_norm(encoder, size)
         self.from_x = nn.Linear(size, dim)
         self.from_y = nn.Linear(spec.output_size, dim, bias=False)
         self.unlabeled = nn.Parameter(torch.randn(dim) / dim**0.5)

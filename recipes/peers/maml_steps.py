@@ -5,19 +5,18 @@ the meta-gradient by parameter name and changes nothing, `update` does a trainin
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import higher
 import torch
+from peers.jax_adam import Steps, adam_steps
 from torch import Tensor, nn
 
 from metaicl.episode import Episode
 from metaicl.interop.learn2learn import import_learn2learn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Gradient = Callable[[Episode], Mapping[str, Tensor]]
-Steps = tuple[Gradient, Callable[[Episode], None]]
 
 
 def learn2learn_steps(net: nn.Module, loss: Loss, lr: float, inner_steps: int) -> Steps:
@@ -95,7 +94,6 @@ def jax_steps(net: nn.Module, kind: str, lr: float, inner_steps: int) -> Steps:
 
     forward = _in_jax(net)
     start = {name: jnp.array(value.detach().cpu().numpy()) for name, value in net.named_parameters()}
-    adam = optax.adam(1e-3)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         out = forward(params, x)
@@ -113,28 +111,10 @@ def jax_steps(net: nn.Module, kind: str, lr: float, inner_steps: int) -> Steps:
     def mean_loss(params: Any, *data: Any) -> Any:
         return jax.vmap(task_loss, (None, 0, 0, 0, 0))(params, *data).mean()
 
-    def step(params: Any, state: Any, *data: Any) -> Any:
-        changes, state = adam.update(jax.grad(mean_loss)(params, *data), state)
-        return optax.apply_updates(params, changes), state
+    def parts(episode: Episode) -> tuple[Tensor, ...]:
+        return episode.support.x, episode.support.y, episode.query.x, episode.query.y
 
-    jitted, held = jax.jit(step, donate_argnums=(0, 1)), {}
-
-    def of(episode: Episode) -> tuple[Any, ...]:
-        parts = (episode.support.x, episode.support.y, episode.query.x, episode.query.y)
-        if held.get("of") is not episode:  # the data are on their way before the clock starts, as for the others
-            held.update({"of": episode, "data": tuple(jnp.array(part.cpu().numpy()) for part in parts)})
-        return held["data"]
-
-    def gradient(episode: Episode) -> dict[str, Tensor]:
-        slopes = jax.jit(jax.grad(mean_loss))(start, *of(episode))
-        return {name: torch.tensor(jax.device_get(value)) for name, value in slopes.items()}
-
-    def update(episode: Episode) -> None:
-        params = held.get("params") or jax.tree.map(jnp.copy, start)
-        params, state = jitted(params, held.get("state") or adam.init(params), *of(episode))
-        held.update({"params": jax.block_until_ready(params), "state": state})
-
-    return gradient, update
+    return adam_steps(start, mean_loss, parts, lr=1e-3)
 
 
 def _in_jax(net: nn.Module) -> Callable[[Any, Any], Any]:

@@ -77,7 +77,7 @@ def query_risk(learner: Learner, tasks: LinearRegression, *, n_shot: int, n_epis
         for episode in stream.batches(0, n_episodes, batch_size=250):
             clean = episode.query.x @ episode.latents["weights"][..., None]
             error = learner(episode.support, episode.query.x).mean - clean
-            found.append(error.square().sum(-1).mean(1) / clean.new_tensor(episode.query.x.shape[-1]))
+            found.append(error.square().sum(-1).mean(1) / episode.query.x.shape[-1])
     return float(torch.cat(found).mean())
 
 

@@ -8,10 +8,11 @@ episode; `gradient` gives the gradient of the squared error of every prefix by o
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peers.jax_adam import Steps, adam_steps
 from torch import Tensor, nn
 
 from metaicl.episode import Episode
@@ -20,9 +21,6 @@ from metaicl.meta_step import MetaStep
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.model import SequenceModel
 from metaicl.objectives import prefix_squared_error, stream_of
-
-Gradient = Callable[[Episode], Mapping[str, Tensor]]
-Steps = tuple[Gradient, Callable[[Episode], None]]
 
 _BLOCK = {  # names within a block, ours and GPT-2's; its linear layers keep their weights transposed
     "mixer_norm": "ln_1",
@@ -139,41 +137,21 @@ class _Mean(nn.Module):
 
 def jax_steps(learner: InterleavedTransformer) -> Steps:
     """Jit of value and gradient with optax; buffers are donated."""
-    import jax
     import jax.numpy as jnp
-    import optax
 
     start = {name: jnp.array(value.detach().numpy()) for name, value in learner.named_parameters()}
     model = learner.model
     assert isinstance(model, SequenceModel)
     depth, heads = len(model.blocks), _heads(model)
-    adam = optax.adam(1e-4)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         return ((_in_jax(params, x, y, depth, heads) - y) ** 2).sum(-1).mean()
 
-    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
-        changes, state = adam.update(jax.grad(loss)(params, x, y), state)
-        return optax.apply_updates(params, changes), state
+    def parts(episode: Episode) -> tuple[Tensor, ...]:
+        rows = stream_of(episode)
+        return rows.x, rows.y
 
-    jitted, held = jax.jit(step, donate_argnums=(0, 1)), {}
-
-    def of(episode: Episode) -> tuple[Any, Any]:
-        if held.get("of") is not episode:  # the data are on their way before the clock starts, as for the others
-            rows = stream_of(episode)
-            held.update({"of": episode, "data": (jnp.array(rows.x.numpy()), jnp.array(rows.y.numpy()))})
-        return held["data"]
-
-    def gradient(episode: Episode) -> dict[str, Tensor]:
-        slopes = jax.jit(jax.grad(loss))(start, *of(episode))
-        return {name: torch.tensor(jax.device_get(value)) for name, value in slopes.items()}
-
-    def update(episode: Episode) -> None:
-        params = held.get("params") or jax.tree.map(jnp.copy, start)
-        params, state = jitted(params, held.get("state") or adam.init(params), *of(episode))
-        held.update({"params": jax.block_until_ready(params), "state": state})
-
-    return gradient, update
+    return adam_steps(start, loss, parts, lr=1e-4)
 
 
 def _in_jax(params: Any, x: Any, y: Any, depth: int, heads: int) -> Any:

@@ -83,8 +83,8 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
         project_value[:, y, x] = lr * start.mT
         project_value[:, y, y].diagonal(dim1=-2, dim2=-1).fill_(-lr)
         project_value[:, x, x].diagonal(dim1=-2, dim2=-1).fill_(-curvature)
-        for layer in self.stack.layers:
-            layer.set_products(key_query, project_value)  # type: ignore[operator]  # a ModuleList forgets its classes
+        for index in range(len(self.stack)):
+            self.stack[index].set_products(key_query, project_value)
         with torch.no_grad():
             self.start.copy_(start)
 
@@ -192,7 +192,7 @@ class CausalLinearTransformer(_LinearAttentionLearner):
         return self._answer(queries)
 
     def _nothing(self, examples: Examples) -> TokenMoments:
-        dim, n_layers = self.x_size + self.y_size + self.scratch, self.stack.loops * len(self.stack.layers)
+        dim, n_layers = self.x_size + self.y_size + self.scratch, self.stack.loops * len(self.stack)
         like = self.raw_scale
         zero = like.new_zeros(examples.n_tasks, dim, dim)
         return TokenMoments((zero,) * n_layers, like.new_zeros(examples.n_tasks))

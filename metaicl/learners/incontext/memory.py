@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
+from metaicl.nets.backbones import encode, encoder_dim, encoder_norm, raw_or_encoded
 from metaicl.nets.memory.layers import DeltaRule, FastWeightMixer
 from metaicl.nets.memory.state import FastWeights
 from metaicl.nets.rows import AnswerHead, RowEmbedding, as_numbers
@@ -117,7 +117,7 @@ class BareMemory(Learner[FastWeights]):
         super().__init__(spec)
         self.encoder = raw_or_encoded(spec, encoder)
         size = encoder_dim(self.encoder, spec)
-        self.norm = nn.Identity() if isinstance(self.encoder, nn.Identity) else nn.LayerNorm(size)
+        self.norm = encoder_norm(self.encoder, size)
         self.declare_nets(self.encoder)
         self.memory = _checked(memory(size + spec.output_size))
         self.head = AnswerHead(spec, dim=size + spec.output_size)

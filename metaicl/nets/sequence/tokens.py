@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.episode import Examples
-from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
+from metaicl.nets.backbones import encode, encoder_dim, encoder_norm, raw_or_encoded
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
 
@@ -29,8 +29,7 @@ class InterleavedTokens(nn.Module):
         encoder = raw_or_encoded(spec, encoder)
         size = encoder_dim(encoder, spec)
         self.spec, self.encoder = spec, encoder
-        # Raw vectors keep their scale, which can carry information; an encoder's scale is its own arbitrary choice.
-        self.norm = nn.Identity() if isinstance(encoder, nn.Identity) else nn.LayerNorm(size)
+        self.norm = encoder_norm(encoder, size)
         self.from_x, self.from_y = nn.Linear(size, dim), nn.Linear(spec.output_size, dim)
 
     def inputs(self, x: Tensor) -> Tensor:
