@@ -6,7 +6,7 @@ Claim    Trained by gradient descent on y = w . x with x one of 8 orthonormal fe
 Paper    Huang, Cheng & Liang 2023, In-context convergence of Transformers, arXiv:2310.05249, theorems 3.3 and 3.4.
 Run      python recipes/huang_2023_softmax_convergence.py --out runs/huang_2023_softmax_convergence
 Smoke    python recipes/huang_2023_softmax_convergence.py --smoke --out runs/huang_2023_softmax_convergence
-Expect   held in 2 minutes on one core.
+Expect   attention .978, squared error .0007; the frequent feature in a tenth of the updates of the rare ones.
 Differs  fresh episodes at every update instead of the exact gradient; 8 features and 64 rows.
 """
 

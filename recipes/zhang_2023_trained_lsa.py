@@ -6,7 +6,7 @@ Claim    Trained on prompts of N rows, the layer is one step preconditioned by G
 Paper    Zhang, Frei & Bartlett 2023, Trained Transformers learn linear models in-context, arXiv:2306.09927.
 Run      python recipes/zhang_2023_trained_lsa.py --out runs/zhang_2023_trained_lsa
 Smoke    python recipes/zhang_2023_trained_lsa.py --smoke --out runs/zhang_2023_trained_lsa
-Expect   d = 5, N = 20, Lambda = I: risk / d at 5, 10, 20, 40, 80 rows .763 .408 .231 .142 .098; 5 minutes on one core.
+Expect   d = 5, N = 20, Lambda = I: risk / d at 5, 10, 20, 40, 80 rows .763 .408 .231 .142 .098.
 Differs  Adam on fresh prompts instead of gradient flow on the population loss. The start is the paper's, assumption
          3.3; from small random weights two of three runs on decaying variances ended in a solution of rank one, with
          more than twice the risk.
