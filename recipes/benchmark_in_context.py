@@ -30,7 +30,7 @@ from metaicl.nets.memory.layers import DeltaRule, LinearAttention, Mesa
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.mixer import AnyMixer
 from metaicl.objectives import prefix_squared_error, stream_of
-from metaicl.plots import figure_with_panels
+from metaicl.plots import COLORS, figure_with_panels
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 from metaicl.task import EpisodeStream
@@ -184,11 +184,13 @@ def main(config: Config) -> RecipeResult:
     rows += [f"{name}: ms " + "  ".join(f"{1e3 * value:.3g}" for value in curve) for name, curve in curves.items()]
     print("\n".join(rows))
     (config.out / "table.txt").write_text("\n".join(rows) + "\n")
-    with figure_with_panels() as (figure, axes):
-        for name, curve in curves.items():
-            axes.loglog(config.lengths, [1e3 * value for value in curve], marker="o", markersize=4, label=name)
+    with figure_with_panels(width=6.5) as (figure, axes):
+        for (name, curve), color in zip(curves.items(), COLORS, strict=False):
+            axes.loglog(config.lengths, [1e3 * value for value in curve], "o-", ms=4, color=color, label=name)
         axes.set(title="one layer, 8 prompts, with gradient", xlabel="tokens in context", ylabel="ms")
-        axes.legend()
+        axes.set_xticks(config.lengths, [str(length) for length in config.lengths])
+        axes.set_xticks([], minor=True)
+        figure.legend(loc="outside right upper")
         figure.savefig(config.out / "contexts.png", dpi=150, facecolor="white")
     claim = "A step of the interleaved Transformer is faster than Hugging Face's and JAX's; contexts are read once."
     return RecipeResult("benchmark_in_context", claim, config, criteria)

@@ -148,6 +148,7 @@ def plot(path: Path, curves: dict[str, tuple[dict[int, float], dict[int, float]]
             axes.axvline(N, color=INK, linewidth=0.8, linestyle=":")
             axes.set(title=f"{name} variances", xlabel="rows", ylabel="squared error / d", xscale="log", yscale="log")
             axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+            axes.set_xticks([], minor=True)
             axes.legend()
         figure.savefig(path, dpi=150, facecolor="white")
 
