@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_count
+from metaicl.nets.layout import channels_last
 from metaicl.spec import TaskSpec
 
 
@@ -45,6 +46,8 @@ def group_norm(channels: int) -> nn.Module:
 class Conv4(nn.Module):
     """The four-block convolutional encoder of few-shot learning: 3x3 convolution, norm, ReLU, 2x2 max-pooling.
 
+    28 x 28 pixels become D = 4 * channels: Conv4-64 gives 256 features, Conv4-32 gives 128.
+
     Args:
         in_channels: Channels of the image.
         channels: Filters per block; 64 in Snell et al. 2017, 32 in Finn et al. 2017.
@@ -66,14 +69,14 @@ class Conv4(nn.Module):
             blocks += [
                 nn.Conv2d(n_in, channels, 3, padding=1),
                 norm(channels),
-                nn.ReLU(),
                 nn.MaxPool2d(2, ceil_mode=True),
+                nn.ReLU(),  # the same numbers and slopes as before pooling, for a quarter of the places
             ]
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (rows, channels, height, width) as (rows, D)."""
-        return self.blocks(x).flatten(1)
+        return self.blocks(channels_last(x)).flatten(1)
 
 
 _WORD_GAIN = 10.0  # a word is met rarely, so its vector has to move further in an update than shared layers do
@@ -90,24 +93,41 @@ class BagOfWords(nn.Module):
         dim: Size of the vectors.
         importance: Start of the importances (vocabulary,), positive; for instance inverse document frequencies of
             meta-training texts. None starts every word at one.
+        vectors: Start of the word vectors (vocabulary, D), of any common scale; then `dim` is their D. None draws them.
     """
 
-    def __init__(self, vocabulary: int, *, dim: int = 256, importance: Tensor | None = None) -> None:
-        """Draw the word vectors."""
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        dim: int = 256,
+        importance: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> None:
+        """Draw the word vectors, or take those given."""
         super().__init__()
-        self.vectors = nn.Embedding(vocabulary, dim)
+        self.vectors = nn.Embedding(vocabulary, dim if vectors is None else vectors.shape[1])
         self.log_importance = nn.Embedding(vocabulary, 1)
         nn.init.normal_(self.vectors.weight, std=1 / _WORD_GAIN)
         nn.init.zeros_(self.log_importance.weight)
-        if importance is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if importance is not None:
                 self.log_importance.weight.copy_(importance.log()[:, None] / _WORD_GAIN)
+            if vectors is not None:
+                self.vectors.weight.copy_(vectors / _WORD_GAIN)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Each word's vector times its importance, (rows, T, D), zero at padding; see `HasTokenStates`."""
+        return _WORD_GAIN * self.vectors(tokens) * self._importances(tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed token ids (rows, T) as unit-variance vectors (rows, D); an empty text is the origin."""
-        weight = (_WORD_GAIN * self.log_importance(tokens)).exp() * (tokens != 0)[..., None]
+        weight = self._importances(tokens)
         total = (_WORD_GAIN * self.vectors(tokens) * weight).sum(-2)
         return total * (weight.square().sum(-2) + 1e-12).rsqrt()
+
+    def _importances(self, tokens: Tensor) -> Tensor:
+        return (_WORD_GAIN * self.log_importance(tokens)).exp() * (tokens != 0)[..., None]
 
 
 def build_encoder(spec: TaskSpec, *, dim: int | None = None) -> nn.Module:

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,16 +72,16 @@ class ClassEpisodes(TaskDistribution):
         pick = distinct(torch.full((n_tasks,), len(owned)), n_way, generator)
         class_ids = owned[pick]  # (B, C)
         within = distinct(self._sizes[class_ids], n_shot + n_query, generator)  # (B, C, rows)
-        row_ids = self._order[self._starts[class_ids][..., None] + within]
+        row_ids = self._order.numpy()[self._starts[class_ids][..., None] + within]
         support = self._examples(row_ids[..., :n_shot], generator)
         query = self._examples(row_ids[..., n_shot:], generator)
         return Episode(support, query, {"class_ids": class_ids})
 
-    def _examples(self, row_ids: Tensor, generator: torch.Generator) -> Examples:
+    def _examples(self, row_ids: np.ndarray, generator: torch.Generator) -> Examples:
         n_tasks, n_way, n_rows = row_ids.shape
-        order = torch.rand(n_tasks, n_way * n_rows, generator=generator).argsort(1)
-        ids = row_ids.flatten(1).gather(1, order)
-        return Examples(self.rows(ids), order // n_rows, ids=ids)
+        order = _order(torch.rand(n_tasks, n_way * n_rows, generator=generator).numpy())
+        ids = torch.from_numpy(np.take_along_axis(row_ids.reshape(n_tasks, -1), order, 1))
+        return Examples(self.rows(ids), torch.from_numpy(order // n_rows), ids=ids)
 
     def _owned(self, split: Split, n_way: int, n_rows: int) -> Tensor:
         owned = self.class_splits[check_choice("split", split, SPLITS)]  # type: ignore[index]  # checked just here
@@ -107,20 +108,39 @@ def distinct(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
         Floyd's algorithm in Bentley, 1987, "A sample of brilliance", vectorized over the leading axes. Where k is
         a good part of the sizes, sorting one random key per candidate is faster and is done instead.
     """
-    largest, smallest = (int(sizes.max()), int(sizes.min())) if sizes.numel() else (k, k)
+    bounds = sizes.numpy()  # numpy throughout: an operation on few numbers costs it a fraction of what it costs torch
+    largest, smallest = (int(bounds.max()), int(bounds.min())) if bounds.size else (k, k)
     if smallest < k:
         raise ValueError(f"distinct needs sizes of at least k = {k}; got {smallest}")
     if largest <= 4 * k:
-        keys = torch.rand(*sizes.shape, largest, generator=generator, dtype=torch.float64)
-        keys.masked_fill_(torch.arange(largest) >= sizes[..., None], 2.0)  # beyond every real key
-        return keys.argsort(-1)[..., :k]
-    draws = torch.rand(2, k, *sizes.shape, generator=generator, dtype=torch.float64)
-    tops = sizes + torch.arange(1 - k, 1).view(k, *[1] * sizes.ndim)  # candidates of round i, the newest is the last
-    chosen = (draws[0] * tops).long()
+        keys = torch.rand(*sizes.shape, largest, generator=generator, dtype=torch.float64).numpy()
+        if smallest < largest:
+            keys[np.arange(largest) >= bounds[..., None]] = 1.0  # beyond every real key
+        return torch.from_numpy(_order(keys)[..., :k])
+    draws = torch.rand(2, k, bounds.size, generator=generator, dtype=torch.float64).numpy()
+    tops = bounds.ravel() + np.arange(1 - k, 1)[:, None]  # candidates of round i, the newest is the last
+    chosen = (draws[0] * tops).astype(np.int64)
     for i in range(1, k):
-        taken = (chosen[:i] == chosen[i]).any(0)
-        chosen[i] = torch.where(taken, tops[i] - 1, chosen[i])
-    return chosen.gather(0, draws[1].argsort(0)).movedim(0, -1)
+        np.copyto(chosen[i], tops[i] - 1, where=(chosen[:i] == chosen[i]).any(0))
+    return torch.from_numpy(np.take_along_axis(chosen.T, _order(draws[1].T), 1)).view(*sizes.shape, k)
+
+
+def _order(keys: np.ndarray) -> np.ndarray:
+    """The order that sorts uniform keys (..., n) as `torch.rand` draws them, ties by position: int64 (..., n).
+
+    Such keys are multiples of 2^-24 (2^-53 in double precision), so a key and its position fit into one integer.
+    Sorting integers costs a fraction of an argsort, and no machine breaks ties in a way of its own.
+    """
+    n, bits = keys.shape[-1], 24 if keys.dtype == np.float32 else 53
+    shift = max(n - 1, 1).bit_length()
+    if bits + shift > 62:
+        return keys.argsort(-1, kind="stable")
+    packed = (keys * (1 << bits)).astype(np.int64)
+    packed <<= shift
+    packed |= np.arange(n)
+    packed.sort(-1)
+    packed &= (1 << shift) - 1
+    return packed
 
 
 def split_classes(

@@ -25,6 +25,41 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("\u2019", "'"))
 
 
+def split_characters(text: str) -> list[str]:
+    """Lower-cased characters, runs of white space as one space; text of any language has some."""
+    return list(" ".join(text.lower().split()))
+
+
+class CharacterGrams:
+    """Words and the runs of characters in them, so that words which share a stem share tokens.
+
+    A word is put between "<" and ">" first, so that runs at its ends differ from those inside. Give it to `TextClasses`
+    as the splitter, with a larger `max_tokens` and `vocabulary`.
+
+    Args:
+        shortest: Characters of the shortest runs.
+        longest: Characters of the longest runs.
+
+    Reference:
+        Bojanowski et al. 2017, arXiv:1607.04606, section 3.2.
+    """
+
+    def __init__(self, shortest: int = 3, longest: int = 5) -> None:
+        """Keep the lengths."""
+        self.shortest = check_count("shortest", shortest)
+        self.longest = check_count("longest", longest, minimum=shortest)
+
+    def __call__(self, text: str) -> list[str]:
+        """Each word, followed by its runs."""
+        tokens = []
+        for word in split_words(text):
+            marked = f"<{word}>"
+            tokens.append(marked)
+            for size in range(self.shortest, min(self.longest, len(marked) - 1) + 1):
+                tokens += [marked[i : i + size] for i in range(len(marked) - size + 1)]
+        return tokens
+
+
 class HashedWords:
     """Token ids by hashing: nothing is fitted, and words never seen in meta-training still differ.
 

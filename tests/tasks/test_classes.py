@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, derive_generator
-from metaicl.tasks.classes import ClassEpisodes, distinct, split_classes
+from metaicl.tasks.classes import ClassEpisodes, _order, distinct, split_classes
 
 
 class Numbers(ClassEpisodes):
@@ -93,6 +93,22 @@ def test_distinct_stays_below_each_size(sizes, k, seed):
     assert bool((draws < torch.tensor(sizes)[:, None]).all())
     assert int(draws.min()) >= 0
     assert all(len(set(row)) == k for row in draws.tolist())
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 75, 129, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_orders_are_those_of_a_stable_sort(n, dtype):
+    keys = torch.rand(30, n, generator=derive_generator(n), dtype=dtype)
+    keys[1] = (keys[1] * 4).floor() / 4  # many ties
+    keys[2] = 1.0  # beyond every drawn key
+    assert torch.equal(torch.from_numpy(_order(keys.numpy())), keys.argsort(dim=-1, stable=True))
+
+
+def test_the_address_of_an_episode_keeps_its_rows():
+    episode = sample(Numbers([c for c in range(9) for _ in range(20)], SPLIT, n_way=3), n_tasks=2, n_shot=1, n_query=2)
+    assert episode.latents["class_ids"].tolist() == [[1, 2, 0], [0, 1, 2]]
+    assert episode.support.ids.tolist() == [[21, 5, 51], [0, 58, 21]]
+    assert episode.query.y.tolist() == [[1, 0, 0, 1, 2, 2], [1, 2, 2, 0, 1, 0]]
 
 
 def test_distinct_refuses_more_than_there_are():

@@ -1,0 +1,23 @@
+"""How images lie in memory."""
+
+import torch
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same images (rows, channels, height, width), on a CPU with the channels of a pixel side by side in memory.
+
+    Layers of images keep the layout they are given. In this one convolution, group normalization and max-pooling take
+    about two thirds of the time on a CPU. Compiled graphs choose layouts by themselves, and the transforms of
+    torch.func know only the usual one: both get `x` as it is, and so do other devices.
+    """
+    if (
+        x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # has no stub
+    ):
+        return x
+    rows, channels, height, width = x.shape
+    # reshaped by hand, as one channel alone lies in both layouts, and layers would take it for the usual one
+    flat = x.permute(0, 2, 3, 1).reshape(-1)
+    return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)

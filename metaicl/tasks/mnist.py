@@ -1,0 +1,94 @@
+"""MNIST test digits, as a set that no learner of ours is meta-trained on."""
+
+import gzip
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaicl.checks import check_count
+from metaicl.spec import TaskSpec
+from metaicl.tasks.classes import ClassEpisodes
+from metaicl.tasks.sources import cache_folder
+from metaicl.tasks.sources import download as fetch
+
+_PREPARED = "mnist_test10k.npz"
+_ORIGIN = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_ORIGINALS = {  # file name: (checksum, bytes before the numbers begin)
+    "t10k-images-idx3-ubyte.gz": ("md5:9fb629c4189551a2d022fa330f9573f3", 16),
+    "t10k-labels-idx1-ubyte.gz": ("md5:ec29112dd5afa0611ce80d1b7f02629c", 8),
+}
+_N_IMAGES, _SIZE = 10_000, 28
+
+
+class MNIST(ClassEpisodes):
+    """N-way tasks over the 10,000 MNIST test images: grey (1, 28, 28), ink bright, in [0, 1].
+
+    All ten digits are meta-test classes: what learns on other images is judged here. There is no meta-training and no
+    meta-validation split, and asking for one raises.
+
+    Args:
+        n_way: Classes per task, at most ten.
+        folder: Where `mnist_test10k.npz` (images, labels) or the two original files of the test set lie; None looks
+            into the cache folder.
+        download: Fetch the originals (1.7 MB, verified by checksum) if there is nothing in the folder.
+
+    Raises:
+        FileNotFoundError: If there is nothing in the folder and `download` is False.
+        OSError: If a file is damaged or could not be fetched.
+        ValueError: If there are fewer digits than `n_way`.
+
+    Reference:
+        LeCun, Bottou, Bengio & Haffner, 1998, "Gradient-based learning applied to document recognition"
+        (CC BY-SA 3.0).
+    """
+
+    def __init__(self, *, n_way: int = 5, folder: str | Path | None = None, download: bool = False) -> None:
+        """Read the images."""
+        if check_count("n_way", n_way, minimum=2) > 10:
+            raise ValueError(f"n_way must be at most 10, the number of digits; got {n_way}")
+        images, labels = _load(cache_folder() / "mnist" if folder is None else Path(folder), download)
+        self._pixels = torch.from_numpy(images)
+        super().__init__(
+            TaskSpec("classification", (1, _SIZE, _SIZE), "image", n_way=n_way),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+            class_splits={"train": (), "validation": (), "test": range(10)},
+            class_names=[str(digit) for digit in range(10)],
+        )
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Images (..., 1, 28, 28), float32 in [0, 1], of the source rows `ids` (...,)."""
+        return self._pixels[ids].unsqueeze(-3).to(torch.float32).mul_(1 / 255)
+
+
+def _load(folder: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (10000, 28, 28) and labels (10000,)."""
+    prepared, paths = folder / _PREPARED, [folder / name for name in _ORIGINALS]
+    try:
+        if prepared.is_file():
+            with np.load(prepared, allow_pickle=False) as file:
+                images, labels = file["images"], file["labels"]
+        else:
+            if not all(path.is_file() for path in paths):
+                if not download:
+                    raise FileNotFoundError(
+                        f"MNIST needs {_PREPARED}, or the originals {' and '.join(_ORIGINALS)}, in {folder}. Name the "
+                        "folder with folder=..., or fetch them with download=True (1.7 MB)"
+                    )
+                paths = [fetch(_ORIGIN + name, checksum=md5, folder=folder) for name, (md5, _) in _ORIGINALS.items()]
+            images, labels = (
+                np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=offset).copy()
+                for path, (_, offset) in zip(paths, _ORIGINALS.values(), strict=True)
+            )
+            images = images.reshape(-1, _SIZE, _SIZE)
+    except (ValueError, KeyError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise OSError(f"{folder} holds a damaged MNIST file: {error}") from error
+    if images.shape != (_N_IMAGES, _SIZE, _SIZE) or labels.shape != (_N_IMAGES,) or images.dtype != np.uint8:
+        raise OSError(
+            f"{folder} must hold uint8 images ({_N_IMAGES}, {_SIZE}, {_SIZE}) and as many labels; "
+            f"got {images.dtype} {images.shape} and {labels.shape}"
+        )
+    return images, labels

@@ -1,0 +1,72 @@
+"""Batched Newton for multinomial logistic regression against scikit-learn, and its derivative."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from metaicl.convex.logistic import logistic_weights
+from metaicl.functional import class_weights
+
+CASES = [(5, 1, 16, 0.1), (3, 4, 16, 1.0), (3, 7, 4, 0.01), (4, 2, 8, 1e-3)]  # C, shots, D, penalty
+
+
+def rows(n_way: int, n_shot: int, dim: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    features = torch.randn(2, n_way * n_shot, dim, generator=source, dtype=torch.float64) / dim**0.5
+    return features, torch.arange(n_way).repeat(n_shot).expand(2, -1)
+
+
+@pytest.mark.parametrize(("n_way", "n_shot", "dim", "penalty"), CASES)
+def test_equals_scikit_learn(n_way: int, n_shot: int, dim: int, penalty: float) -> None:
+    features, y = rows(n_way, n_shot, dim)
+    found = logistic_weights(features, y, n_way, penalty=penalty)
+    model = LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-14, solver="newton-cholesky", max_iter=500)
+    for task in range(2):
+        expected = model.fit(features[task].numpy(), y[task].numpy()).coef_
+        assert np.abs(found[task].numpy().T - expected).max() <= 1e-10 * max(1, np.abs(expected).max())
+    error = torch.softmax(features @ found, -1) - class_weights(y, n_way, None, torch.float64)
+    assert float((features.mT @ error + penalty * found).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize(("n_way", "n_shot", "dim", "penalty"), CASES)
+def test_gradient_is_the_slope_of_the_solution(n_way: int, n_shot: int, dim: int, penalty: float) -> None:
+    features, y = rows(n_way, n_shot, dim)
+    source = torch.Generator().manual_seed(1)
+    way = torch.randn(features.shape, generator=source, dtype=torch.float64)
+    pull = torch.randn(2, dim, n_way, generator=source, dtype=torch.float64)
+
+    def value(at: Tensor, price: Tensor | float) -> Tensor:
+        return (logistic_weights(at, y, n_way, penalty=price) * pull).sum()
+
+    at, price = features.clone().requires_grad_(), torch.tensor(penalty, dtype=torch.float64, requires_grad=True)
+    slope, price_slope = torch.autograd.grad(value(at, price), (at, price))
+    step = 1e-5
+    measured = float(value(features + step * way, penalty) - value(features - step * way, penalty)) / (2 * step)
+    assert abs(measured - float((slope * way).sum())) <= 1e-7 * float((slope * way).abs().sum())
+    step = 1e-4
+    measured = float(value(features, penalty * (1 + step)) - value(features, penalty * (1 - step))) / (2 * step)
+    assert abs(measured - penalty * float(price_slope)) <= 1e-6 * (1 + abs(measured))
+
+
+def test_masked_rows_are_absent_and_repeated_rows_are_fine() -> None:
+    features, y = rows(3, 3, 5)
+    features[:, 1] = features[:, 0]  # one row, two labels
+    expected = logistic_weights(features[:, :6], y[:, :6], 3, penalty=0.1)
+    mask = torch.arange(9).expand(2, -1) < 6
+    assert float((logistic_weights(features, y, 3, penalty=0.1, mask=mask) - expected).abs().max()) < 1e-12
+    nothing = logistic_weights(features, y, 3, penalty=0.1, mask=torch.zeros_like(mask))
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_converges_where_undamped_newton_steps_diverge() -> None:
+    """Large features: the first full steps overshoot into saturated probabilities."""
+    features, y = rows(3, 7, 4)
+    for scale, penalty in ((30.0, 1e-3), (300.0, 1.0), (1e-4, 1.0)):
+        x = scale * features
+        found = logistic_weights(x, y, 3, penalty=penalty)
+        error = torch.softmax(x @ found, -1) - class_weights(y, 3, None, torch.float64)
+        rest = (x.mT @ error + penalty * found).abs().max() / scale
+        assert float(rest) < 1e-7
+        assert bool(logistic_weights(x.float(), y, 3, penalty=penalty).isfinite().all())

@@ -1,0 +1,79 @@
+"""What is fitted on texts reads meta-training classes only; texts as vectors keep the episodes."""
+
+import pytest
+import torch
+
+from metaicl.checks import check_episode
+from metaicl.task import SPLITS, EpisodeStream, Split
+from metaicl.tasks.text import TextClasses
+from metaicl.tasks.text_features import EmbeddedTexts, fit_tfidf, fit_word_vectors, training_documents
+
+SPLIT: dict[Split, list[int]] = {"train": [0, 1, 2], "validation": [3, 4], "test": [5, 6]}
+
+
+def make_tasks(canary: str = "") -> TextClasses:
+    texts, labels = [], []
+    for c in range(7):
+        for i in range(6):
+            texts.append(f"word{c} common thing{i} w{c}x{i} w{c}x{(i + 1) % 6}" + (f" {canary}" if c >= 3 else ""))
+            labels.append(c)
+    return TextClasses(texts, labels, n_way=2, class_splits=SPLIT, vocabulary=1009, max_tokens=8)
+
+
+def test_only_meta_training_rows_are_read() -> None:
+    tasks = make_tasks()
+    assert torch.equal(training_documents(tasks), tasks.rows(torch.arange(18)))
+
+
+@pytest.mark.parametrize("fit", [fit_tfidf, lambda t: fit_word_vectors(t, dim=5, random=4), fit_word_vectors])
+def test_a_canary_of_other_classes_leaves_no_trace(fit) -> None:
+    plain, with_canary = fit(make_tasks()), fit(make_tasks("canary canary2 canary3"))
+    assert plain.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, with_canary.state_dict()[name]), name
+
+
+def test_parts_of_word_vectors() -> None:
+    tasks = make_tasks()
+    bag = fit_word_vectors(tasks, dim=6, random=18)
+    vectors = 10 * bag.vectors.weight.detach()
+    seen = torch.unique(training_documents(tasks))[1:]
+    squares = vectors[seen].square()
+    assert float(squares[:, :6].sum(1).mean()) == pytest.approx(12, rel=1e-4)
+    assert float(squares[:, 6:].sum(1).mean()) == pytest.approx(12, rel=0.15)
+    unseen = torch.ones(1009, dtype=torch.bool)
+    unseen[seen] = False
+    assert not vectors[unseen, :6].any()
+    assert vectors[unseen, 6:].any(1).all()
+    with_idf = fit_word_vectors(tasks, dim=6, smoothing=None)
+    expected = fit_tfidf(tasks).idf.log()
+    assert torch.allclose(10 * with_idf.log_importance.weight.detach()[:, 0], expected, atol=1e-5)
+
+
+def test_embedded_texts_keep_the_episodes() -> None:
+    tasks = make_tasks()
+    calls = []
+
+    def lengths(texts: list[str]) -> list[list[float]]:
+        calls.append(len(texts))
+        return [[float(len(text)), float(sum(map(ord, text)))] for text in texts]
+
+    embedded = EmbeddedTexts(tasks, lengths, batch_size=16)
+    assert calls == [16, 16, 10]
+    for split in SPLITS:
+        ours, theirs = (
+            EpisodeStream(one, seed=0, split=split, n_shot=2, n_query=3, chunk_size=4)[0] for one in (embedded, tasks)
+        )
+        check_episode(ours, embedded.spec)
+        assert torch.equal(ours.support.ids, theirs.support.ids)  # type: ignore[arg-type]
+        assert torch.equal(ours.query.y, theirs.query.y)
+        text = tasks.describe(theirs.query.ids[1, 2][None])[0]  # type: ignore[index]
+        assert ours.query.x[1, 2].tolist() == lengths([text])[0]
+
+
+def test_bad_functions_are_named() -> None:
+    tasks = make_tasks()
+    with pytest.raises(ValueError, match=r"function must give \(texts, D\) with texts = 42; got \(3,\)"):
+        EmbeddedTexts(tasks, lambda texts: torch.zeros(3))
+    with pytest.raises(ValueError, match="finite features; 42 of 42 texts have NaN or Inf"):
+        EmbeddedTexts(tasks, lambda texts: torch.full((len(texts), 2), torch.nan))
