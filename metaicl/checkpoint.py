@@ -124,7 +124,7 @@ def load_weights(learner: nn.Module, weights: Mapping[str, Any], *, source: str)
         listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
         raise IncompatibleCheckpointError(f"{source} does not fit this {type(learner).__name__}:{listed}{more}")
     for name, (owner, leaf) in resized.items():
-        old = owner._buffers[leaf]
+        old = owner._buffers.get(leaf)
         owner._buffers[leaf] = torch.empty_like(
             weights[name], device=_device_of(learner) if old is None else old.device
         )
@@ -135,8 +135,13 @@ def _resized_buffers(learner: nn.Module, weights: Mapping[str, Any]) -> dict[str
     """The buffers whose saved value has another shape or is new, with the module that owns each."""
     resized = {}
     for prefix, module in learner.named_modules():
-        for leaf, buffer in module._buffers.items():
-            name = f"{prefix}.{leaf}" if prefix else leaf
+        start = f"{prefix}." if prefix else ""
+        buffers = dict(module._buffers)
+        if getattr(module, "takes_any_buffer", False):  # what its buffers are called is content, too
+            own = (name.removeprefix(start) for name in weights if name.startswith(start))
+            buffers = {**dict.fromkeys(leaf for leaf in own if "." not in leaf), **buffers}
+        for leaf, buffer in buffers.items():
+            name = start + leaf
             saved = weights.get(name)
             if isinstance(saved, Tensor) and (buffer is None or buffer.shape != saved.shape):
                 resized[name] = (module, leaf)

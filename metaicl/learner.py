@@ -108,6 +108,15 @@ class Updates(Protocol):
 
 
 @runtime_checkable
+class Merges(Protocol):
+    """A learner whose states, learned apart, can be joined: clients that share no row."""
+
+    def merge(self, states: Sequence[Any]) -> Any:
+        """The state after the rows of all `states`; equals adapting on all of them at once."""
+        ...
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A learner with work to do once before training, such as building a memory bank."""
 

@@ -59,6 +59,7 @@ _LEARNER_EXAM = Exam(
         conduct.check_float64,
         conduct.check_prepare_split,
         streaming.check_update,
+        streaming.check_merge,
         streaming.check_predict_prefixes,
         learning.check_meta_gradient,
         learning.check_gradient_slope,

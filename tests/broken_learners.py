@@ -1,5 +1,6 @@
 """A small honest learner, and one descendant for each way of breaking the contract."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Honest(Learner[Any]):
 
 
 class HonestStream(Honest):
-    """The same with both optional methods: the state is the sum of the codes and their number."""
+    """The same with the optional methods of streams: the state is the sum of the codes and their number."""
 
     def adapt(self, support: Examples) -> Any:
         real = support.real[..., None].to(support.y.dtype)
@@ -54,6 +55,10 @@ class HonestStream(Honest):
     def update(self, state: Any, examples: Examples) -> Any:
         total, count = self.adapt(examples)
         return state[0] + total, state[1] + count
+
+    def merge(self, states: Sequence[Any]) -> Any:
+        totals, counts = zip(*states, strict=True)
+        return sum(totals), sum(counts)
 
     def predict_prefixes(self, examples: Examples) -> Distribution:
         real = examples.real[..., None].to(examples.y.dtype)
@@ -297,6 +302,14 @@ class FixedSizes(Honest):
 class ForgetsInUpdate(HonestStream):
     def update(self, state: Any, examples: Examples) -> Any:
         return self.adapt(examples)
+
+
+class MergesWithoutWeights(HonestStream):
+    """Averages what was learned, whoever has seen how many rows."""
+
+    def merge(self, states: Sequence[Any]) -> Any:
+        means = [total / count.clamp(min=1) for total, count in states]
+        return sum(means), torch.full_like(states[0][1], len(states))
 
 
 class PrefixesSeeTheAnswer(HonestStream):

@@ -17,6 +17,7 @@ LAYERS = {
         "packing",
         "checks",
         "functional",
+        "convex",
         "inner_loop",
         "second_order",
         "nets",

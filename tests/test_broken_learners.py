@@ -42,6 +42,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.HiddenTensor, "state_dict", set()),
     (broken.FixedSizes, "sizes", {"query_independence"}),
     (broken.ForgetsInUpdate, "update", set()),
+    (broken.MergesWithoutWeights, "merge", set()),
     (broken.PrefixesSeeTheAnswer, "predict_prefixes", set()),
     (broken.ClimbsTheLoss, "learns", set()),
     (broken.ReadsTestTasks, "prepare_split", set()),

@@ -29,8 +29,20 @@ from metaicl.learners.incontext.recurrent import RecurrentLearner
 from metaicl.learners.incontext.sequence import InterleavedTransformer, LoopedTransformer
 from metaicl.learners.incontext.softmax_attention import SoftmaxAttention
 from metaicl.learners.incontext.transformer import CausalInContextTransformer, InContextTransformer
+from metaicl.learners.metric.baseline import Baseline, BaselinePlusPlus
+from metaicl.learners.metric.deep_kernel import DeepKernel
+from metaicl.learners.metric.feat import FEAT
+from metaicl.learners.metric.induction import InductionNet
+from metaicl.learners.metric.laplacian import LaplacianShot
+from metaicl.learners.metric.logistic_head import LogisticHead
+from metaicl.learners.metric.matching import MatchingNet
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.relation import RelationNet
 from metaicl.learners.metric.ridge_head import RidgeHead
+from metaicl.learners.metric.signatures import DistributionalSignatures
+from metaicl.learners.metric.simple_shot import SimpleShot
+from metaicl.learners.metric.soft_kmeans import SoftKMeansProtoNet
+from metaicl.learners.metric.svm_head import SVMHead
 from metaicl.learners.reference.from_scratch import FromScratch
 from metaicl.learners.reference.kernel import KernelRegression
 from metaicl.learners.reference.lasso import Lasso
@@ -44,6 +56,8 @@ from metaicl.learners.reference.linear import (
 from metaicl.learners.reference.recursive import RecursiveLeastSquares
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors, Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
+from metaicl.learners.retrieval.raml import RAML
 from metaicl.nets.memory.layers import Mesa
 from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.functions import LinearRegression, Sinusoid
@@ -67,6 +81,7 @@ LEARNERS = {
     "ESMAML": partial(ESMAML, n_pairs=8),
     "AmortizedBayes": partial(AmortizedBayes, inner_steps=2),
     "RidgeHead": RidgeHead,
+    "DeepKernel": DeepKernel,
     "InContextTransformer": partial(InContextTransformer, dim=32, depth=2),
     "CausalInContextTransformer": partial(CausalInContextTransformer, dim=32, depth=2),
     "LinearTransformer": partial(LinearTransformer, depth=2),
@@ -79,7 +94,10 @@ LEARNERS = {
     "RecurrentLearner": partial(RecurrentLearner, dim=32),
     "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=32),
     "Retrieval(MAML)": partial(retrieve, learner=MAML),
-    "Retrieval(CNP)": partial(retrieve, learner=partial(ConditionalNeuralProcess, dim=32), frozen=True),
+    "Retrieval(CNP)": partial(retrieve, learner=partial(ConditionalNeuralProcess, dim=32), retriever="frozen"),
+    "DemonstrationRetrieval": partial(
+        DemonstrationRetrieval, learner=partial(ConditionalNeuralProcess, dim=32), k=2, n_items=24, rows_per_item=2
+    ),
     "Constant": Constant,
     "NearestNeighbors": partial(NearestNeighbors, k=2),
     "Ridge": Ridge,
@@ -101,8 +119,22 @@ REGRESSORS = {
 }
 CLASSIFIERS = {
     "ProtoNet": ProtoNet,
+    "SVMHead": SVMHead,
+    "LogisticHead": LogisticHead,
+    "Baseline": partial(Baseline, steps=20),
+    "BaselinePlusPlus": partial(BaselinePlusPlus, steps=20),
+    "SimpleShot": partial(SimpleShot, n_mean_rows=16),
+    "ProtoNet by cosine": partial(ProtoNet, distance="cosine"),
     "ProtoMAML": partial(ProtoMAML, inner_steps=2),
+    "MatchingNet": MatchingNet,
+    "MatchingNet in full context": partial(MatchingNet, full_context=True),
+    "RelationNet": RelationNet,
+    "InductionNet": partial(InductionNet, n_slices=20),
+    "FEAT": FEAT,
+    "SoftKMeansProtoNet": SoftKMeansProtoNet,
+    "LaplacianShot": partial(LaplacianShot, steps=5),
     "Retrieval(ProtoNet)": partial(retrieve, learner=ProtoNet),
+    "RAML": partial(RAML, k=2, n_passages=48, retriever="learned"),
     "sklearn logistic": partial(SklearnLearner, estimator=LogisticRegression()),
     "sklearn k-NN": partial(SklearnLearner, estimator=KNeighborsClassifier(1)),
 }
@@ -164,7 +196,8 @@ def test_bundled_regressor_keeps_the_contract(check: Callable[[], None]) -> None
 
 
 @parametrize_with_checks(
-    {name: LEARNERS[name] for name in LEARNERS if name not in ("ANIL", "Ridge", "Constant")},
+    {name: LEARNERS[name] for name in LEARNERS if name not in ("ANIL", "Ridge", "Constant")}
+    | {"DistributionalSignatures": DistributionalSignatures},
     {"tokens": sentences()},
 )
 def test_bundled_learner_keeps_the_contract_on_tokens(check: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the two optional methods for streams."""
+"""Checks of the optional methods for streams."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.exam.case import Case, answer, numbers, require_same
-from metaicl.learner import PredictsPrefixes, Updates
+from metaicl.learner import Merges, PredictsPrefixes, Updates
 
 
 def check_update(case: Case) -> None:
@@ -25,6 +25,26 @@ def check_update(case: Case) -> None:
     require_same(
         "the state before update", answer(learner, support, x), _ask(case, state), "update returns a new state"
     )
+
+
+def check_merge(case: Case) -> None:
+    """Joining what was learned from disjoint rows equals learning from all of them, where `merge` is offered."""
+    learner = case.learner
+    if not isinstance(learner, Merges):
+        return
+    rows, x = concatenate(case.episode.support, case.extra), case.episode.query.x
+    expected = answer(learner, rows, x)
+    parts = [rows.rows(slice(1)), rows.rows(slice(1, 3)), rows.rows(slice(3, None))]
+    states = [learner.adapt(part) for part in parts]
+    hint = "merge(states) is the state after the rows of all states, however many each has seen"
+    require_same("merge of three states", expected, _ask(case, learner.merge(states)), hint)
+    pair = learner.merge([learner.merge(states[:2]), states[2]])
+    require_same("merge of a merged state and another", expected, _ask(case, pair), hint)
+    if not learner.traits.order_sensitive:
+        require_same("merge in another order", expected, _ask(case, learner.merge(states[::-1])), hint)
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        hint = "merge returns a new state"
+        require_same(f"state {i} after merge", answer(learner, part, x), _ask(case, state), hint)
 
 
 def check_predict_prefixes(case: Case) -> None:

@@ -1,32 +1,24 @@
-"""The memory: what is excluded, what is found, and that it survives saving."""
+"""Retrieval augmentation: what is excluded, what the answer is, what the switches do, and saving."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from metaicl.episode import Examples
 from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
-from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.tasks.rows import ArrayClasses
-
-
-def filled_bank(n_groups: int, dim: int, *, backend: str = "exact", chunk: int = 7) -> MemoryBank:
-    keys = torch.randn(n_groups, dim, generator=torch.Generator().manual_seed(0))
-    bank = MemoryBank(backend=backend, chunk=chunk)
-    none = torch.full((n_groups, 1), -1)
-    bank.fill(keys=keys, x=keys[:, None], y=keys.new_zeros(n_groups, 1, 0), ids=none, classes=none[:, 0])
-    return bank
 
 
 @pytest.fixture(scope="module")
@@ -40,74 +32,48 @@ def finite_source() -> ArrayClasses:
     return ArrayClasses(spec, x, labels=labels, class_splits=splits, class_names=list(range(30)))
 
 
-@pytest.mark.parametrize("backend", ["exact", "faiss"])
-def test_search_equals_sorting(backend: str) -> None:
-    bank = filled_bank(50, 6, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(4, 2, 6, generator=generator)
-    forbidden = torch.rand(4, 1, 50, generator=generator) < 0.3
-    index, found = bank.search(queries, 5, forbidden=forbidden)
-    scores = (queries @ bank.keys.T).masked_fill(forbidden, -np.inf).numpy()
-    expected = np.argsort(-scores, axis=-1, kind="stable")[..., :5]
-    assert bool(found.all())
-    np.testing.assert_array_equal(index.numpy(), expected)
-
-
-@pytest.mark.parametrize("backend", ["exact", "faiss"])
-def test_too_few_allowed_groups_are_marked(backend: str) -> None:
-    bank = filled_bank(6, 3, backend=backend)
-    forbidden = torch.ones(1, 6, dtype=torch.bool)
-    forbidden[0, 2] = False
-    index, found = bank.search(torch.randn(1, 3), 3, forbidden=forbidden)
-    assert found.tolist() == [[True, False, False]]
-    assert index[0, 0].item() == 2
-
-
-def test_bad_searches_are_refused() -> None:
-    with pytest.raises(ValueError, match="empty; call prepare"):
-        MemoryBank().search(torch.randn(1, 3), 1, forbidden=torch.zeros(1, 0, dtype=torch.bool))
-    bank = filled_bank(4, 3)
-    with pytest.raises(ValueError, match="at most the bank's 4 groups; got 5"):
-        bank.search(torch.randn(1, 3), 5, forbidden=torch.zeros(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="must be an int >= 1; got 0"):
-        bank.search(torch.randn(1, 3), 0, forbidden=torch.zeros(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="backend must be one of"):
-        MemoryBank(backend="exactt")
-
-
 def test_the_memory_holds_meta_training_classes_only(finite_source: ArrayClasses) -> None:
     learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60)
     learner.prepare(finite_source, seed=0)
-    classes = set(learner.bank.classes.tolist())
+    classes = set(learner.bank.class_ids.tolist())
     assert classes <= set(range(18))
     assert len(classes) > 12
-    rows = learner.bank.ids
-    assert torch.equal(finite_source.source_classes[rows], learner.bank.classes[:, None].expand_as(rows))
+    rows = learner.bank.row_ids
+    assert torch.equal(finite_source.source_classes[rows], learner.bank.class_ids[:, None].expand_as(rows))
 
 
 def test_a_task_never_retrieves_its_own_classes(finite_source: ArrayClasses) -> None:
     learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60, k=5)
     learner.prepare(finite_source, seed=0)
     episode = EpisodeStream(finite_source, seed=1, split="train", n_shot=2, n_query=3, chunk_size=20)[0]
-    forbidden = learner._forbidden(episode.support)
-    own = (learner.bank.classes[None, :, None] == episode.latents["class_ids"][:, None]).any(-1)
-    assert torch.equal(forbidden, own)
+    own = (learner.bank.class_ids[None, :, None] == episode.latents["class_ids"][:, None]).any(-1)  # (B, M)
+    found = find_all(learner, episode.support)
+    assert torch.equal(found, ~own)
     assert own.any()
     # Without the exclusion the own class is the nearest one, so the retrieved rows would differ.
-    state = learner.adapt(episode.support)
-    learner.row_classes = torch.empty(0, dtype=torch.long)
-    learner.bank.ids = torch.full_like(learner.bank.ids, -1)
-    assert not torch.allclose(state.inner, learner.adapt(episode.support).inner)
+    logits = learner(episode.support, episode.query.x).logits
+    learner.sources.classes = torch.empty(0, dtype=torch.long)
+    learner.bank.row_ids = torch.full_like(learner.bank.row_ids, -1)
+    assert not torch.allclose(logits, learner(episode.support, episode.query.x).logits)
 
 
 def test_rows_are_excluded_where_classes_are_unknown(finite_source: ArrayClasses) -> None:
     learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60)
     learner.prepare(finite_source, seed=0)
-    learner.row_classes = torch.empty(0, dtype=torch.long)
+    learner.sources.classes = torch.empty(0, dtype=torch.long)
     support = EpisodeStream(finite_source, seed=1, split="train", n_shot=2, n_query=1, chunk_size=10)[0].support
-    expected = (support.ids[:, :, None, None] == learner.bank.ids).any(1).any(-1)
-    assert torch.equal(learner._forbidden(support), expected)
+    expected = (support.ids[:, :, None, None] == learner.bank.row_ids).any(1).any(-1)
+    assert torch.equal(find_all(learner, support), ~expected)
     assert expected.any()
+
+
+def find_all(learner: RetrievalAugmented, support: Examples) -> Tensor:
+    """Bool (B, M): what a task may retrieve if it asks for everything."""
+    n_items = len(learner.bank)
+    queries = learner.bank.keys[:1].expand(support.n_tasks, 1, -1)
+    found = learner.bank.search(queries, n_items, exclude=learner._exclusion(support))
+    allowed = torch.zeros(support.n_tasks, n_items, dtype=torch.long)
+    return allowed.scatter_add(1, found.index[:, 0], found.real[:, 0].long()) > 0
 
 
 def test_k_zero_is_the_wrapped_learner() -> None:
@@ -170,6 +136,10 @@ def test_wrong_constructions_are_refused() -> None:
     spec = GaussianClasses(dim=4).spec
     with pytest.raises(ValueError, match="same spec"):
         RetrievalAugmented(spec, learner=ProtoNet(GaussianClasses(dim=5).spec))
+    with pytest.raises(ValueError, match=r"weight must be in \(0, 1\)"):
+        RetrievalAugmented(spec, learner=ProtoNet, weight=1.0)
+    with pytest.raises(ValueError, match="did you mean 'frozen'"):
+        RetrievalAugmented(spec, learner=ProtoNet, retriever="frosen")
     with pytest.raises(ValueError, match="k must be an int >= 0; got -1"):
         RetrievalAugmented(spec, learner=ProtoNet, k=-1)
     with pytest.raises(ValueError, match="serves classification, not regression; use RidgeHead"):
@@ -193,3 +163,47 @@ def test_training_terms_of_the_wrapped_learner_are_kept() -> None:
     state = learner.adapt(episode.support)
     assert torch.allclose(learner.penalty(state), learner.learner.penalty(state.inner).view(3, 3).mean(1))
     assert torch.equal(RetrievalAugmented(tasks.spec, learner=MAML(tasks.spec), k=2).penalty(state), torch.zeros(3))
+
+
+@pytest.mark.parametrize("retriever", ["learned", "frozen", "random"])
+def test_a_fixed_weight_is_shared_among_what_is_retrieved(retriever: str) -> None:
+    tasks = GaussianClasses(dim=4)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20, k=2, retriever=retriever, weight=0.3)
+    learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=3, chunk_size=5)[0]
+    weights = learner.adapt(episode.support).log_weights.exp()
+    torch.testing.assert_close(weights[:, 0], torch.full((5,), 0.7))
+    torch.testing.assert_close(weights[:, 1:].sum(1), torch.full((5,), 0.3))
+    if retriever == "random":
+        torch.testing.assert_close(weights[:, 1], weights[:, 2])
+    (-learner(episode.support, episode.query.x).log_prob(episode.query.y).mean()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in learner.parameters())
+    learner.bank.class_ids = torch.zeros_like(learner.bank.class_ids)
+    learner.sources.classes = torch.zeros(1, dtype=torch.long)
+    own = Examples(episode.support.x, episode.support.y, None, torch.zeros_like(episode.support.y))
+    assert learner.adapt(own).log_weights[:, 0].eq(0).all()  # nothing is allowed, so nothing weighs
+
+
+def test_random_retrieval_says_nothing_about_the_rows_but_is_repeatable() -> None:
+    tasks = GaussianClasses(dim=4)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=400, k=1, retriever="random")
+    learner.prepare(tasks, seed=0)
+    support = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=1, chunk_size=200)[0].support
+    asking = learner._asking_groups(support)
+    keys = learner.search_keys(support.x[:, None], support.x[:, None, :, :0], asking)
+    assert torch.equal(keys, learner.search_keys(support.x[:, None].flip(2), support.x[:, None, :, :0], asking.flip(2)))
+    found = learner.bank.search(keys, 1).index.flatten()
+    centers = learner.bank.values["x"].mean(1)
+    asked = (asking.float() @ support.x).flatten(0, 1) / 2
+    distance = (centers[found] - asked).norm(dim=1).mean()
+    typical = torch.cdist(asked, centers).mean()
+    assert abs(float(distance / typical) - 1) < 0.05
+    assert len(found.unique()) > 200
+
+
+def test_no_retriever_is_the_wrapped_learner() -> None:
+    tasks = GaussianClasses(dim=4)
+    inner = ProtoNet(tasks.spec)
+    learner = RetrievalAugmented(tasks.spec, learner=inner, retriever="none")
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=3, chunk_size=5)[0]
+    assert torch.equal(learner(episode.support, episode.query.x).logits, inner(episode.support, episode.query.x).logits)

@@ -12,7 +12,16 @@ import pytest
 from metaicl.recipe import run
 
 RECIPES = sorted(Path(__file__).resolve().parents[2].joinpath("recipes").glob("*.py"))
-NEEDS_DATA = ("omniglot", "few_shot_intents")
+NEEDS_DATA = (
+    "omniglot",
+    "raml_text",
+    "few_shot_headlines",
+    "few_shot_intents",
+    "federated_reconnaissance",
+    "susana_losses",
+    "omniglot_heads",
+    "benchmark_metric_retrieval",
+)
 NEEDS_JAX = ("benchmark_gradient", "benchmark_in_context")  # its threads forbid other tests of the process to fork
 
 

@@ -16,18 +16,39 @@ from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
 
 
-class RidgeState(NamedTuple):
-    """The posterior of a Bayesian linear head: dual weights and what is needed for the variance.
+class RowState(NamedTuple):
+    """The posterior of a Bayesian linear head in the space of the rows, for N < D.
 
     Attributes:
-        features: (B, N, D), masked rows zero.
-        solved: (B, N, K), (F F' + penalty I)^-1 Y.
+        features: F (B, N, D), masked rows zero.
+        targets: Y (B, N, K), masked rows zero.
         factor: (B, N, N), Cholesky factor of F F' + penalty I.
+        weights: (B, D, K), F' (F F' + penalty I)^-1 Y.
     """
 
     features: Tensor
-    solved: Tensor
+    targets: Tensor
     factor: Tensor
+    weights: Tensor
+
+
+class SumState(NamedTuple):
+    """The same posterior by sums over rows, for N >= D: it does not grow with more rows.
+
+    Attributes:
+        gram: F'F (B, D, D).
+        cross: F'Y (B, D, K).
+        factor: (B, D, D), Cholesky factor of F'F + penalty I.
+        weights: (B, D, K), (F'F + penalty I)^-1 F'Y.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    factor: Tensor
+    weights: Tensor
+
+
+RidgeState = RowState | SumState
 
 
 class RidgeHead(Learner[RidgeState]):
@@ -42,8 +63,10 @@ class RidgeHead(Learner[RidgeState]):
 
     Reference:
         Bertinetto et al. 2019, arXiv:1805.08136 (R2D2), equations 4 to 6, for classification; Harrison, Sharma &
-        Pavone, 2018, arXiv:1807.08912 (ALPaCA), equation 8, for the variance in regression. Differs: an isotropic
-        instead of a learned prior; solved in the rows (Woodbury), whatever N and D; a constant feature for the bias.
+        Pavone, 2018, arXiv:1807.08912 (ALPaCA), equation 8, for the variance in regression. Differs: features divided
+        by sqrt(D), so that one start of the penalty suits all encoders, and with them a temperature that starts at
+        e^2 instead of 1; centered one-hot targets; no learned shift of the logits, which a softmax would not show; an
+        isotropic instead of a learned prior; a constant feature for the bias.
     """
 
     traits = Traits()
@@ -62,28 +85,58 @@ class RidgeHead(Learner[RidgeState]):
             self.raw_noise = nn.Parameter(torch.zeros(spec.output_size))
 
     def adapt(self, support: Examples) -> RidgeState:
-        """Solve for the dual weights."""
-        features = self._features(support.x)
-        y = as_numbers(support.y, self.spec, features.dtype)
-        if self.spec.kind == "classification":
-            y = y - 1 / self.spec.output_size
-        if support.mask is not None:
-            features, y = features * support.mask[..., None], y * support.mask[..., None]
-        identity = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-        factor = torch.linalg.cholesky(features @ features.mT + positive(self.raw_penalty) * identity)
-        return RidgeState(features, torch.cholesky_solve(y, factor), factor)
+        """Solve in the smaller of the two dimensions, rows or features."""
+        return self._solve(*self._rows(support))
+
+    def update(self, state: RidgeState, examples: Examples) -> RidgeState:
+        """Add rows to the sums; fewer rows than features are kept instead."""
+        features, targets = self._rows(examples)
+        if isinstance(state, SumState):
+            return self._from_sums(state.gram + features.mT @ features, state.cross + features.mT @ targets)
+        return self._solve(torch.cat([state.features, features], 1), torch.cat([state.targets, targets], 1))
 
     def predict(self, state: RidgeState, x: Tensor) -> Distribution:
-        """Kernel ridge prediction; see the class for its variance."""
+        """Linear scores; for regression see the class for their variance."""
         features = self._features(x)
-        kernel = features @ state.features.mT  # (B, Q, N)
-        mean = kernel @ state.solved
+        mean = features @ state.weights
         if self.spec.kind == "classification":
             return categorical(mean * self.log_temperature.exp())
-        explained = torch.linalg.solve_triangular(state.factor, kernel.mT, upper=False).square().sum(-2)
-        spread = (features.square().sum(-1) - explained).clamp(min=0) / positive(self.raw_penalty)
+        if isinstance(state, SumState):
+            spread = _quadratic(state.factor, features)
+        else:
+            explained = _quadratic(state.factor, features @ state.features.mT)
+            spread = (features.square().sum(-1) - explained).clamp(min=0) / positive(self.raw_penalty)
         return gaussian(mean, positive(self.raw_noise) * (1 + spread).sqrt()[..., None])
+
+    def _rows(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Features (B, N, D) and targets (B, N, K), masked rows zero."""
+        features = self._features(examples.x)
+        targets = as_numbers(examples.y, self.spec, features.dtype)
+        if self.spec.kind == "classification":
+            targets = targets - 1 / self.spec.output_size
+        if examples.mask is None:
+            return features, targets
+        return features * examples.mask[..., None], targets * examples.mask[..., None]
+
+    def _solve(self, features: Tensor, targets: Tensor) -> RidgeState:
+        if features.shape[1] >= features.shape[2]:
+            return self._from_sums(features.mT @ features, features.mT @ targets)
+        factor = self._factor(features @ features.mT)
+        return RowState(features, targets, factor, features.mT @ torch.cholesky_solve(targets, factor))
+
+    def _from_sums(self, gram: Tensor, cross: Tensor) -> SumState:
+        factor = self._factor(gram)
+        return SumState(gram, cross, factor, torch.cholesky_solve(cross, factor))
+
+    def _factor(self, gram: Tensor) -> Tensor:
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.cholesky(gram + positive(self.raw_penalty) * identity)
 
     def _features(self, x: Tensor) -> Tensor:
         embedded = encode(self.encoder, x)
         return F.pad(embedded / embedded.shape[-1] ** 0.5, (0, 1), value=1.0)
+
+
+def _quadratic(factor: Tensor, rows: Tensor) -> Tensor:
+    """The quadratic form r' (L L')^-1 r (B, Q) of rows (B, Q, n)."""
+    return torch.linalg.solve_triangular(factor, rows.mT, upper=False).square().sum(-2)

@@ -1,112 +1,285 @@
-"""A memory of meta-training rows, grouped into what can be retrieved together."""
+"""A memory of keys and values: search by inner product, with rows, classes and tasks that must not be found."""
 
-from typing import Any
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaicl.checks import check_choice, check_count
+from metaicl.learners.retrieval.bank_file import CorruptBankError, read_tensors, write_tensors
+from metaicl.learners.retrieval.bank_search import BankSearch
+from metaicl.learners.retrieval.exclusion import Exclusion
+
+_BACKENDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
+_IDS = ("row_ids", "class_ids", "task_ids")
+_PREFIX = "value_"
+
+
+class Found(NamedTuple):
+    """What a search brought, best first.
+
+    Attributes:
+        index: long (..., k), item numbers; 0 where `real` is False.
+        score: (..., k), inner products; -inf where `real` is False.
+        real: bool (..., k), False where fewer than k items are allowed.
+    """
+
+    index: Tensor
+    score: Tensor
+    real: Tensor
 
 
 class MemoryBank(nn.Module):
-    """Groups of labeled rows and a search over their keys.
+    """Items with a key, named values and ids, and a search over the keys.
 
-    A group is what one retrieval brings: the rows of one class in classification, of one task in regression.
+    An item is what one retrieval brings: a row, a group of rows, a passage, a task. Everything is a buffer, so it
+    moves with the module and is saved with it; loading takes whatever size was saved.
+
+    The exact search of 256 queries among 1,000,000 keys of size 128 took 1.2 s on one busy core of an AVX2 processor,
+    10 times as fast as faiss's flat index beside it; the bank held 524 MiB, and the search 22 MiB more
+    (`recipes/peers/search.py`).
 
     Args:
-        backend: "exact" (chunked matrix product and top-k) or "faiss" (a flat inner-product index; extra `retrieval`).
-        chunk: Groups compared at once by the exact search; bounds memory.
+        backend: "exact" (matrix product and top-k, the default), or an index of faiss (extra `retrieval`):
+            "faiss-flat" (exact), "faiss-ivf" (cells), "faiss-hnsw" (a graph).
+        chunk: Items compared at once by the exact search; bounds memory.
+        breadth: How much an approximate index looks at: cells of IVF (of about 4 sqrt(M)), candidates of HNSW. More
+            is slower and finds more.
+
+    Attributes:
+        keys: (M, K), what the search compares by inner product.
+        row_ids: long (M, R), the source rows that an item holds, -1 = none.
+        class_ids: long (M,), its source class, -1 = none.
+        task_ids: long (M,), its task, -1 = none.
     """
 
     keys: Tensor
-    x: Tensor
-    y: Tensor
-    ids: Tensor
-    classes: Tensor
+    row_ids: Tensor
+    class_ids: Tensor
+    task_ids: Tensor
+    takes_any_buffer = True  # see metaicl.checkpoint.load_weights: names of values are data, not architecture
 
-    def __init__(self, *, backend: str = "exact", chunk: int = 65_536) -> None:
-        """Start empty; `fill` gives it rows."""
+    def __init__(self, *, backend: str = "exact", chunk: int = 16_384, breadth: int = 64) -> None:
+        """Start empty; `add` gives it items."""
         super().__init__()
-        self.backend = check_choice("backend", backend, ("exact", "faiss"))
+        self.backend = check_choice("backend", backend, _BACKENDS)
         self.chunk = check_count("chunk", chunk)
-        for name in ("keys", "x", "y"):
-            self.register_buffer(name, torch.empty(0))
-        for name in ("ids", "classes"):
-            self.register_buffer(name, torch.empty(0, dtype=torch.long))
+        self.breadth = check_count("breadth", breadth)
+        self.register_buffer("keys", torch.empty(0, 0))
+        self.clear()
 
     def __len__(self) -> int:
-        """M, the number of groups."""
-        return self.x.shape[0]
+        """M, the number of items."""
+        return self.keys.shape[0]
 
-    def fill(self, *, keys: Tensor, x: Tensor, y: Tensor, ids: Tensor, classes: Tensor) -> None:
-        """Replace the content.
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The values (M, ...) by name."""
+        return {name.removeprefix(_PREFIX): getattr(self, name) for name in self._value_names()}
+
+    def add(
+        self,
+        keys: Tensor,
+        values: Mapping[str, Tensor],
+        *,
+        rows: Tensor | None = None,
+        classes: Tensor | None = None,
+        tasks: Tensor | None = None,
+    ) -> None:
+        """Append items. Each call copies the whole bank: add many at once.
+
+        The first call after construction or `clear` fixes the names, shapes and dtypes.
 
         Args:
-            keys: (M, K), what the search compares (inner product).
-            x: (M, R, *x_shape), R rows per group.
-            y: (M, R, y_dim) targets; empty for classification, where the group is the label.
-            ids: long (M, R), source rows, -1 = none.
-            classes: long (M,), the source class of each group, -1 = none.
+            keys: (m, K).
+            values: Name -> (m, ...).
+            rows: long (m, R) or (m,), ids of the source rows that an item holds, -1 = none.
+            classes: long (m,), source class, -1 = none.
+            tasks: long (m,), task, -1 = none.
 
         Raises:
-            ValueError: If the leading sizes differ or there is nothing.
+            TypeError: If ids are not long.
+            ValueError: If sizes, names or shapes do not fit each other or what is there.
         """
-        sizes = {name: value.shape[0] for name, value in (("keys", keys), ("x", x), ("ids", ids), ("classes", classes))}
-        if len(set(sizes.values())) != 1 or keys.shape[0] == 0:
-            raise ValueError(f"a bank needs the same positive number of groups everywhere; got {sizes}")
-        self.keys, self.x, self.y, self.ids, self.classes = keys, x, y, ids, classes
+        rows = (
+            _ids("rows", rows, len(keys)).reshape(len(keys), -1) if len(keys) else torch.empty(0, 1, dtype=torch.long)
+        )
+        given = {
+            "keys": keys,
+            **{_PREFIX + name: value for name, value in values.items()},
+            "row_ids": rows,
+            "class_ids": _ids("classes", classes, len(keys)),
+            "task_ids": _ids("tasks", tasks, len(keys)),
+        }
+        self._check_fit(given)
+        if not len(self):
+            self.clear()
+        width = max(self.row_ids.shape[1], rows.shape[1])
+        given["row_ids"] = F.pad(rows, (0, width - rows.shape[1]), value=-1)
+        self.row_ids = F.pad(self.row_ids, (0, width - self.row_ids.shape[1]), value=-1)
+        first, known = not len(self), self._search.knows(self.keys)
+        for name, value in given.items():
+            value = value.detach().to(self.keys.device)
+            here = getattr(self, name, value)
+            self.register_buffer(name, value.clone() if first else torch.cat([here, value.to(here.dtype)]))
+        if known:
+            self._search.follow(self.keys, lambda index: index.append(keys))
 
-    def search(self, queries: Tensor, k: int, *, forbidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The k groups with the largest inner product.
+    def remove(self, selected: Tensor) -> None:
+        """Take items out; the others keep their order.
+
+        Args:
+            selected: long (any,) item numbers, or bool (M,).
+        """
+        keep = torch.ones(len(self), dtype=torch.bool, device=self.keys.device)
+        keep[self._as_index(selected)] = False
+        known = self._search.knows(self.keys)
+        for name in ("keys", *_IDS, *self._value_names()):
+            self.register_buffer(name, getattr(self, name)[keep])
+        if known:
+            self._search.follow(self.keys, lambda index: index.remove(keep))
+
+    def clear(self) -> None:
+        """Take everything out and forget names and shapes."""
+        self._search = BankSearch(self.backend, chunk=self.chunk, breadth=self.breadth)
+        for name in self._value_names():
+            delattr(self, name)
+        self.register_buffer("keys", self.keys.new_empty(0, 0))
+        empty = torch.empty(0, dtype=torch.long, device=self.keys.device)
+        self.register_buffer("row_ids", empty[:, None])
+        self.register_buffer("class_ids", empty)
+        self.register_buffer("task_ids", empty.clone())
+
+    def refresh(self, selected: Tensor, keys: Tensor) -> None:
+        """Give some items new keys, for instance while the encoder that makes them is trained.
+
+        Args:
+            selected: long (m,) item numbers, or bool (M,).
+            keys: (m, K), in the order of `selected`.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        index = self._as_index(selected)
+        if keys.shape != (len(index), self.keys.shape[1]):
+            raise ValueError(
+                f"refresh needs keys of shape {(len(index), self.keys.shape[1])} for the selected items; "
+                f"got {tuple(keys.shape)}"
+            )
+        if len(index.unique()) != len(index):
+            raise ValueError(f"refresh needs every selected item once; got {len(index) - len(index.unique())} repeats")
+        known = self._search.knows(self.keys)
+        with torch.no_grad():
+            self.keys[index] = keys.detach().to(self.keys)
+        if known:
+            self._search.follow(self.keys, lambda found: found.refresh(index, keys))
+
+    def search(self, queries: Tensor, k: int, *, exclude: Exclusion | None = None) -> Found:
+        """The k allowed items with the largest inner product, best first; no gradient goes through.
 
         Args:
             queries: (..., K).
             k: How many.
-            forbidden: bool (..., M), groups that must not be found.
-
-        Returns:
-            Indices (..., k) and which of them are real (..., k): False where fewer than k groups are allowed.
+            exclude: What each query may not find; exact for every backend.
 
         Raises:
-            ValueError: If the bank is empty or has fewer than k groups.
+            ValueError: If the bank is empty or the queries have another size than the keys.
         """
         if not len(self):
-            raise ValueError("the memory bank is empty; call prepare(tasks, seed=...) first, as meta_train does")
-        if check_count("k", k) > len(self):
-            raise ValueError(f"k must be at most the bank's {len(self)} groups; got {k}")
-        if self.backend == "faiss":
-            return self._search_faiss(queries, k, forbidden)
-        best = queries.new_full((*queries.shape[:-1], k), -torch.inf)
-        index = torch.zeros_like(best, dtype=torch.long)
-        for start in range(0, len(self), self.chunk):
-            part = slice(start, start + self.chunk)
-            scores = (queries @ self.keys[part].T).masked_fill(forbidden[..., part], -torch.inf)
-            top, at = scores.topk(min(k, scores.shape[-1]), -1)
-            best, order = torch.cat([best, top], -1).topk(k, -1)
-            index = torch.cat([index, at + start], -1).gather(-1, order)
-        return index, best.isfinite()
+            raise ValueError("the memory bank is empty; fill it with add, as learners do in prepare(tasks, seed=...)")
+        check_count("k", k)
+        if queries.shape[-1] != self.keys.shape[1]:
+            raise ValueError(f"queries must have the size of the keys, {self.keys.shape[1]}; got {queries.shape[-1]}")
+        with torch.no_grad(), torch.autocast(self.keys.device.type, enabled=False):
+            leading, queries = queries.shape[:-1], queries.detach().to(self.keys.dtype).flatten(0, -2)
+            wanted = {
+                name: value.expand(*leading, value.shape[-1]).reshape(len(queries), -1)
+                for name, value in zip(_IDS, exclude or (), strict=False)
+                if value is not None and value.shape[-1]
+            }
+            ids = {name: getattr(self, name) for name in wanted}
+            score, index = self._search.best(self.keys, queries, min(k, len(self)), wanted, ids)
+            missing = (0, k - score.shape[1])
+            score = F.pad(score, missing, value=-torch.inf).unflatten(0, leading)
+            real = score > -torch.inf
+            return Found(F.pad(index, missing).unflatten(0, leading).masked_fill(~real, 0), score, real)
 
-    def _search_faiss(self, queries: Tensor, k: int, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file, atomically and with a checksum.
+
+        Raises:
+            OSError: If the file cannot be written; an older one then stands.
+        """
+        settings = {"backend": self.backend, "chunk": self.chunk, "breadth": self.breadth}
+        write_tensors(path, self.state_dict(), settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MemoryBank":
+        """Read what `save` wrote, on the CPU. No code in the file is ever run.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CorruptBankError: If the file was truncated or changed, or is something else; the message says what.
+        """
+        tensors, settings = read_tensors(path)
         try:
-            import faiss
-        except ImportError as error:
-            raise ImportError('the faiss backend needs: pip install "metaicl[retrieval]"') from error
-        index = faiss.IndexFlatIP(self.keys.shape[1])
-        index.add(self.keys.detach().cpu().float().numpy())  # type: ignore[call-arg]  # faiss patches its signature
-        # Ask for as many more as may be forbidden, then keep the first k allowed ones.
-        wanted = min(len(self), k + int(forbidden.sum(-1).max()))
-        flat = queries.detach().reshape(-1, queries.shape[-1]).cpu().float().numpy()
-        _, found = index.search(flat, wanted)  # type: ignore[call-arg]  # likewise
-        at = torch.from_numpy(found).to(queries.device).reshape(*queries.shape[:-1], wanted)
-        allowed = ~forbidden.expand(*queries.shape[:-1], -1).gather(-1, at)
-        first = (~allowed).long().argsort(dim=-1, stable=True)[..., :k]
-        return at.gather(-1, first), allowed.gather(-1, first)
+            bank = cls(**settings)
+            bank.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CorruptBankError(f"{path} does not hold a memory bank: {error}") from error
+        return bank
+
+    def _value_names(self) -> list[str]:
+        return [name for name in self._buffers if name.startswith(_PREFIX)]
+
+    def _as_index(self, selected: Tensor) -> Tensor:
+        selected = selected.to(self.keys.device)
+        if selected.dtype == torch.bool and selected.shape == (len(self),):
+            return selected.nonzero()[:, 0]
+        if selected.dtype != torch.long or selected.ndim != 1:
+            raise TypeError(
+                f"selected must be item numbers, long (any,), or bool ({len(self)},); "
+                f"got {selected.dtype} {tuple(selected.shape)}"
+            )
+        if selected.numel() and not 0 <= int(selected.min()) <= int(selected.max()) < len(self):
+            raise ValueError(
+                f"selected must be in [0, {len(self)}); got {int(selected.min())} .. {int(selected.max())}"
+            )
+        return selected
+
+    def _check_fit(self, given: Mapping[str, Tensor]) -> None:
+        sizes = {name: len(value) for name, value in given.items()}
+        if len(set(sizes.values())) != 1 or given["keys"].ndim != 2:
+            shapes = {name: tuple(value.shape) for name, value in given.items()}
+            raise ValueError(f"a bank needs keys (m, K) and everything else for the same m items; got {shapes}")
+        if not len(self):
+            return
+        here = {name: tuple(getattr(self, name).shape[1:]) for name in ("keys", *self._value_names())}
+        there = {name: tuple(value.shape[1:]) for name, value in given.items() if name not in _IDS}
+        if here != there:
+            raise ValueError(f"items must look like those of the bank, {here}; got {there}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The content's size is data, not architecture: take whatever size was saved.
-        for name in ("keys", "x", "y", "ids", "classes"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                here = getattr(self, name)
-                setattr(self, name, torch.empty_like(saved, device=here.device))
+        # Size and names of the content are data, not architecture: take what was saved.
+        saved = {
+            name.removeprefix(prefix): value
+            for name, value in state_dict.items()
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+        if "keys" in saved:
+            self.clear()
+        for name, value in saved.items():
+            if name in self._buffers or name.startswith(_PREFIX):
+                self.register_buffer(name, torch.empty_like(value, device=self.keys.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _ids(name: str, ids: Tensor | None, n_items: int) -> Tensor:
+    if ids is None:
+        return torch.full((n_items,), -1)
+    if ids.dtype != torch.long:
+        raise TypeError(f"{name} must be long ids, -1 for none; got {ids.dtype}")
+    return ids

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.functional import masked_mean, raw_features, unit_rows
+from metaicl.learners.retrieval.content import arbitrary_keys, content_ids
 from metaicl.nets.backbones import MLP
 from metaicl.spec import TaskSpec
 
@@ -48,6 +49,26 @@ class SearchKeys(nn.Module):
         weights = real.to(features.dtype)
         total = (weights[..., None, :] @ features)[..., 0, :]
         return unit_rows(total / weights.sum(-1, keepdim=True).clamp(min=1))
+
+
+class RandomKeys(nn.Module):
+    """Unit keys (..., K) of groups of rows that say nothing about them, but are the same for the same group.
+
+    A search with them retrieves at random without a random state: the control of every claim about retrieval.
+
+    Args:
+        spec: The tasks.
+    """
+
+    def __init__(self, spec: TaskSpec) -> None:
+        """Keep the spec."""
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+        """Keys of groups x (..., N, *x_shape) and real (..., N), which may have more leading axes; y is not read."""
+        group = (content_ids(x, self.spec) * real).sum(-1)  # the order of the rows and absent rows change nothing
+        return arbitrary_keys(group, y.dtype)
 
 
 class GroupEncoder(nn.Module):

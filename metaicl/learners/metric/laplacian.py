@@ -1,0 +1,92 @@
+"""Nearest prototypes under which neighboring queries agree."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.checks import check_count, check_positive
+from metaicl.episode import Examples
+from metaicl.functional import categorical, prototypes, squared_distances
+from metaicl.learner import Learner, Traits
+from metaicl.learners.metric.soft_kmeans import filled_rows
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.nets.similarity import Similarity
+from metaicl.spec import TaskSpec
+
+
+class LaplacianShot(Learner[Tensor]):
+    """A prototypical network whose answers for queries that are neighbors are drawn together. Transductive.
+
+    The assignments z minimize sum_q z_q . d_q + strength / 2 sum_qp w(q, p) |z_q - z_p|^2 - entropy(z), with d the
+    scaled distances to the prototypes and w(q, p) = 1 where p is one of the nearest neighbors of q among the queries.
+    Each bound-optimization step is z_q = softmax(-d_q + strength sum_p w(q, p) z_p), all queries at once. Needs O(Q^2)
+    numbers for w. A query of zeros only, which is what a masked row of an episode holds, is nobody's neighbor.
+
+    Args:
+        spec: A classification spec.
+        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
+        neighbors: Nearest neighbors of each query; all others where there are fewer.
+        strength: Start of the learned strength of agreement, in nats per neighbor.
+        steps: Bound-optimization steps; 0 is a prototypical network.
+        temperature: Start of the learned factor on the distances; None takes 1 / sqrt(D).
+        learn_scales: Train strength and temperature.
+
+    Raises:
+        ValueError: If the spec is a regression spec; RidgeHead serves those.
+
+    Reference:
+        Ziko et al. 2020, arXiv:2006.15486, section 2 and algorithm 1. Differs: trained end to end through the steps
+        (the neighborhoods are constants to the gradient), where the paper adds them to a trained encoder; strength and
+        temperature are learned, where the paper picks the strength on validation classes; a fixed number of steps; no
+        rectification of the prototypes and no centering of features.
+    """
+
+    traits = Traits(transductive=True, kinds=("classification",), instead=(("regression", "RidgeHead"),))
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        encoder: nn.Module | None = None,
+        neighbors: int = 3,
+        strength: float = 1.0,
+        steps: int = 10,
+        temperature: float | None = None,
+        learn_scales: bool = True,
+    ) -> None:
+        """Build the encoder where none is given."""
+        super().__init__(spec)
+        self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.neighbors, self.steps = check_count("neighbors", neighbors), check_count("steps", steps, minimum=0)
+        dim = encoder_dim(self.encoder, spec)
+        self.similarity = Similarity(dim, temperature=temperature, learn_temperature=learn_scales)
+        log_strength = torch.tensor(check_positive("strength", strength)).log()
+        self.log_strength = nn.Parameter(log_strength, requires_grad=learn_scales)
+
+    def adapt(self, support: Examples) -> Tensor:
+        """Prototypes (B, C, D)."""
+        return prototypes(encode(self.encoder, support.x), support.y, self.spec.output_size, support.mask)
+
+    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+        """The assignments after the last step."""
+        queries = encode(self.encoder, x)
+        alone = self.similarity(queries, state)
+        pull = self.log_strength.exp() * nearest_neighbors(queries, filled_rows(x), self.neighbors)
+        logits = alone
+        for _ in range(self.steps):
+            logits = alone + pull @ logits.softmax(-1)
+        return categorical(logits)
+
+
+def nearest_neighbors(rows: Tensor, filled: Tensor, k: int) -> Tensor:
+    """Which rows are among the k nearest of each row of (B, Q, D): ones and zeros (B, Q, Q), constants to a gradient.
+
+    A row is not its own neighbor, and a row that is not filled (B, Q) is nobody's. At equal distance any one is taken.
+    """
+    with torch.no_grad():
+        count = rows.shape[1]
+        itself = torch.eye(count, dtype=torch.bool, device=rows.device)
+        excluded = itself | ~filled[:, None]
+        distances = squared_distances(rows, rows).masked_fill(excluded, torch.inf)
+        index = distances.topk(min(k, count), -1, largest=False).indices
+        return torch.zeros_like(distances).scatter(-1, index, 1.0).masked_fill(excluded, 0)

@@ -1,0 +1,63 @@
+"""Logistic regression on a learned encoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metaicl.checks import check_positive
+from metaicl.convex.logistic import logistic_weights
+from metaicl.episode import Examples
+from metaicl.functional import categorical, inverse_positive, positive
+from metaicl.learner import Learner, Traits
+from metaicl.nets.backbones import build_encoder, encode
+from metaicl.spec import TaskSpec
+
+
+class LogisticHead(Learner[Tensor]):
+    """Multinomial logistic regression fitted to each support, trained end to end through its solution.
+
+    Args:
+        spec: A classification spec.
+        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
+        penalty: Start of the learned penalty on squared weights, for features divided by sqrt(D).
+        temperature: Start of the learned factor on the scores.
+
+    Raises:
+        ValueError: If a number is out of range, or the spec is a regression spec; RidgeHead serves those.
+
+    Reference:
+        Bertinetto et al. 2019, arXiv:1805.08136 (LR-D2), section 3.3. Differs: any number of classes, where the paper
+        has two; Newton's method to the end instead of a fixed number of its steps, differentiated at the solution; a
+        constant feature for the bias.
+    """
+
+    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        encoder: nn.Module | None = None,
+        penalty: float = 0.1,
+        temperature: float = 2.0,
+    ) -> None:
+        """Build the encoder where none is given."""
+        super().__init__(spec)
+        self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
+        self.raw_penalty = nn.Parameter(torch.tensor(inverse_positive(check_positive("penalty", penalty))))
+        self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
+
+    def adapt(self, support: Examples) -> Tensor:
+        """Weights (B, D + 1, C), the bias last."""
+        features, n_way = self._features(support.x), self.spec.output_size
+        return logistic_weights(features, support.y, n_way, penalty=positive(self.raw_penalty), mask=support.mask)
+
+    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+        """Softmax of the scores."""
+        return categorical(self._features(x) @ state * self.log_temperature.exp())
+
+    def _features(self, x: Tensor) -> Tensor:
+        embedded = encode(self.encoder, x)
+        return F.pad(embedded / embedded.shape[-1] ** 0.5, (0, 1), value=1.0)

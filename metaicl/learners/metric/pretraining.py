@@ -1,0 +1,136 @@
+"""Encoders trained to tell all meta-training classes apart, and the learners that put a new head on them."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaicl.episode import Episode, Examples
+from metaicl.functional import masked_mean, unit_rows
+from metaicl.learner import Learner, Traits
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.objectives import query_loss, stream_of
+from metaicl.spec import TaskSpec
+from metaicl.task import TaskDistribution, derive_generator
+
+State = TypeVar("State")
+
+
+class ClassScores(nn.Module):
+    """Scores of G classes from features (..., D): linear with a bias, or cosines times a fixed scale.
+
+    Args:
+        n_classes: G.
+        dim: D.
+        scale: None for linear scores, else the factor on the cosines.
+    """
+
+    def __init__(self, n_classes: int, dim: int, *, scale: float | None = None) -> None:
+        """Start from zeros; `draw` gives random weights."""
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.zeros(n_classes, dim))
+        self.bias = nn.Parameter(torch.zeros(n_classes)) if scale is None else None
+
+    def draw(self, generator: torch.Generator) -> "ClassScores":
+        """Itself, with weights of a random direction for each class and about unit length."""
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator) / self.weight.shape[1] ** 0.5)
+        return self
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores (..., G)."""
+        if self.scale is None:
+            return F.linear(features, self.weight, self.bias)
+        return self.scale * unit_rows(features) @ unit_rows(self.weight).mT
+
+
+class PretrainedLearner(Learner[State]):
+    """A learner whose encoder is trained by ordinary classification over all meta-training classes.
+
+    `prepare` notes which source row is of which meta-training class. A meta-training update then classifies every row
+    of its episodes, support and query alike, among all of these classes: as many rows and updates as any other
+    learner in a comparison has. Task labels are not used.
+
+    Where rows have no named source (classes that are made afresh for every task), there is nothing to classify; then
+    the query loss after adaptation is minimized, through the adaptation.
+
+    Args:
+        spec: A classification spec.
+        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
+        class_scale: None for a linear classifier of meta-training classes, else the factor on cosines.
+
+    Raises:
+        ValueError: If the spec is a regression spec; RidgeHead serves those.
+    """
+
+    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+
+    row_classes: Tensor
+
+    def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None, class_scale: float | None = None) -> None:
+        """Build the encoder where none is given; the classifier waits for `prepare`."""
+        super().__init__(spec)
+        self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
+        self.feature_dim = encoder_dim(self.encoder, spec)
+        self.class_scale = class_scale
+        self.classifier: ClassScores | None = None
+        # Only training needs it, and `prepare` fills it again: no label of a source belongs into a checkpoint.
+        self.register_buffer("row_classes", torch.empty(0, dtype=torch.long), persistent=False)
+
+    def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
+        """Number the meta-training classes; their classifier is drawn at the address (seed, "classifier")."""
+        self.classifier = None
+        device = self.row_classes.device
+        self.row_classes = torch.empty(0, dtype=torch.long, device=device)
+        if tasks.source_classes is None:
+            return
+        splits = getattr(tasks, "class_splits", None)
+        train = torch.as_tensor(tasks.source_classes.unique() if splits is None else splits["train"])
+        number = torch.full((int(tasks.source_classes.max()) + 1,), -1)
+        number[train] = torch.arange(len(train))
+        self.row_classes = number[tasks.source_classes.cpu()].to(device)
+        self.classifier = self._new_classifier(len(train)).draw(derive_generator(seed, "classifier"))
+        self.classifier.to(self._parameter())
+
+    def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean training loss and its gradient; see the class."""
+        parameters = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        with torch.enable_grad():
+            loss = self.training_losses(episode).mean()
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(parameters, found, strict=True))
+
+    def training_losses(self, episode: Episode) -> Tensor:
+        """Cross-entropy over meta-training classes, mean over the rows of each task, in nats: (B,)."""
+        if self.classifier is None or episode.support.ids is None or episode.query.ids is None:
+            return query_loss(self, episode)
+        rows = stream_of(episode)
+        classes = self._classes_of(rows)
+        scores = self.classifier(encode(self.encoder, rows.x))
+        losses = F.cross_entropy(scores.flatten(0, 1), classes.clamp(min=0).flatten(), reduction="none")
+        return masked_mean(losses.view_as(classes), classes >= 0, 1)
+
+    def _classes_of(self, rows: Examples) -> Tensor:
+        """The number of the meta-training class of each row (B, N), -1 where it has none."""
+        assert rows.ids is not None  # checked by the caller
+        known = rows.real & (rows.ids >= 0) & (rows.ids < len(self.row_classes))
+        found = self.row_classes[rows.ids.clamp(0, len(self.row_classes) - 1)]
+        return torch.where(known, found, -1)
+
+    def _new_classifier(self, n_classes: int) -> ClassScores:
+        return ClassScores(n_classes, self.feature_dim, scale=self.class_scale)
+
+    def _parameter(self) -> Tensor:
+        """A tensor with the device and the dtype of the encoder."""
+        return next((p for p in self.encoder.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "classifier.weight")  # its size is the source's, not the architecture's
+        if saved is None:
+            self.classifier = None
+        elif self.classifier is None or self.classifier.weight.shape != saved.shape:
+            self.classifier = self._new_classifier(saved.shape[0]).to(self._parameter())
+        super()._load_from_state_dict(state_dict, prefix, *args)

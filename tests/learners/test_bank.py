@@ -1,0 +1,237 @@
+"""The memory bank: what a search finds and may not find, on every backend, and that its content survives saving."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metaicl.checkpoint import load_learner_weights, save_learner
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.learners.retrieval.bank import MemoryBank
+from metaicl.learners.retrieval.bank_file import CorruptBankError
+from metaicl.learners.retrieval.content import content_ids
+from metaicl.learners.retrieval.exact_search import best_items
+from metaicl.learners.retrieval.exclusion import Exclusion
+from metaicl.spec import TaskSpec
+from metaicl.tasks.gaussians import GaussianClasses
+
+BACKENDS = ["exact", "faiss-flat", "faiss-ivf", "faiss-hnsw"]
+
+
+def filled_bank(n_items: int, dim: int, *, backend: str = "exact", chunk: int = 7) -> MemoryBank:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(n_items, dim, generator=generator)
+    bank = MemoryBank(backend=backend, chunk=chunk)
+    bank.add(keys, {"x": keys[:, None]}, rows=torch.arange(n_items), classes=torch.arange(n_items) // 4)
+    return bank
+
+
+def brute_force(queries: Tensor, keys: Tensor, excluded: Tensor) -> Tensor:
+    """Inner products (Q, M) in float64, -inf where excluded."""
+    return (queries.double() @ keys.double().T).masked_fill(excluded, -torch.inf)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_search_equals_sorting(backend: str) -> None:
+    bank = filled_bank(50, 6, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(4, 2, 6, generator=generator)
+    rows = torch.randint(-1, 50, (4, 1, 15), generator=generator)
+    found = bank.search(queries, 5, exclude=Exclusion(rows=rows))
+    excluded = (rows[..., None] == torch.arange(50)).any(-2)
+    expected = np.argsort(-brute_force(queries, bank.keys, excluded).numpy(), axis=-1, kind="stable")[..., :5]
+    assert bool(found.real.all())
+    np.testing.assert_array_equal(found.index.numpy(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_allowed_items_are_marked(backend: str) -> None:
+    bank = filled_bank(6, 3, backend=backend)
+    found = bank.search(torch.randn(1, 3), 3, exclude=Exclusion(rows=torch.tensor([[0, 1, 3, 4, 5]])))
+    assert found.real.tolist() == [[True, False, False]]
+    assert found.index.tolist() == [[2, 0, 0]]
+    assert found.score[0, 1:].tolist() == [-np.inf, -np.inf]
+    beyond = bank.search(torch.randn(2, 3), 9)
+    assert beyond.real.sum(1).tolist() == [6, 6]
+
+
+def test_bad_searches_are_refused() -> None:
+    with pytest.raises(ValueError, match="empty; fill it with add"):
+        MemoryBank().search(torch.randn(1, 3), 1)
+    bank = filled_bank(4, 3)
+    with pytest.raises(ValueError, match="must be an int >= 1; got 0"):
+        bank.search(torch.randn(1, 3), 0)
+    with pytest.raises(ValueError, match="size of the keys, 3; got 4"):
+        bank.search(torch.randn(1, 4), 1)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        MemoryBank(backend="exactt")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), n_items=st.integers(1, 400), k=st.integers(1, 12), chunk=st.integers(1, 300))
+def test_nothing_excluded_is_found_and_nothing_allowed_is_missed(
+    backend: str, seed: int, n_items: int, k: int, chunk: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(n_items, 5, generator=generator)
+    keys = keys[torch.randint(n_items, (n_items,), generator=generator)]  # with duplicates
+    rows = torch.randint(-1, 30, (n_items, 2), generator=generator)
+    classes, tasks = torch.randint(-1, 6, (2, n_items), generator=generator)
+    bank = MemoryBank(backend=backend, chunk=chunk)
+    bank.add(keys, {}, rows=rows, classes=classes, tasks=tasks)
+    queries = torch.randn(3, 2, 5, generator=generator)
+    exclude = Exclusion(
+        rows=torch.randint(-1, 30, (3, 1, 4), generator=generator),
+        classes=torch.randint(-1, 6, (1, 2, 2), generator=generator),
+        tasks=torch.randint(-1, 6, (3, 2, 1), generator=generator),
+    )
+    excluded = (exclude.rows[..., None, :, None] == rows[:, None]).logical_and(rows[:, None] >= 0)
+    excluded = excluded.flatten(-2).any(-1)
+    for wanted, ids in ((exclude.classes, classes), (exclude.tasks, tasks)):
+        excluded = excluded | ((wanted[..., None, :] == ids[:, None]) & (ids >= 0)[:, None]).any(-1)
+    found = bank.search(queries, k, exclude=exclude)
+    allowed = brute_force(queries, keys, excluded.expand(3, 2, n_items))
+    assert torch.equal(found.real.sum(-1), (~excluded).expand(3, 2, -1).sum(-1).clamp(max=k))
+    at = allowed.gather(-1, found.index)
+    assert bool(at[found.real].isfinite().all())
+    distinct = found.index.masked_fill(~found.real, -1).sort(-1).values
+    assert not bool(((distinct[..., 1:] == distinct[..., :-1]) & (distinct[..., 1:] >= 0)).any())
+    torch.testing.assert_close(found.score[found.real].double(), at[found.real], rtol=1e-5, atol=1e-5)
+    if backend in ("exact", "faiss-flat"):
+        best = allowed.topk(min(k, n_items), -1).values
+        best = torch.nn.functional.pad(best, (0, k - best.shape[-1]), value=-torch.inf)
+        torch.testing.assert_close(found.score.double(), best, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 4), order=st.sampled_from(["drawn", "rising", "equal"]))
+def test_a_stream_of_pieces_gives_what_sorting_gives(seed: int, k: int, order: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(3000, 4, generator=generator, dtype=torch.float64)
+    if order == "rising":  # every piece beats all before it
+        keys = keys.abs().sort(0).values
+    elif order == "equal":
+        keys = torch.ones_like(keys)
+    queries = torch.rand(5, 4, generator=generator, dtype=torch.float64)
+    score, index = best_items(queries, keys, k, chunk=600)
+    scores = queries @ keys.T
+    torch.testing.assert_close(score, scores.topk(k, 1).values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores.gather(1, index), score, rtol=1e-12, atol=1e-12)
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changes_are_followed(backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    bank = filled_bank(200, 8, backend=backend)
+    queries = torch.randn(6, 8, generator=generator)
+    bank.search(queries, 3)  # builds an index, which must follow
+    for _ in range(4):
+        selected = torch.randperm(len(bank), generator=generator)[:30]
+        bank.refresh(selected, torch.randn(30, 8, generator=generator))
+        new = torch.randn(20, 8, generator=generator)
+        bank.add(new, {"x": new[:, None]}, rows=torch.arange(20))
+        bank.remove(torch.randperm(len(bank), generator=generator)[:25])
+        fresh = MemoryBank(backend="exact")
+        fresh.add(bank.keys, bank.values, rows=bank.row_ids, classes=bank.class_ids)
+        found, expected = bank.search(queries, 3), fresh.search(queries, 3)
+        if backend in ("exact", "faiss-flat"):
+            assert torch.equal(found.index, expected.index)
+        assert float((found.index[:, :, None] == expected.index[:, None]).any(2).float().mean()) > 0.8
+        torch.testing.assert_close(found.score, (bank.keys[found.index] @ queries[..., None])[..., 0])
+
+
+def test_heavy_exclusion_takes_the_comparing_way_with_the_same_result() -> None:
+    generator = torch.Generator().manual_seed(3)
+    keys, queries = torch.randn(500, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    bank = MemoryBank(chunk=100)
+    bank.add(keys, {}, tasks=torch.arange(500) % 2)
+    found = bank.search(queries, 4, exclude=Exclusion(tasks=torch.tensor([0])))
+    expected = brute_force(queries, keys, (torch.arange(500) % 2 == 0).expand(7, 500)).topk(4, 1).indices
+    assert torch.equal(found.index, expected)
+
+
+def test_a_bank_survives_its_file(tmp_path: Path) -> None:
+    bank = MemoryBank(backend="exact", chunk=99)
+    keys = torch.randn(5, 3)
+    values = {"x": torch.rand(5, 2, 2).bfloat16(), "flag": torch.tensor([True, False, True, True, False])}
+    bank.add(keys, values, rows=torch.arange(10).view(5, 2), tasks=torch.arange(5))
+    bank.save(tmp_path / "bank")
+    loaded = MemoryBank.load(tmp_path / "bank")
+    assert loaded.chunk == 99
+    for name, value in bank.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert list(loaded.values) == ["x", "flag"]
+    fresh = MemoryBank()
+    fresh.load_state_dict(bank.state_dict())
+    assert torch.equal(fresh.values["x"], values["x"])
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    filled_bank(5, 3).save(path)
+    whole = path.read_bytes()
+    for place in (0, 30, 300, len(whole) - 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CorruptBankError, match=r"bank|changed"):
+            MemoryBank.load(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CorruptBankError, match="must hold"):
+        MemoryBank.load(path)
+    torch.save({"keys": torch.zeros(1)}, path)
+    with pytest.raises(CorruptBankError, match="no memory bank"):
+        MemoryBank.load(path)
+
+
+def test_a_learner_checkpoint_fills_an_empty_bank(tmp_path: Path) -> None:
+    tasks = GaussianClasses(dim=4)
+    learner, other = (RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20) for _ in range(2))
+    learner.prepare(tasks, seed=0)
+    save_learner(learner, tmp_path / "weights")
+    load_learner_weights(other, tmp_path / "weights")
+    assert torch.equal(other.bank.values["x"], learner.bank.values["x"])
+
+
+def test_a_missing_faiss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install .metaicl\[retrieval\]"):
+        filled_bank(5, 3, backend="faiss-hnsw").search(torch.randn(1, 3), 1)
+
+
+def test_items_that_do_not_fit_are_refused() -> None:
+    bank = filled_bank(5, 3)
+    with pytest.raises(ValueError, match="must look like those of the bank"):
+        bank.add(torch.randn(2, 4), {"x": torch.randn(2, 1, 3)})
+    with pytest.raises(ValueError, match="everything else for the same m items"):
+        bank.add(torch.randn(2, 3), {"x": torch.randn(3, 1, 3)})
+    with pytest.raises(TypeError, match="rows must be long"):
+        bank.add(torch.randn(2, 3), {"x": torch.randn(2, 1, 3)}, rows=torch.zeros(2))
+    with pytest.raises(ValueError, match="every selected item once"):
+        bank.refresh(torch.tensor([1, 1]), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"must be in \[0, 5\)"):
+        bank.remove(torch.tensor([5]))
+    assert len(bank) == 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_content_ids_name_rows_by_what_they_hold(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spec = TaskSpec("classification", (1, 4, 4), x_kind="image", n_way=2)
+    x = torch.randint(0, 2, (40, 1, 4, 4), generator=generator).float()
+    ids = content_ids(x.view(4, 10, 1, 4, 4), spec).flatten()
+    same = (x.flatten(1)[:, None] == x.flatten(1)).all(2)
+    assert torch.equal(ids[:, None] == ids, same)
+    assert torch.equal(content_ids(-x.double() * -1.0, spec), ids)
+    assert int(ids.min()) >= 0
+    texts = TaskSpec("classification", (6,), x_kind="tokens", vocabulary=9, n_way=2)
+    tokens = torch.randint(1, 9, (30, 6), generator=generator)
+    found = content_ids(tokens, texts)
+    assert torch.equal(found[:, None] == found, (tokens[:, None] == tokens).all(2))

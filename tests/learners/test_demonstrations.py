@@ -1,0 +1,161 @@
+"""Demonstration retrieval: the marginal, what is excluded, what an oracle buys, and a memory that grows."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from metaicl.episode import Episode, Examples
+from metaicl.evaluation import evaluate
+from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
+from metaicl.learners.incontext.transformer import InContextTransformer
+from metaicl.learners.reference.linear import LeastSquares
+from metaicl.learners.reference.simple import Ridge
+from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
+from metaicl.objectives import query_loss
+from metaicl.task import EpisodeStream
+from metaicl.tasks.mixture import TaskMixture
+from metaicl.testing import parametrize_with_checks
+
+POOL = TaskMixture(n_pool=12)
+reader = partial(ConditionalNeuralProcess, dim=8)
+SWITCHES = {
+    "learned": {},
+    "frozen": {"retriever": "frozen"},
+    "random": {"retriever": "random"},
+    "oracle": {"retriever": "oracle", "oracle": POOL.codes},
+    "pre-trained": {"pretraining_steps": 2},
+}
+
+
+def build(tasks: TaskMixture = POOL, **settings) -> DemonstrationRetrieval:
+    torch.manual_seed(0)
+    settings = {"learner": reader, "k": 3, "n_items": 40, "rows_per_item": 2, **settings}
+    learner = DemonstrationRetrieval(tasks.spec, **settings)
+    learner.prepare(tasks, seed=0)
+    return learner
+
+
+def draw(tasks: TaskMixture = POOL, split="train", n_tasks: int = 3) -> Episode:
+    return EpisodeStream(tasks, seed=1, split=split, n_shot=1, n_query=4, chunk_size=n_tasks)[0]
+
+
+@parametrize_with_checks(
+    {
+        name: partial(
+            DemonstrationRetrieval, learner=partial(InContextTransformer, dim=16, depth=1), k=2, n_items=24,
+            rows_per_item=2, **settings,
+        )
+        for name, settings in SWITCHES.items()
+    },
+    {"mixture": POOL},
+)  # fmt: skip
+def test_every_switch_keeps_the_contract(check) -> None:
+    check()
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_answer_is_the_marginal_written_out(name: str) -> None:
+    learner, episode = build(**SWITCHES[name]).double(), draw().to(dtype=torch.float64)
+    x, y = episode.query.x, episode.query.y
+    found = learner(episode.support, x).log_prob(y).exp()
+    retrieved = learner.retriever(x, 3)
+    values = learner.retriever.bank.values
+    for b in range(3):
+        for q in range(4):
+            scores = torch.cat([learner.nothing[None], retrieved.score[b, q]])
+            weights = torch.softmax(scores, 0)
+            own, asked = episode.support[b], x[b : b + 1, q : q + 1]
+            total = weights[0] * learner.learner(own, asked).log_prob(y[b : b + 1, q : q + 1]).exp()
+            for j, item in enumerate(retrieved.index[b, q].tolist()):
+                rows = [torch.cat([mine, values[n][item][None]], 1) for n, mine in (("x", own.x), ("y", own.y))]
+                answer = learner.learner(Examples(*rows), asked)
+                total = total + weights[j + 1] * answer.log_prob(y[b : b + 1, q : q + 1]).exp()
+            torch.testing.assert_close(found[b, q], total[0, 0], rtol=1e-9, atol=1e-12)
+
+
+def test_k_zero_is_the_reader() -> None:
+    learner, episode = build(retriever="none"), draw()
+    ours, theirs = learner(episode.support, episode.query.x), learner.learner(episode.support, episode.query.x)
+    assert torch.equal(ours.mean, theirs.mean)
+    assert not hasattr(learner, "retriever")
+
+
+def test_a_query_never_finds_itself() -> None:
+    learner = build(n_items=30)
+    x = learner.retriever.bank.values["x"][:6, :1].transpose(0, 1)  # rows of the memory itself
+    found = learner.retriever(x, 30)
+    assert found.real.sum(-1).tolist() == [[29] * 6]
+    for q in range(6):
+        assert q not in found.index[0, q][found.real[0, q]].tolist()
+
+
+def test_the_memory_is_of_meta_training_tasks() -> None:
+    tasks = TaskMixture(n_pool=30, held_out="tasks")
+    learner = build(tasks, n_items=200)
+    seen = tasks.codes(learner.retriever.bank.values["x"]).argmax(-1).unique()
+    assert bool(torch.isin(seen, tasks.task_splits["train"]).all())
+
+
+def test_the_right_demonstrations_make_the_task_known() -> None:
+    tasks = TaskMixture(n_pool=20, noise=0.01, cue_noise=1e-3)
+    exact = partial(Ridge, penalty=1e-6)
+    settings = {"n_shot": 1, "n_query": 4, "n_episodes": 60}
+    scores = {}
+    for mode in ("none", "random", "oracle"):
+        oracle = tasks.codes if mode == "oracle" else None
+        learner = build(tasks, learner=exact, retriever=mode, oracle=oracle, n_items=200, rows_per_item=6)
+        if learner.k:
+            torch.nn.init.constant_(learner.nothing, -100.0)
+        scores[mode] = evaluate(learner, tasks, **settings).mean("mse")
+    assert scores["oracle"] < 0.1 * min(scores["none"], scores["random"])
+
+
+def test_a_memory_that_grows_knows_new_tasks_without_training() -> None:
+    tasks = TaskMixture(n_pool=30, held_out="tasks", noise=0.01, cue_noise=1e-3)
+    learner = build(
+        tasks, learner=partial(Ridge, penalty=1e-6), retriever="oracle", oracle=tasks.codes, rows_per_item=4
+    )
+    torch.nn.init.constant_(learner.nothing, -100.0)
+    weights = copy.deepcopy(dict(learner.named_parameters()))
+    settings = {"n_shot": 1, "n_query": 4, "n_episodes": 60}
+    before = evaluate(learner, tasks, **settings).mean("mse")
+    size = len(learner.retriever.bank)
+    learner.remember(EpisodeStream(tasks, seed=5, split="test", n_shot=8, n_query=1, chunk_size=60)[0].support)
+    assert len(learner.retriever.bank) == size + 120
+    assert evaluate(learner, tasks, **settings).mean("mse") < 0.1 * before
+    assert all(torch.equal(value, weights[name]) for name, value in learner.named_parameters())
+
+
+def test_gradients_reach_the_retriever_and_the_reader() -> None:
+    learner = build()
+    query_loss(learner, draw()).mean().backward()
+    silent = [name for name, value in learner.named_parameters() if value.grad is None or not bool(value.grad.any())]
+    assert not silent
+
+
+def test_state_dict_carries_the_memory() -> None:
+    learner, episode = build(), draw()
+    fresh = DemonstrationRetrieval(POOL.spec, learner=reader, k=3, n_items=40, rows_per_item=2)
+    fresh.load_state_dict(learner.state_dict())
+    answers = [one(episode.support, episode.query.x).log_prob(episode.query.y) for one in (learner, fresh)]
+    assert torch.equal(*answers)
+
+
+def test_wrong_use_is_refused() -> None:
+    with pytest.raises(ValueError, match="an oracle goes with retriever 'oracle' alone"):
+        build(retriever="oracle")
+    with pytest.raises(ValueError, match="retriever must be one of"):
+        build(retriever="best")
+    with pytest.raises(ValueError, match="same spec"):
+        build(learner=LeastSquares(TaskMixture(dim=5).spec))
+    learner = build()
+    with pytest.raises(ValueError, match="groups of rows_per_item = 2; got 1 rows"):
+        learner.remember(draw().support)
+    with pytest.raises(ValueError, match="a learner with a memory"):
+        build(retriever="none").remember(draw().query)
+    mixed = build(learner=partial(RetrievalAugmented, learner=reader, n_groups=8, k=2))
+    with pytest.raises(TypeError, match="must answer by a Categorical or a diagonal Gaussian"):
+        mixed(draw().support, draw().query.x)

@@ -1,0 +1,154 @@
+"""RAML: what is in the memory, what a query may find, what the passages change."""
+
+import copy
+
+import pytest
+import torch
+from test_contract import sentences
+
+from metaicl.episode import Episode, Examples
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.retrieval.content import content_ids
+from metaicl.learners.retrieval.raml import RAML
+from metaicl.nets.backbones import BagOfWords
+from metaicl.nets.text import WordTransformer
+from metaicl.objectives import query_loss
+from metaicl.task import EpisodeStream
+from metaicl.tasks.functions import Sinusoid
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.testing import parametrize_with_checks
+
+TEXTS = sentences()
+SWITCHES = {
+    "frozen": {},
+    "learned": {"retriever": "learned"},
+    "random": {"retriever": "random"},
+    "none": {"retriever": "none"},
+    "alone, by the mean": {"residual": False, "fusion": "mean"},
+    "passages of the support": {"support_passages": True, "heads": 2},
+}
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return RAML(TEXTS.spec, **{"k": 3, "encoder": BagOfWords(64, dim=16), "n_passages": 30, **settings})
+
+
+def draw(split="train", n_tasks: int = 4) -> Episode:
+    return EpisodeStream(TEXTS, seed=1, split=split, n_shot=2, n_query=2, chunk_size=n_tasks)[0]
+
+
+@parametrize_with_checks(
+    {
+        name: lambda spec, settings=settings: RAML(spec, k=2, n_passages=48, **settings)
+        for name, settings in SWITCHES.items()
+    },
+    {"tokens": TEXTS},
+)
+def test_every_switch_keeps_the_contract(check) -> None:
+    check()
+
+
+def test_the_memory_holds_meta_training_rows_once() -> None:
+    learner = build(n_passages=500)
+    learner.prepare(TEXTS, seed=0)
+    bank = learner.retriever.bank
+    assert set(bank.class_ids.tolist()) == set(TEXTS.class_splits["train"].tolist())
+    owned = torch.isin(TEXTS.source_classes, TEXTS.class_splits["train"]).nonzero().flatten()
+    known = content_ids(TEXTS.rows(owned), TEXTS.spec)
+    assert bool(torch.isin(bank.row_ids[:, 0], known).all())
+    assert len(bank) == len(owned)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "learned", "random"])
+def test_no_query_finds_its_own_classes_or_itself(mode: str) -> None:
+    learner = build(retriever=mode, n_passages=500)
+    learner.prepare(TEXTS, seed=0)
+    episode = draw(n_tasks=20)
+    state = learner.adapt(episode.support)
+    bank = learner.retriever.bank
+    found = learner.retriever(episode.query.x, 3, classes=state.classes)
+    own = TEXTS.source_classes[episode.support.ids]
+    assert bool(found.real.all())
+    assert not bool((bank.class_ids[found.index][..., None] == own[:, None, None]).any())
+    without = Examples(episode.support.x, episode.support.y)  # no ids: the row itself is still known by its content
+    found = learner.retriever(episode.query.x, len(bank), classes=learner.adapt(without).classes)
+    itself = bank.row_ids[found.index][..., 0] == content_ids(episode.query.x, TEXTS.spec)[..., None]
+    assert not bool((itself & found.real).any())
+    assert bool((bank.class_ids[found.index][..., None] == own[:, None, None]).any())
+
+
+def test_frozen_keys_find_the_nearest_texts() -> None:
+    learner = build(n_passages=500)
+    learner.prepare(TEXTS, seed=0)
+    query = draw("test").query
+    found = learner.retriever(query.x, 3)
+    keys = learner.retriever.keys(query.x[:, :, None])
+    expected = (keys @ learner.retriever.bank.keys.T).topk(3, -1).values
+    torch.testing.assert_close((keys[..., None, :] * learner.retriever.bank.keys[found.index]).sum(-1), expected)
+    rare = learner.retriever.importance[TEXTS.rows(torch.tensor([0]))[0, :3] % 1024]
+    assert float(rare[1]) > float(rare[0])  # "cat" says more than "the"
+
+
+def test_it_starts_as_a_prototypical_network() -> None:
+    learner, episode = build(), draw()
+    learner.prepare(TEXTS, seed=0)
+    proto = ProtoNet(TEXTS.spec, encoder=learner.encoder)
+    found, expected = (one(episode.support, episode.query.x).logits for one in (learner, proto))
+    torch.testing.assert_close(found, expected)
+    alone = build(residual=False)
+    alone.prepare(TEXTS, seed=0)
+    assert not torch.allclose(alone(episode.support, episode.query.x).logits, expected, atol=0.05)
+
+
+def test_passages_are_read_and_k_zero_reads_none() -> None:
+    episode = draw("test")
+    answers = {}
+    for name, settings in {
+        "some": {},
+        "random": {"retriever": "random"},
+        "none": {"retriever": "none"},
+        "0": {"k": 0},
+    }.items():
+        learner = build(residual=False, **settings)
+        learner.prepare(TEXTS, seed=0)
+        answers[name] = learner(episode.support, episode.query.x).logits
+    assert torch.equal(answers["none"], answers["0"])
+    assert not torch.allclose(answers["some"], answers["none"], atol=1e-3)
+    assert not torch.allclose(answers["some"], answers["random"], atol=1e-3)
+
+
+def test_an_encoder_with_context_shows_its_states() -> None:
+    learner = build(encoder=WordTransformer(64, dim=16, depth=1), residual=False)
+    learner.prepare(TEXTS, seed=0)
+    states, seen = learner._states(draw().query.x)
+    assert states.shape == (4, 4, 6, 16)
+    assert torch.equal(seen, draw().query.x != 0)
+    query_loss(learner, draw()).mean().backward()
+    assert all(float(value.grad.abs().sum()) > 0 for value in learner.encoder.blocks.parameters())
+
+
+def test_the_ranking_of_passages_is_trained_end_to_end() -> None:
+    learner = build(retriever="learned", residual=False)
+    learner.prepare(TEXTS, seed=0)
+    query_loss(learner, draw()).mean().backward()
+    assert all(float(value.grad.abs().sum()) > 0 for value in learner.retriever.parameters())
+
+
+def test_state_dict_carries_the_memory() -> None:
+    learner = build(residual=False)
+    fresh = copy.deepcopy(learner)
+    learner.prepare(TEXTS, seed=3)
+    fresh.load_state_dict(learner.state_dict())
+    episode = draw()
+    answers = [one(episode.support, episode.query.x).logits for one in (learner, fresh)]
+    assert torch.equal(*answers)
+
+
+def test_wrong_constructions_are_refused() -> None:
+    with pytest.raises(ValueError, match="serves classification, not regression; use RetrievalAugmented"):
+        RAML(Sinusoid().spec)
+    with pytest.raises(ValueError, match="retriever must be one of"):
+        RAML(TEXTS.spec, retriever="oracle")
+    with pytest.raises(ValueError, match="fusion must be one of"):
+        RAML(GaussianClasses().spec, fusion="max")

@@ -1,0 +1,185 @@
+"""Losses on embeddings against plain loops in float64, and in training."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from metaicl.embedding_losses import NearestNeighborScore, ProtoTriplet, WithAuxiliary
+from metaicl.episode import Episode, Examples
+from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.ridge_head import RidgeHead
+from metaicl.meta_step import MetaStep
+from metaicl.meta_training import meta_train
+from metaicl.objectives import query_loss
+from metaicl.task import EpisodeStream
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.train_config import TrainConfig
+
+TASKS = GaussianClasses(n_way=3, dim=4)
+LOSSES = [ProtoTriplet(), ProtoTriplet(margin=0.2), NearestNeighborScore(), NearestNeighborScore(k=2)]
+
+
+def draw(index: int = 0, *, n_query: int = 3) -> Episode:
+    stream = EpisodeStream(TASKS, seed=1, split="train", n_shot=2, n_query=n_query, chunk_size=4)
+    return stream[index].to(dtype=torch.float64)
+
+
+def raw() -> ProtoNet:
+    return ProtoNet(TASKS.spec, encoder=nn.Identity()).double()
+
+
+def triplet_by_loops(episode: Episode, margin: float) -> list[float]:
+    found = []
+    for b in range(episode.n_tasks):
+        support, ys = episode.support.x[b].numpy(), episode.support.y[b].numpy()
+        query, yq = episode.query.x[b].numpy(), episode.query.y[b].numpy()
+        terms = []
+        for c in range(3):
+            mean = np.mean([row for row, y in zip(support, ys, strict=True) if y == c], 0)
+            gaps = [float(((mean - row) ** 2).sum()) / support.shape[1] for row in query]
+            positive = max(gap for gap, y in zip(gaps, yq, strict=True) if y == c)
+            negative = min(gap for gap, y in zip(gaps, yq, strict=True) if y != c)
+            terms.append(max(0.0, positive - negative + margin))
+        found.append(sum(terms) / 3)
+    return found
+
+
+def score_by_loops(episode: Episode, k: int) -> list[float]:
+    found = []
+    for b in range(episode.n_tasks):
+        rows = np.concatenate([episode.support.x[b], episode.query.x[b]])
+        labels = np.concatenate([episode.support.y[b], episode.query.y[b]])
+        scores = []
+        for i, row in enumerate(rows):
+            others = sorted((math.dist(row, other), j) for j, other in enumerate(rows) if j != i)[:k]
+            near, far = others[0][0], others[-1][0]
+            unit = {j: (gap - near) / (far - near + 1e-6) for gap, j in others}
+            own = [u for j, u in unit.items() if labels[j] == labels[i]]
+            strange = [u for j, u in unit.items() if labels[j] != labels[i]]
+            closeness = (sum(1 - u for u in own) + sum(strange)) / len(others)
+            steadiness = 1 - (np.var(own) if own else 0) - (np.var(strange) if strange else 0)
+            weights = {j: math.exp(-(gap**2) / math.sqrt(rows.shape[1])) for gap, j in others}
+            share = sum(w for j, w in weights.items() if labels[j] == labels[i]) / sum(weights.values())
+            scores.append(closeness * steadiness * share)
+        found.append(-math.log(sum(scores) / len(scores)))
+    return found
+
+
+def test_proto_triplet_equals_a_loop():
+    for margin in (0.1, 1.0, 30.0):
+        found = ProtoTriplet(margin=margin)(raw(), draw())
+        assert found.shape == (4,)
+        assert found.tolist() == pytest.approx(triplet_by_loops(draw(), margin), rel=1e-10, abs=1e-12)
+
+
+def test_nearest_neighbor_score_equals_a_loop():
+    for k in (1, 3, 5, 14):
+        found = NearestNeighborScore(k=k)(raw(), draw())
+        assert found.tolist() == pytest.approx(score_by_loops(draw(), k), rel=1e-6)
+        assert NearestNeighborScore(k=14)(raw(), draw()).tolist() == NearestNeighborScore(k=99)(raw(), draw()).tolist()
+    assert score_by_loops(draw(), 5) != pytest.approx(score_by_loops(draw(), 3), rel=0.01)
+
+
+def test_tight_classes_far_apart_are_the_best():
+    x = torch.tensor([0.0, 10.0, 20.0]).double()[:, None].expand(3, 4)
+    y = torch.arange(3).repeat(3)[None]
+    near = x.repeat(3, 1)[None] + 0.01 * torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0)).double()
+    tight = Episode(Examples(near[:, :3], y[:, :3]), Examples(near[:, 3:], y[:, 3:]))
+    mixed = Episode(Examples(near[:, :3], y[:, :3]), Examples(near[:, 3:], y[:, 3:].flip(1)))
+    learner = raw()
+    assert ProtoTriplet()(learner, tight).item() == 0.0
+    assert ProtoTriplet()(learner, mixed).item() > 50
+    assert NearestNeighborScore(k=3)(learner, tight).item() < 0.8
+    assert NearestNeighborScore(k=3)(learner, mixed).item() > NearestNeighborScore(k=3)(learner, tight).item() + 0.5
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_masked_rows_count_as_absent(loss):
+    episode = draw()
+    support, query = episode.support.pad(9), episode.query.pad(14)
+    junk = torch.where(support.real[..., None], support.x, 100.0)
+    padded = Episode(Examples(junk, support.y, support.mask), query)
+    assert loss(raw(), padded).tolist() == pytest.approx(loss(raw(), episode).tolist(), rel=1e-9)
+    keep = episode.query.y != 0
+    without = Episode(episode.support, Examples(episode.query.x, episode.query.y, keep))
+    assert bool(loss(raw(), without).isfinite().all())
+    alone = Episode(episode.support, Examples(episode.query.x, episode.query.y, episode.query.y == 1))
+    assert bool(loss(raw(), alone).isfinite().all())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_derivatives_are_right_and_finite_at_coincident_points(loss):
+    episode, learner = draw()[:1], raw()
+    episode = Episode(episode.support, episode.query.rows(slice(5)))
+
+    def value(support: Tensor, query: Tensor) -> Tensor:
+        parts = Examples(support, episode.support.y), Examples(query, episode.query.y)
+        return loss(learner, Episode(*parts)).sum()
+
+    leaves = [part.x.clone().requires_grad_() for part in (episode.support, episode.query)]
+    assert gradcheck(value, leaves)
+    assert gradgradcheck(value, leaves, atol=1e-4)
+    equal = [torch.ones_like(leaf).requires_grad_() for leaf in leaves]
+    slopes = torch.autograd.grad(value(*equal), equal, create_graph=True, allow_unused=True)
+    assert all(bool(slope.isfinite().all()) for slope in slopes if slope is not None)
+
+
+def test_an_objective_with_an_auxiliary_loss_is_the_weighted_sum_and_survives_pickling():
+    episode, learner = draw(), ProtoNet(TASKS.spec).double()
+    objective = WithAuxiliary(NearestNeighborScore(k=3), 0.5, WithAuxiliary(ProtoTriplet(margin=2.0), 0.25))
+    expected = (
+        query_loss(learner, episode)
+        + 0.25 * ProtoTriplet(margin=2.0)(learner, episode)
+        + 0.5 * NearestNeighborScore(k=3)(learner, episode)
+    )
+    assert torch.allclose(objective(learner, episode), expected, rtol=1e-12)
+    again = pickle.loads(pickle.dumps(objective))
+    assert again == objective
+    assert torch.equal(again(learner, episode), objective(learner, episode))
+    name = "query_loss + 0.25 ProtoTriplet(margin=2.0) + 0.5 NearestNeighborScore(k=3)"
+    assert objective.__qualname__ == again.__qualname__ == name
+
+
+def test_training_with_it_works_for_any_learner_with_an_encoder_and_resumes_only_itself(tmp_path):
+    config = TrainConfig(steps=3, meta_batch_size=2, n_shot=2, n_query=3, validate_every=None, log_every=1)
+    for make in (ProtoNet, RidgeHead):
+        learner = make(TASKS.spec)
+        objective = WithAuxiliary(ProtoTriplet())
+        run = meta_train(
+            learner, TASKS, config, objective=objective, directory=tmp_path / make.__name__, progress=False
+        )
+        plain = meta_train(make(TASKS.spec), TASKS, config, progress=False)
+        assert run.history[0]["loss"] > plain.history[0]["loss"] * 0.5
+        assert math.isfinite(run.history[-1]["loss"])
+    again, other = ProtoNet(TASKS.spec), WithAuxiliary(ProtoTriplet(), 0.5)
+    with pytest.raises(ValueError, match="objective"):
+        meta_train(again, TASKS, config, objective=other, directory=tmp_path / "ProtoNet", progress=False)
+
+
+@pytest.mark.slow
+def test_the_meta_step_is_one_graph():
+    learner = ProtoNet(TASKS.spec)
+    objective = WithAuxiliary(NearestNeighborScore(k=3), 0.5, WithAuxiliary(ProtoTriplet()))
+    episode = draw().to(dtype=torch.float32)
+    expected, step = MetaStep(learner, objective)(episode), MetaStep(learner, objective, compile=True)
+    losses, gradients = step(episode)
+    assert step.is_compiled
+    assert float((losses - expected[0]).abs().max()) < 1e-5
+    assert max(float((gradients[name] - value).abs().max()) for name, value in expected[1].items()) < 1e-5
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(TypeError, match="losses on embeddings need a learner with an encoder; MAML has none"):
+        ProtoTriplet()(MAML(TASKS.spec), draw().to(dtype=torch.float32))
+    with pytest.raises(ValueError, match="margin must be a finite number > 0; got 0"):
+        ProtoTriplet(margin=0)
+    with pytest.raises(ValueError, match="weight must be a finite number > 0; got -1"):
+        WithAuxiliary(ProtoTriplet(), -1)
+    with pytest.raises(ValueError, match="k must be an int >= 1; got 0"):
+        NearestNeighborScore(k=0)
