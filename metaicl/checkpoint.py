@@ -124,9 +124,12 @@ def load_weights(learner: nn.Module, weights: Mapping[str, Any], *, source: str)
         listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
         raise IncompatibleCheckpointError(f"{source} does not fit this {type(learner).__name__}:{listed}{more}")
     for name, (owner, leaf) in resized.items():
-        old = owner._buffers.get(leaf)
+        old, saved = owner._buffers.get(leaf), weights[name]
+        floating = old is not None and old.is_floating_point() and saved.is_floating_point()
         owner._buffers[leaf] = torch.empty_like(
-            weights[name], device=_device_of(learner) if old is None else old.device
+            saved,
+            dtype=old.dtype if old is not None and floating else None,  # the learner's precision, not the file's
+            device=_device_of(learner) if old is None else old.device,
         )
     learner.load_state_dict(weights)
 

@@ -157,6 +157,10 @@ def _encoder_of(learner: Learner) -> nn.Module:
     encoder = getattr(learner, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"losses on embeddings need a learner with an encoder; {type(learner).__name__} has none")
+    if learner.spec.kind != "classification":
+        raise ValueError(
+            f"losses on embeddings need classes; {type(learner).__name__} was built for {learner.spec.kind}"
+        )
     return cast(nn.Module, encoder)
 
 

@@ -27,16 +27,30 @@ def positive(raw: Tensor) -> Tensor:
     return _MIN_SCALE + F.softplus(raw)
 
 
-def inverse_positive(value: float) -> float:
+def inverse_positive(value: float, *, name: str = "value") -> float:
     """The raw number for which `positive` gives `value`.
+
+    Args:
+        value: What `positive` should give.
+        name: What an error calls it.
 
     Raises:
         ValueError: If `value` is not finite and above the floor of 1e-3.
     """
     if not _MIN_SCALE < value < math.inf:
-        raise ValueError(f"value must be a finite number > {_MIN_SCALE}, the floor of positive(); got {value}")
+        raise ValueError(f"{name} must be a finite number > {_MIN_SCALE}, the floor of positive(); got {value}")
     above = value - _MIN_SCALE
     return above + math.log(-math.expm1(-above))  # log(exp(x) - 1) without overflow
+
+
+def rounding_of(gram: Tensor) -> Tensor:
+    """What rounding may have taken from the eigenvalues of Gram matrices (..., N, N): (..., 1, 1), a constant.
+
+    Twice the machine epsilon times the trace. Added to the diagonal, a Cholesky factor exists whatever the scale of the
+    rows; the traces of F F' and of F'F are equal.
+    """
+    trace = gram.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
+    return 2 * torch.finfo(gram.dtype).eps * trace[..., None, None]
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:

@@ -81,7 +81,8 @@ def incremental_accuracy(
 
     Raises:
         TypeError: If the learner lacks a method, or a count is no int.
-        ValueError: If shapes, checkpoints or counts do not fit each other.
+        ValueError: If shapes, checkpoints or counts do not fit each other, or the learner answers over fewer classes
+            than it has seen.
     """
     if not isinstance(learner, Updates):
         raise TypeError(f"a stream of classes needs a learner with update; {type(learner).__name__} has none")
@@ -181,8 +182,13 @@ class _Stream:
         state = self.states[0] if len(self.states) == 1 else self.learner.merge(self.states)
         x, y, right = self.test[:seen].flatten(0, 1), self._labels(0, seen, self.test), 0
         for start in range(0, len(x), _AT_ONCE):
-            logits = self.learner.predict(state, x[None, start : start + _AT_ONCE]).logits[..., :seen]
-            right += int((logits.argmax(-1) == y[:, start : start + _AT_ONCE]).sum())
+            logits = self.learner.predict(state, x[None, start : start + _AT_ONCE]).logits
+            if logits.shape[-1] < seen:
+                raise ValueError(
+                    f"{seen} classes were seen, and {type(self.learner).__name__} answers over {logits.shape[-1]}; "
+                    "build it for as many, by spec.with_n_way"
+                )
+            right += int((logits[..., :seen].argmax(-1) == y[:, start : start + _AT_ONCE]).sum())
         return right / len(x)
 
     def _labels(self, start: int, stop: int, rows: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The contract of every learner: adapt to a support, then predict for new inputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -68,7 +68,19 @@ class Learner(nn.Module, ABC, Generic[State]):
         self.traits = replace(self.traits, approximate=approximate)
 
     def declare_nets(self, *nets: nn.Module) -> None:
-        """Declare the learner transductive if one of its nets mixes the rows it is given (batch statistics)."""
+        """Declare the learner transductive if one of its nets mixes the rows it is given (batch statistics).
+
+        Raises:
+            TypeError: If one is no module.
+        """
+        for net in nets:
+            if not isinstance(net, nn.Module):
+                hint = (
+                    "FrozenFeatures makes one of any function"
+                    if not isinstance(net, type)
+                    else f"call it: {net.__name__}()"
+                )
+                raise TypeError(f"the encoder or net of {type(self).__name__} must be a module; got {net!r}; {hint}")
         if any(mixes_rows(net) for net in nets):
             self.traits = replace(self.traits, transductive=True)
 
@@ -166,3 +178,27 @@ class AdaptsInStages(Protocol):
     def adapt_stages(self, support: Examples) -> Sequence[tuple[float | Tensor, Any]]:
         """Weights and states, the last state last; in train mode `query_loss` sums the weighted losses."""
         ...
+
+
+def wrapped_learner(learner: Learner[Any] | Callable[[TaskSpec], Learner[Any]], spec: TaskSpec) -> Learner[Any]:
+    """The learner that another learner wraps: itself, or what a factory spec -> learner builds.
+
+    Raises:
+        TypeError: If it is neither, or if the learner is trained by `meta_gradients` of its own. The wrapper is trained
+            by its query loss, so that rule would be lost.
+        ValueError: If it was built for another spec.
+    """
+    if not isinstance(learner, Learner):
+        if not callable(learner):
+            raise TypeError(f"learner must be a learner or a factory spec -> learner; got {learner!r}")
+        learner = learner(spec)
+        if not isinstance(learner, Learner):
+            raise TypeError(f"learner must be a learner or a factory spec -> learner; the factory gave {learner!r}")
+    if learner.spec != spec:
+        raise ValueError(f"the wrapped learner must be built for the same spec; got {learner.spec}, not {spec}")
+    if isinstance(learner, HasMetaGradients):
+        raise TypeError(
+            f"a wrapped learner is trained by the query loss; {type(learner).__name__} is trained by its own "
+            "meta_gradients, which would be lost. Wrap a learner that is trained by its query loss, such as ProtoNet"
+        )
+    return learner

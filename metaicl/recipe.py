@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from metaicl.files import atomic_write
-from metaicl.statistics import Array, interval
+from metaicl.statistics import Array, interval, paired
 
 
 def option(default: Any, help: str) -> Any:
@@ -82,6 +82,18 @@ def ratio_criterion(
     ends = interval(np.asarray(ours - theirs, dtype=np.float64)).ends
     ci = None if ends is None else (1 + ends[0] / reference, 1 + ends[1] / reference)
     return Criterion(name, float(np.mean(ours)) / reference, comparison, bound, ci=ci)
+
+
+def gain_criterion(name: str, more: Array, less: Array) -> Criterion:
+    """A criterion that the mean of more - less is above zero with its whole 95 % interval: the lower end is judged.
+
+    Args:
+        name: What is gained.
+        more: Values, seeds by episodes (S, E).
+        less: On the same episodes, (S, E) or (1, E).
+    """
+    found = interval(paired(more, less))
+    return Criterion(f"{name}, lower end", found.mean if found.low is None else found.low, ">", 0.0, ci=found.ends)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import nn
 
 from metaicl import Learner, RidgeHead, TrainConfig, evaluate, meta_train
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
-from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
-from metaicl.statistics import Array, interval, paired
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, run
+from metaicl.statistics import Array
 from metaicl.task import EpisodeStream
 from metaicl.tasks.mixture import TaskMixture
 
@@ -105,13 +105,6 @@ def new_tasks(config: Config) -> dict[str, Array]:
     return found
 
 
-def gain(name: str, worse: Array, better: Array) -> Criterion:
-    """A criterion on the fall of the squared error, paired over seeds and episodes."""
-    found = interval(paired(worse, better))
-    # What is asked for is that the whole interval is above zero, so the lower end is what is held against it.
-    return Criterion(f"{name}, lower end", found.low if found.low is not None else found.mean, ">", 0.0, ci=found.ends)
-
-
 def main(config: Config) -> RecipeResult:
     """Train with every retriever, then let a memory grow."""
     known, new = known_tasks(config), new_tasks(config)
@@ -119,16 +112,16 @@ def main(config: Config) -> RecipeResult:
     floor = errors(tasks.references()["pool known"], tasks, config).mean()
     closed = (known["none"].mean() - known["learned"].mean()) / (known["none"].mean() - known["oracle"].mean())
     criteria = [
-        gain("error, no retrieval minus fixed keys", known["none"], known["frozen"]),
-        gain("error, random minus fixed keys", known["random"], known["frozen"]),
-        gain("error, fixed minus learned keys", known["frozen"], known["learned"]),
-        gain("error, learned keys minus oracle", known["learned"], known["oracle"]),
-        gain("error, end to end alone minus pre-trained too", known["end to end alone"], known["learned"]),
+        gain_criterion("error, no retrieval minus fixed keys", known["none"], known["frozen"]),
+        gain_criterion("error, random minus fixed keys", known["random"], known["frozen"]),
+        gain_criterion("error, fixed minus learned keys", known["frozen"], known["learned"]),
+        gain_criterion("error, learned keys minus oracle", known["learned"], known["oracle"]),
+        gain_criterion("error, end to end alone minus pre-trained too", known["end to end alone"], known["learned"]),
         Criterion("share of the oracle's gain that learned keys reach", float(closed), ">=", 0.8),
         Criterion(
             "error with the oracle (reference: pool known)", float(known["oracle"].mean()), "<=", 0.3, reference=floor
         ),
-        gain("error on new tasks, before minus after their rows are remembered", new["before"], new["after"]),
+        gain_criterion("error on new tasks, before minus after their rows are remembered", new["before"], new["after"]),
     ]
     claim = "Demonstration retrieval helps where the latent task must be inferred, and helps more when it is learned."
     return RecipeResult("demonstration_retrieval", claim, config, criteria)

@@ -48,9 +48,9 @@ class Config(RecipeConfig):
     n_tasks: int = option(500, "hidden tasks")
     points: int = option(5000, "training points, over all hidden tasks")
     curve: tuple[int, ...] = option(tuple(PUBLISHED_CURVE), "numbers of hidden tasks without retrieval")
-    steps: int = option(1500, "updates of each learner and seed")
-    curve_steps: int = option(1500, "updates at each point of the curve")
-    seeds: int = option(2, "training seeds")
+    steps: int = option(1000, "updates of each learner and seed")
+    curve_steps: int = option(800, "updates at each point of the curve")
+    seeds: int = option(3, "training seeds")
     n_episodes: int = option(200, "test episodes")
     n_query: int = option(50, "points of each label in an episode, of training and of test")
     n_test: int = option(50_000, "test points that the episodes are drawn from")
@@ -140,8 +140,8 @@ def plot(path: Path, found: dict[str, Array], curve: dict[int, Array]) -> None:
             list(PUBLISHED_CURVE), list(PUBLISHED_CURVE.values()), "x--", color=GRAY, label="published, pretrained"
         )
         right.set(title="x alone", xlabel="hidden tasks", ylabel="test accuracy", xscale="log", ylim=(0.5, 1.02))
-        for axes in (left, right):
-            axes.legend(loc="lower left", fontsize=9)
+        left.legend(loc="upper left", fontsize=9)
+        right.legend(loc="lower left", fontsize=9)
         figure.savefig(path, dpi=150, facecolor="white")
 
 

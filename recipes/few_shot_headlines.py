@@ -12,12 +12,11 @@ Differs  no pretrained word vectors: words start from co-occurrence in the 18,00
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peers.text_families import FLOOR, UNTRAINED, above_the_floor, families, figures, untrained
+from peers.text_families import above_the_floor, compared
 
-from metaicl import ProtoNet, TrainConfig, compare
 from metaicl.recipe import RecipeConfig, RecipeResult, option, run
 from metaicl.tasks import HuffPost
-from metaicl.tasks.text_features import fit_tfidf, fit_word_vectors
+from metaicl.tasks.text_features import fit_word_vectors
 
 PUBLISHED_FLOOR = {1: 0.256, 5: 0.345}
 
@@ -45,29 +44,7 @@ def main(config: Config) -> RecipeResult:
     """Train on 20 categories, judge on 16 others."""
     tasks = HuffPost(n_way=5, folder=config.data or None, download=config.download, vocabulary=config.vocabulary)
     fitted = fit_word_vectors(tasks, dim=config.dim)
-    references = {
-        FLOOR: ProtoNet(tasks.spec, encoder=fit_tfidf(tasks), learn_temperature=False),
-        UNTRAINED: untrained(tasks.spec, fitted=fitted),
-    }
-    train = TrainConfig(
-        steps=config.steps, n_shot=(1, 5), n_query=5, meta_batch_size=8, outer_lr=1e-3, schedule="cosine",
-        validate_every=max(2, config.steps // 4), n_validation=config.n_validation,
-    )  # fmt: skip
-    report = compare(
-        families(fitted) | references,
-        {"HuffPost": tasks},
-        train=train,
-        n_episodes=config.n_episodes,
-        seeds=range(config.seed, config.seed + config.seeds),
-        n_shot=5,
-        n_query=15,
-        shots=(1, 5),
-        directory=config.out / "comparison",
-        processes=config.processes,
-    )
-    print(report)
-    print(figures(report))
-    report.to_html(config.out / "report.html")
+    report = compared("HuffPost", tasks, fitted, config)
     claim = "On unseen categories of headlines the best learner is above TF-IDF prototypes."
     return RecipeResult("few_shot_headlines", claim, config, above_the_floor(report, "HuffPost", PUBLISHED_FLOOR))
 

@@ -11,14 +11,13 @@ Differs  no pretrained language model: words start from co-occurrence in meta-tr
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from peers.text_families import FLOOR, UNTRAINED, above_the_floor, families, figures, untrained
+from peers.text_families import above_the_floor, compared
 
-from metaicl import ProtoNet, TrainConfig, compare
 from metaicl.recipe import RecipeConfig, RecipeResult, option, run
 from metaicl.tasks import CLINC150, Banking77
-from metaicl.tasks.text_features import fit_tfidf, fit_word_vectors
+from metaicl.tasks.text_features import fit_word_vectors
 
 SETS = {"CLINC150": CLINC150, "Banking77": Banking77}
 PUBLISHED_FLOOR = {"CLINC150 01": {1: 0.748, 5: 0.921}, "Banking77 01": {1: 0.641, 5: 0.852}}
@@ -52,39 +51,13 @@ def main(config: Config) -> RecipeResult:
     for name in config.datasets:
         for split in config.splits:
             task = f"{name} {split}"
-            report = compare_on(task, SETS[name], split, config)
-            print(report)
-            print(figures(report))
-            report.to_html(config.out / f"report_{name}_{split}.html")
+            tasks = SETS[name](n_way=5, split=split, folder=config.data or None, download=config.download)
+            # Each split has words of its own, fitted on its meta-training texts.
+            fitted = fit_word_vectors(tasks, dim=config.dim, random=config.random, smoothing=None)
+            report = compared(task, tasks, fitted, config)
             criteria += above_the_floor(report, task, PUBLISHED_FLOOR.get(task, {}))
     claim = "On unseen intents the best learner is above TF-IDF prototypes."
     return RecipeResult("few_shot_intents", claim, config, criteria)
-
-
-def compare_on(task: str, kind: Any, split: str, config: Config) -> Any:
-    """All families on one class split; each split has words of its own, fitted on its meta-training texts."""
-    tasks = kind(n_way=5, split=split, folder=config.data or None, download=config.download)
-    fitted = fit_word_vectors(tasks, dim=config.dim, random=config.random, smoothing=None)
-    references = {
-        FLOOR: ProtoNet(tasks.spec, encoder=fit_tfidf(tasks), learn_temperature=False),
-        UNTRAINED: untrained(tasks.spec, fitted=fitted),
-    }
-    train = TrainConfig(
-        steps=config.steps, n_shot=(1, 5), n_query=5, meta_batch_size=8, outer_lr=1e-3, schedule="cosine",
-        validate_every=max(2, config.steps // 4), n_validation=config.n_validation,
-    )  # fmt: skip
-    return compare(
-        families(fitted) | references,
-        {task: tasks},
-        train=train,
-        n_episodes=config.n_episodes,
-        seeds=range(config.seed, config.seed + config.seeds),
-        n_shot=5,
-        n_query=15,
-        shots=(1, 5),
-        directory=config.out / "comparison" / task,
-        processes=config.processes,
-    )
 
 
 if __name__ == "__main__":

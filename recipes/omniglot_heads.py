@@ -71,10 +71,10 @@ class Config(RecipeConfig):
     data: str = option("", "folder with omniglot.npz")
     download: bool = option(False, "fetch the public originals instead")
     heads: tuple[str, ...] = option(tuple(HEADS), "which heads; ProtoNet is always among them")
-    steps: int = option(1600, "updates of each head and seed")
+    steps: int = option(1000, "updates of each head and seed")
     train_ways: int = option(60, "classes of a training episode")
     seeds: int = option(3, "training seeds")
-    trial_seeds: int = option(1, "training seeds for the trials within one alphabet")
+    trial_seeds: int = option(1, "training seeds for the trials within one alphabet; 0 leaves them out")
     n_episodes: int = option(600, "meta-test episodes")
     processes: int = option(2, "runs at a time, one thread each")
 
@@ -161,19 +161,20 @@ def main(config: Config) -> RecipeResult:
     (config.out / "table.txt").write_text(table + "\n")
     print(table)
     ours = intervals([values["20-way 1-shot"]["ProtoNet"]])[0]
-    wrong = intervals([1 - values[TRIALS]["ProtoNet"]])[0]
     criteria = [
         Criterion("ProtoNet accuracy, 20-way 1-shot", ours.mean, ">=", 0.94, ci=ours.ends, reference=0.96),
         Criterion("ProtoNet, CPU minutes of training", max(minutes["ProtoNet"]), "<=", 15),
-        Criterion("ProtoNet error, trials within an alphabet", wrong.mean, "<=", 0.25, ci=wrong.ends, reference=0.137),
     ]
+    if TRIALS in values:
+        wrong = intervals([1 - values[TRIALS]["ProtoNet"]])[0]
+        criteria.append(Criterion("ProtoNet error, trials", wrong.mean, "<=", 0.25, ci=wrong.ends, reference=0.137))
     claim = f"ProtoNet reaches 94 % on Omniglot 20-way 1-shot within 15 CPU minutes; {len(heads)} heads beside it."
     return RecipeResult("omniglot_heads", claim, config, criteria)
 
 
 def matrices(heads: Sequence[str], jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> dict[str, dict[str, Array]]:
     """Accuracies (seeds, episodes) by setting and head."""
-    settings = [*(f"{n_way}-way {n_shot}-shot" for n_way in WAYS for n_shot in SHOTS), TRIALS]
+    settings = list(dict.fromkeys(name for found in done for name in found if name != "CPU minutes"))
     pairs = list(zip(jobs, done, strict=True))
     return {
         name: {h: np.array([found[name] for job, found in pairs if job.head == h and name in found]) for h in heads}

@@ -19,7 +19,7 @@ from torch import Tensor
 from metaicl import Learner, ProtoNet, TaskSpec, TrainConfig, compare
 from metaicl.learners.retrieval.raml import RAML
 from metaicl.nets.backbones import BagOfWords
-from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, run
 from metaicl.report import Report
 from metaicl.statistics import interval, paired
 from metaicl.tasks import CLINC150
@@ -113,10 +113,8 @@ def verdicts(name: str, report: Report) -> list[Criterion]:
                 ends = ", ".join(f"{100 * end:+.2f}" for end in found.ends or ())
                 print(f"{name}, {shots}-shot: {ON} minus {other}: {100 * found.mean:+.2f} points, 95 % [{ends}]")
             if other in (OFF, RANDOM):
-                # The whole interval is to be above zero: its lower end is what is held against it.
-                low = found.mean if found.low is None else found.low
-                text = f"{name}, {shots}-shot: accuracy of {ON} minus {other}, lower end"
-                criteria.append(Criterion(text, low, ">", 0.0, ci=found.ends))
+                text = f"{name}, {shots}-shot: accuracy of {ON} minus {other}"
+                criteria.append(gain_criterion(text, values[ON], values[other]))
     return criteria
 
 

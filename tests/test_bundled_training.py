@@ -86,17 +86,28 @@ FACTORIES: dict[str, Callable[[TaskSpec], Learner]] = {
     "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=16),
     "RetrievalAugmented": partial(RetrievalAugmented, learner=RidgeHead, n_groups=30),
 }
-PAIRS = [
-    pytest.param(factory, tasks, id=f"{name}-{type(tasks).__name__}")
+SERVED = [
+    (name, factory, tasks)
     for name, factory in FACTORIES.items()
     for tasks in (SINES, GAUSSIANS)
     if tasks.spec.kind in getattr(factory, "func", factory).traits.kinds
 ]
+PAIRS = [pytest.param(factory, tasks, id=f"{name}-{type(tasks).__name__}") for name, factory, tasks in SERVED]
 
-COMPILED = [  # own meta-gradients are no graph; posteriors take a minute to compile
-    pytest.param(*pair.values, id=pair.id, marks=[pytest.mark.slow] if "Bayes" in str(pair.id) else [])
-    for pair in PAIRS
-    if not hasattr(getattr(pair.values[0], "func", pair.values[0]), "meta_gradients")
+HEAVY = ("AmortizedBayes", "AmortizedBayes on factors", "MatchingNet in full context", "LaplacianShot")  # to compile
+
+
+def compiled_pair(name: str, factory: Callable[[TaskSpec], Learner], tasks: TaskDistribution):
+    """Every learner is compiled on one kind of task in the quick suite; the other kind and the heavy ones are slow."""
+    kinds = getattr(factory, "func", factory).traits.kinds
+    slow = name in HEAVY or (tasks is SINES and "classification" in kinds)
+    return pytest.param(factory, tasks, id=f"{name}-{type(tasks).__name__}", marks=[pytest.mark.slow] if slow else [])
+
+
+COMPILED = [  # own meta-gradients are no graph
+    compiled_pair(name, factory, tasks)
+    for name, factory, tasks in SERVED
+    if not hasattr(getattr(factory, "func", factory), "meta_gradients")
 ]
 
 

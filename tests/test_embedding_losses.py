@@ -18,6 +18,7 @@ from metaicl.meta_step import MetaStep
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
 from metaicl.task import EpisodeStream
+from metaicl.tasks.functions import LinearRegression
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.train_config import TrainConfig
 
@@ -183,3 +184,11 @@ def test_wrong_use_is_named():
         WithAuxiliary(ProtoTriplet(), -1)
     with pytest.raises(ValueError, match="k must be an int >= 1; got 0"):
         NearestNeighborScore(k=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:3], ids=repr)
+def test_regression_is_refused(loss):
+    tasks = LinearRegression(dim=3)
+    episode = EpisodeStream(tasks, seed=1, split="train", n_shot=4, n_query=4)[0]
+    with pytest.raises(ValueError, match="losses on embeddings need classes; RidgeHead was built for regression"):
+        loss(RidgeHead(tasks.spec), episode)

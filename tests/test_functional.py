@@ -54,6 +54,8 @@ def test_positive_and_its_inverse():
     for value in (1e-3, 0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"finite number > 0\.001"):
             functional.inverse_positive(value)
+    with pytest.raises(ValueError, match=r"penalty must be a finite number > 0\.001"):
+        functional.inverse_positive(1e-4, name="penalty")
     assert twice(functional.positive, randn(5))
 
 
@@ -178,3 +180,14 @@ def test_raw_features():
     expected[0, 0, [1, 2]] = np.array([2, 1]) / np.sqrt(5)
     expected[0, 2, 1] = 1  # 9 falls into the bucket of 1
     assert np.abs(found.numpy() - expected).max() < 1e-6
+
+
+def test_gram_matrices_of_rows_of_any_scale_have_a_factor_once_rounding_is_added():
+    rows = 1e4 + randn(2, 30, 4).float()
+    for gram in (rows @ rows.mT, rows.mT @ rows):
+        added = functional.rounding_of(gram)
+        assert added.shape == (2, 1, 1)
+        assert torch.allclose(added[:, 0, 0], 2 * 2**-23 * rows.square().sum((1, 2)), rtol=1e-3)
+        identity = torch.eye(gram.shape[-1])
+        assert int(torch.linalg.cholesky_ex(gram + 1e-3 * identity).info.min()) > 0
+        assert int(torch.linalg.cholesky_ex(gram + (1e-3 + added) * identity).info.max()) == 0

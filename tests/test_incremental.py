@@ -14,6 +14,7 @@ from metaicl.incremental import IncrementalCurve, incremental_accuracy, rows_by_
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.spec import TaskSpec
 from metaicl.tasks.arrays import tasks_from_arrays
 
@@ -144,3 +145,11 @@ def test_wrong_use_is_named():
 class OnlyUpdates(MAML):
     def update(self, state: Any, examples: Examples) -> Any:
         return state
+
+
+def test_a_learner_that_cannot_answer_over_the_classes_seen_is_refused():
+    train, test = class_rows()
+    three_way = RidgeHead(SPEC.with_n_way(3), encoder=nn.Identity())
+    assert incremental_accuracy(three_way, train, test, checkpoints=[2, 3], orders=[0]).checkpoints == (2, 3)
+    with pytest.raises(ValueError, match=r"4 classes were seen, and RidgeHead answers over 3; .* spec\.with_n_way"):
+        incremental_accuracy(three_way, train, test, checkpoints=[4], orders=[0])

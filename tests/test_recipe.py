@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
-from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, parse, run
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +74,15 @@ def test_interruption_exits_with_130(tmp_path: Path) -> None:
         run(interrupted, Config, ["--out", str(tmp_path)])
     assert error.value.code == 130
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_gain_is_judged_by_the_lower_end_of_its_paired_interval() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.normal(size=(3, 200))  # how hard an episode is, which is the same for both
+    small = gain_criterion("accuracy", hard + 0.01 + 0.02 * generator.normal(size=(3, 200)), hard)
+    assert small.held
+    assert small.name == "accuracy, lower end"
+    assert small.ci is not None
+    assert small.value == small.ci[0] > 0
+    assert not gain_criterion("accuracy", hard + 0.05 * generator.normal(size=(3, 200)), hard).held
+    assert not gain_criterion("accuracy", generator.normal(size=(3, 200)) + 0.01, hard).held  # not paired

@@ -155,17 +155,26 @@ def raw_or_encoded(spec: TaskSpec, encoder: nn.Module | None) -> nn.Module:
 
 
 def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
-    """D, the size of the encoder's output, found by one forward pass on zeros.
+    """D, the size of the encoder's output, found by one forward pass on zeros that leaves the encoder as it was.
 
     Raises:
         ValueError: If the encoder does not turn (rows, *x_shape) into (rows, D).
     """
     parameter = next(encoder.parameters(), torch.empty(0))
     dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
-    with torch.no_grad():
-        out = encoder(torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device))
+    zeros = torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device)
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()  # or zeros would enter the running statistics of a pretrained encoder
+    try:
+        with torch.no_grad():
+            out = encoder(zeros)
+    except RuntimeError as error:
+        raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got the error: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     if out.ndim != 2 or out.shape[0] != 2:
-        raise ValueError(f"an encoder must turn (2, {spec.x_shape}) into (2, D); got {tuple(out.shape)}")
+        raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got {tuple(out.shape)}")
     return out.shape[1]
 
 

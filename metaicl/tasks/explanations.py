@@ -1,5 +1,6 @@
 """The world of explanations: hidden tasks, named by an index, that only explanations of other points tell."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -170,6 +171,11 @@ class ExplanationWorld(TaskDistribution):
         noisy, shifted = self.explanation == "evidential", self.translation == "plus5"
         margin = self.epsilon * noisy + _SHIFT * shifted
         index = torch.randperm(N_INDICES, generator=source)[:n_indices] + 1
+        if n_indices > (most := math.perm(N_INTEGERS - 2 * margin, 4)):
+            raise ValueError(
+                f"{n_indices} hidden tasks need as many ways to draw four integers that are {margin} or more away from "
+                f"the ends; got {most}. Ask for fewer tasks or a smaller epsilon"
+            )
         integers = index.new_zeros(0, 4)
         while len(integers) < n_indices:  # four of the same integers in the same order are drawn again
             ranks = torch.rand(n_indices, N_INTEGERS - 2 * margin, generator=source).topk(4, 1).indices

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class HuffPost(TextClasses):
 
     Raises:
         FileNotFoundError: If there is no file and `download` is False.
+        OSError: If the file is damaged or could not be fetched.
         ValueError: If the rows or classes are not as many as published.
 
     Reference:
@@ -77,16 +79,23 @@ class HuffPost(TextClasses):
 def _load(place: Path, download: bool) -> tuple[list[str], list[int]]:
     prepared, original = place / _PREPARED, place / _ORIGINAL
     if prepared.is_file():
-        with gzip.open(prepared, "rt", encoding="utf-8") as file:
-            return read_headlines(file)
+        return _read(prepared)
     if not original.is_file():
         if not download:
             raise FileNotFoundError(
                 f"HuffPost needs {_PREPARED} or {_ORIGINAL} in {place}; download=True fetches the original"
             )
         original = fetch(_URL, checksum=_CHECKSUM, folder=place)
-    with open(original, encoding="utf-8") as file:
-        return read_headlines(file)
+    return _read(original)
+
+
+def _read(path: Path) -> tuple[list[str], list[int]]:
+    reader = gzip.open if path.suffix == ".gz" else open
+    try:
+        with reader(path, "rt", encoding="utf-8") as file:
+            return read_headlines(file)
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise OSError(f"{path} is damaged, or no HuffPost file: {type(error).__name__}: {error}") from error
 
 
 def read_headlines(lines: Iterable[str]) -> tuple[list[str], list[int]]:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -94,7 +95,7 @@ class _Intents(TextClasses):
         place = cache_folder() / self._folder if folder is None else Path(folder)
         prepared, originals = place / self._prepared, [place / name for name in self._originals]
         if prepared.is_file():
-            return read_prepared(prepared)
+            return _read_sound(read_prepared, prepared)
         if not all(path.is_file() for path in originals):
             if not download:
                 raise FileNotFoundError(
@@ -102,7 +103,7 @@ class _Intents(TextClasses):
                     "download=True fetches the originals"
                 )
             originals = [fetch(url, checksum=sha, folder=place) for url, sha in self._originals.values()]
-        parts = [type(self)._read(path) for path in originals]
+        parts = [_read_sound(type(self)._read, path) for path in originals]
         return [text for texts, _ in parts for text in texts], [label for _, labels in parts for label in labels]
 
 
@@ -125,6 +126,7 @@ class CLINC150(_Intents):
 
     Raises:
         FileNotFoundError: If there is no file and `download` is False.
+        OSError: If a file is damaged or could not be fetched.
         ValueError: If the rows or classes are not as many as published.
 
     Reference:
@@ -164,6 +166,7 @@ class Banking77(_Intents):
 
     Raises:
         FileNotFoundError: If there is no file and `download` is False.
+        OSError: If a file is damaged or could not be fetched.
         ValueError: If the rows or classes are not as many as published.
 
     Reference:
@@ -183,6 +186,13 @@ class Banking77(_Intents):
     @staticmethod
     def _read(path: Path) -> Rows:
         return read_banking(path)
+
+
+def _read_sound(read: Callable[[Path], Rows], path: Path) -> Rows:
+    try:
+        return read(path)
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise OSError(f"{path} is damaged, or another file: {type(error).__name__}: {error}") from error
 
 
 def read_prepared(path: Path) -> Rows:

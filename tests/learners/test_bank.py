@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,3 +236,80 @@ def test_content_ids_name_rows_by_what_they_hold(seed: int) -> None:
     tokens = torch.randint(1, 9, (30, 6), generator=generator)
     found = content_ids(tokens, texts)
     assert torch.equal(found[:, None] == found, (tokens[:, None] == tokens).all(2))
+
+
+NOT_FINITE = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"keys": NOT_FINITE}, ValueError, "keys must be finite; 1 rows hold NaN or Inf, the first is row 1"),
+        ({"keys": -1 / torch.zeros(2, 3)}, ValueError, "keys must be finite; 2 rows"),
+        ({"keys": torch.ones(2, 3, dtype=torch.long)}, TypeError, "keys must be floating point; got torch.int64"),
+        ({"keys": [[0.0] * 3] * 2}, TypeError, "keys must be a tensor; got list"),
+        ({"keys": torch.zeros(2)}, ValueError, r"keys must be \(m, K\), one row for each item; got \(2,\)"),
+        ({"values": {"x": [1, 2]}}, TypeError, r"values\['x'\] must be a tensor; got list"),
+        ({"rows": torch.arange(3)}, ValueError, r"rows must be \(2,\) or \(2, R\), for each of .*; got \(3,\)"),
+        ({"rows": [0, 1]}, TypeError, "rows must be a tensor; got list"),
+        ({"classes": torch.zeros(2, 1).long()}, ValueError, r"classes must be \(2,\), for each of .*; got \(2, 1\)"),
+        ({"tasks": torch.zeros(2, 1).long()}, ValueError, r"tasks must be \(2,\), for each of .*; got \(2, 1\)"),
+        ({"values": {"x": torch.ones(2)}}, TypeError, "x must be torch.int64, as in the bank; got torch.float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_items_are_named_and_change_nothing(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    bank = MemoryBank()
+    bank.add(torch.eye(3), {"x": torch.arange(3)})
+    before = {name: value.clone() for name, value in bank.state_dict().items()}
+    with pytest.raises(error, match=message):
+        bank.add(**{"keys": torch.eye(3)[:2], "values": {"x": torch.arange(2)}, **given})
+    if "keys" in given:
+        with pytest.raises(error, match=message):
+            bank.refresh(torch.arange(2), given["keys"])
+    with pytest.raises(TypeError, match="selected must be a tensor"):
+        bank.refresh([0, 1], torch.eye(3)[:2])  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_queries_and_exclusions_are_refused(backend: str) -> None:
+    bank, queries = filled_bank(6, 3, backend=backend), torch.ones(4, 2, 3)
+    with pytest.raises(ValueError, match="queries must be finite; 1 rows hold NaN or Inf, the first is row 1"):
+        bank.search(NOT_FINITE, 1)
+    with pytest.raises(ValueError, match=r"queries must be \(..., Q, K\); got \(3,\). One query is query\[None\]"):
+        bank.search(torch.ones(3), 1)
+    with pytest.raises(TypeError, match=r"queries must be floating point; got torch\.int64"):
+        bank.search(torch.ones(1, 3).long(), 1)
+    for ids in (torch.zeros(3, 2, 1), torch.zeros(4, 1), torch.zeros(1, 1, 1, 1), torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"exclude.classes must be .* broadcast to those of the queries, \(4, 2\)"):
+            bank.search(queries, 1, exclude=Exclusion(classes=ids.long()))
+    with pytest.raises(TypeError, match=r"exclude\.rows must be long ids"):
+        bank.search(queries, 1, exclude=Exclusion(rows=torch.zeros(4, 2, 1)))
+    with pytest.raises(TypeError, match="exclude must be an Exclusion or None; got dict"):
+        bank.search(queries, 1, exclude={"rows": torch.zeros(1).long()})  # type: ignore[arg-type]
+    for shape in ((4, 2, 1), (1, 2, 2), (2, 1), (1,)):  # these do broadcast
+        assert bank.search(queries, 1, exclude=Exclusion(rows=torch.zeros(shape).long())).index.shape == (4, 2, 1)
+
+
+def test_loading_keeps_the_precision_of_the_module(tmp_path: Path) -> None:
+    bank = filled_bank(5, 3)
+    wide = MemoryBank().double()
+    wide.load_state_dict(bank.state_dict())
+    assert wide.keys.dtype == wide.values["x"].dtype == torch.float64
+    assert wide.row_ids.dtype == torch.long
+    assert torch.equal(wide.keys, bank.keys.double())
+    wide.save(tmp_path / "bank")
+    assert MemoryBank.load(tmp_path / "bank").keys.dtype == torch.float64  # a file alone says its own precision
+    bank.load_state_dict(wide.state_dict())
+    assert bank.keys.dtype == bank.values["x"].dtype == torch.float32
+
+
+def test_a_checkpoint_goes_into_a_learner_of_another_precision(tmp_path: Path) -> None:
+    tasks = GaussianClasses(dim=4)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20)
+    learner.prepare(tasks, seed=0)
+    save_learner(learner, tmp_path / "weights")
+    other = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20).double()
+    load_learner_weights(other, tmp_path / "weights")
+    assert other.bank.keys.dtype == other.bank.values["x"].dtype == torch.float64

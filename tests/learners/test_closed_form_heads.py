@@ -163,3 +163,31 @@ def test_repeated_and_contradictory_rows_are_finite_in_float32(name: str) -> Non
 def test_wrong_settings_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("n_shot", [2, 5])  # rows below and above D + 1
+def test_ridge_head_serves_features_of_a_large_common_offset(n_shot: int) -> None:
+    learner, episode = (
+        RidgeHead(CLASSES.spec, encoder=nn.Identity()),
+        draw(CLASSES, n_shot=n_shot).to(None, torch.float32),
+    )
+    support = replace(episode.support, x=episode.support.x + 1e4)
+    assert bool(learner(support, episode.query.x + 1e4).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("head", [RidgeHead, SVMHead, LogisticHead])
+def test_encoders_are_checked_when_a_head_is_built(head) -> None:
+    with pytest.raises(ValueError, match=r"an encoder must turn \(2, 4\) into \(2, D\); got \(2, 1, 4\)"):
+        head(CLASSES.spec, encoder=nn.Unflatten(1, (1, 4)))
+    with pytest.raises(ValueError, match=r"must turn \(2, 4\) into \(2, D\); got the error: mat1 and mat2"):
+        head(CLASSES.spec, encoder=nn.Linear(7, 3))
+    with pytest.raises(TypeError, match=f"encoder or net of {head.__name__} must be a module; .*FrozenFeatures"):
+        head(CLASSES.spec, encoder=torch.tanh)
+    with pytest.raises(TypeError, match=r"must be a module; .*call it: Identity\(\)"):
+        head(CLASSES.spec, encoder=nn.Identity)
+
+
+@pytest.mark.parametrize("head", [RidgeHead, LogisticHead])
+def test_a_penalty_below_the_floor_is_named(head) -> None:
+    with pytest.raises(ValueError, match=r"penalty must be a finite number > 0\.001"):
+        head(CLASSES.spec, penalty=1e-4)

@@ -111,3 +111,18 @@ def test_wrong_arguments_are_named() -> None:
         DeepKernel(SINES.spec, kernel="rbff")
     with pytest.raises(TypeError, match="marginal_likelihood_loss needs a DeepKernel; got ProtoNet"):
         marginal_likelihood_loss(ProtoNet(CLASSES.spec), draw(CLASSES))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_features_of_a_large_common_offset_have_a_process(kernel: str) -> None:
+    learner = DeepKernel(CLASSES.spec, encoder=nn.Identity(), kernel=kernel)
+    episode = draw(CLASSES).to(None, torch.float32)
+    support = replace(episode.support, x=episode.support.x + 1e4)
+    assert bool(learner(support, episode.query.x + 1e4).logits.isfinite().all())
+
+
+def test_wrong_encoders_and_noise_are_named() -> None:
+    with pytest.raises(ValueError, match=r"an encoder must turn \(2, 4\) into \(2, D\); got \(2, 1, 4\)"):
+        DeepKernel(CLASSES.spec, encoder=nn.Unflatten(1, (1, 4)))
+    with pytest.raises(ValueError, match=r"noise must be a finite number > 0\.001"):
+        DeepKernel(CLASSES.spec, noise=5e-4)

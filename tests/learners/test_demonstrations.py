@@ -159,3 +159,28 @@ def test_wrong_use_is_refused() -> None:
     mixed = build(learner=partial(RetrievalAugmented, learner=reader, n_groups=8, k=2))
     with pytest.raises(TypeError, match="must answer by a Categorical or a diagonal Gaussian"):
         mixed(draw().support, draw().query.x)
+
+
+@pytest.mark.parametrize("retriever", ["frozen", "random", "none"])
+def test_switches_without_effect_are_refused(retriever: str) -> None:
+    for settings in ({"encoder": torch.nn.Linear(4, 2)}, {"pretraining_steps": 5}):
+        with pytest.raises(ValueError, match=f"go with retriever 'learned' alone; got '{retriever}'"):
+            build(retriever=retriever, **settings)
+    with pytest.raises(ValueError, match="an oracle goes with retriever 'oracle' alone"):
+        build(retriever=retriever, oracle=POOL.codes)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        build(retriever=retriever, backend="nope")
+
+
+@pytest.mark.parametrize("name", ["learned", "frozen", "oracle"])
+def test_a_float32_state_runs_in_a_float64_learner(name: str) -> None:
+    learner, episode = build(**SWITCHES[name]), draw()
+    fresh = DemonstrationRetrieval(
+        POOL.spec, learner=reader, k=3, n_items=40, rows_per_item=2, **SWITCHES[name]
+    ).double()  # fmt: skip
+    fresh.load_state_dict(learner.state_dict())
+    wide = episode.to(dtype=torch.float64)
+    found = fresh(wide.support, wide.query.x).log_prob(wide.query.y)
+    assert found.dtype == torch.float64
+    expected = learner(episode.support, episode.query.x).log_prob(episode.query.y)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)

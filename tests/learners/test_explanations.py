@@ -16,6 +16,7 @@ from metaicl.learners.retrieval.explanations import ExplanationRetrieval, PlaceB
 from metaicl.meta_step import MetaStep
 from metaicl.nets.counting import CountingReader
 from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.explanations import ExplanationWorld
 from metaicl.testing import check_learner
@@ -249,3 +250,35 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExplanationRetrieval(WORLD.spec, **options)
+
+
+def test_inputs_and_labels_that_the_reader_cannot_read_are_refused() -> None:
+    single = TaskSpec("classification", (1,), "tokens", n_way=2, vocabulary=9)
+    for retriever in ("none", "frozen"):
+        with pytest.raises(ValueError, match=r"inputs of at least 2 tokens; got x_shape=\(1,\)"):
+            ExplanationRetrieval(single, retriever=retriever)
+    many = TaskSpec("classification", (6,), "tokens", n_way=9, vocabulary=9)
+    with pytest.raises(ValueError, match="vocabulary must be at least 10; got 9"):
+        ExplanationRetrieval(many)
+    assert ExplanationRetrieval(many, retriever="none").retriever == "none"  # it reads no explanations
+    with pytest.raises(ValueError, match="serves classification, not regression; use RetrievalAugmented instead"):
+        ExplanationRetrieval(TaskSpec("regression", (3,), y_dim=1))
+
+
+def test_explanations_beyond_the_vocabulary_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = WORLD.training_points()
+    beyond = points._replace(explanations=points.explanations + 10_001)
+    monkeypatch.setattr(WORLD, "training_points", lambda: beyond)
+    with pytest.raises(ValueError, match="explanations must hold tokens below the vocabulary, 10001; got"):
+        build()
+
+
+@pytest.mark.parametrize("retriever", ["learned", "oracle"])
+def test_a_float32_state_runs_in_a_float64_learner(retriever: str) -> None:
+    learner, x = build(retriever=retriever), draw().query.x
+    fresh = ExplanationRetrieval(WORLD.spec, dim=16, depth=2, n_sets=2, retriever=retriever).double().eval()
+    fresh.load_state_dict(learner.state_dict())
+    found = fresh.predict(torch.zeros(2, 0), x).logits  # type: ignore[attr-defined]
+    assert found.dtype == fresh.bank.keys.dtype == torch.float64
+    expected = learner.predict(torch.zeros(2, 0), x).logits  # type: ignore[attr-defined]
+    assert torch.allclose(found.float(), expected, atol=1e-4)

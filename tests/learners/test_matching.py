@@ -115,3 +115,9 @@ def test_sums_by_class_have_two_derivatives() -> None:
     function = partial(sum_by_class, y=y, real=real, n_way=3)
     assert torch.autograd.gradcheck(function, (scores,))
     assert torch.autograd.gradgradcheck(function, (scores,))
+
+
+@pytest.mark.parametrize("full_context", [False, True])
+def test_reading_steps_are_checked_and_named(full_context: bool) -> None:
+    with pytest.raises(ValueError, match="reading_steps must be an int >= 1; got 0"):
+        MatchingNet(CLASSES.spec, full_context=full_context, reading_steps=0)

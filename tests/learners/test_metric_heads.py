@@ -14,6 +14,7 @@ from metaicl.learners.metric.induction import InductionNet
 from metaicl.learners.metric.laplacian import LaplacianShot
 from metaicl.learners.metric.matching import MatchingNet
 from metaicl.learners.metric.relation import RelationNet
+from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.metric.soft_kmeans import SoftKMeansProtoNet
 from metaicl.learners.reference.simple import NearestNeighbors
 from metaicl.nets.backbones import Conv4
@@ -169,3 +170,19 @@ def test_a_little_training_beats_the_nearest_neighbor(name: str) -> None:
             for one in (learner, NearestNeighbors(tasks.spec, k=1))
         )
     assert float(found) > float(nearest) + 0.02
+
+
+@EACH
+def test_an_encoder_that_is_no_module_is_named(head) -> None:
+    with pytest.raises(TypeError, match=r"encoder or net of \w+ must be a module; .*FrozenFeatures"):
+        head(CLASSES.spec, encoder=torch.tanh)
+
+
+@pytest.mark.parametrize("head", [MatchingNet, SoftKMeansProtoNet, RidgeHead])
+def test_building_a_learner_leaves_the_statistics_of_a_pretrained_encoder_alone(head) -> None:
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    encoder[1].eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    head(CLASSES.spec, encoder=encoder)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert [module.training for module in encoder.modules()] == [True, True, False, True]

@@ -264,3 +264,17 @@ def test_wrong_use_is_named(make, message: str) -> None:
 
 def ask(learner: Learner) -> None:
     learner.double().adapt(draw(CLASSES).support)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_loading_keeps_the_precision_of_the_learner(kind: type[PretrainedLearner]) -> None:
+    saved = prepared(kind).float().state_dict()
+    wide = kind(TASKS.spec, encoder=smooth()).double()
+    wide.load_state_dict(saved)
+    assert {value.dtype for value in wide.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    episode = draw(TASKS)
+    narrow = prepared(kind).float()
+    with torch.no_grad():
+        expected = narrow(episode.support.to(None, torch.float32), episode.query.x.float()).probs
+        found = wide(episode.support, episode.query.x).probs
+    assert float((found - expected).abs().max()) < 1e-4

@@ -152,3 +152,21 @@ def test_wrong_constructions_are_refused() -> None:
         RAML(TEXTS.spec, retriever="oracle")
     with pytest.raises(ValueError, match="fusion must be one of"):
         RAML(GaussianClasses().spec, fusion="max")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        RAML(TEXTS.spec, k=0, backend="nope")
+    with pytest.raises(ValueError, match="n_candidates must be an int >= 1; got 0"):
+        RAML(TEXTS.spec, retriever="none", n_candidates=0)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "learned", "random"])
+def test_a_float32_state_runs_in_a_float64_learner(mode: str) -> None:
+    tasks = GaussianClasses(dim=4)
+    learner = RAML(tasks.spec, k=2, n_passages=20, retriever=mode)
+    fresh = copy.deepcopy(learner).double()
+    learner.prepare(tasks, seed=0)
+    fresh.load_state_dict(learner.state_dict())
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=1, n_query=2, chunk_size=3)[0]
+    wide = episode.to(dtype=torch.float64)
+    found = fresh(wide.support, wide.query.x).logits
+    assert found.dtype == fresh.retriever.bank.values["x"].dtype == torch.float64
+    torch.testing.assert_close(found.float(), learner(episode.support, episode.query.x).logits, rtol=1e-4, atol=1e-4)

@@ -1,18 +1,26 @@
 """Retrieval augmentation: what is excluded, what the answer is, what the switches do, and saving."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from metaicl.episode import Examples
+from metaicl.learner import Learner
 from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
+from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
+from metaicl.learners.gradient.reptile import Reptile
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
+from metaicl.learners.metric.baseline import Baseline, BaselinePlusPlus
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.simple_shot import SimpleShot
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
@@ -207,3 +215,64 @@ def test_no_retriever_is_the_wrapped_learner() -> None:
     learner = RetrievalAugmented(tasks.spec, learner=inner, retriever="none")
     episode = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=3, chunk_size=5)[0]
     assert torch.equal(learner(episode.support, episode.query.x).logits, inner(episode.support, episode.query.x).logits)
+
+
+def test_random_keys_of_texts_are_evenly_spread_unit_vectors() -> None:
+    spec = TaskSpec("classification", (5,), "tokens", n_way=2, vocabulary=50)
+    x = torch.randint(1, 50, (400, 2, 5), generator=torch.Generator().manual_seed(0))
+    learner = RetrievalAugmented(spec, learner=ProtoNet, retriever="random", k=1)
+    keys = learner.search_keys(x, learner.bank.keys.new_zeros(400, 2, 0), torch.ones(400, 2, dtype=torch.bool))
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(400))
+    cosines = (keys @ keys.T)[~torch.eye(400, dtype=torch.bool)]
+    assert abs(float(cosines.mean())) < 0.01
+    assert abs(float(cosines.std()) * keys.shape[1] ** 0.5 - 1) < 0.05  # of directions drawn uniformly
+
+
+@pytest.mark.parametrize("build", [Baseline, BaselinePlusPlus, SimpleShot, Reptile, ESMAML])
+def test_a_training_rule_is_not_dropped_in_silence(build: Callable[[TaskSpec], Learner[Any]]) -> None:
+    spec = GaussianClasses(dim=4).spec
+    for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
+        for learner in (build, build(spec)):
+            with pytest.raises(TypeError, match=f"{build.__name__} is trained by its own meta_gradients"):
+                wrapper(spec, learner=learner)
+
+
+def test_what_is_no_learner_is_refused() -> None:
+    spec = GaussianClasses(dim=4).spec
+    for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
+        with pytest.raises(TypeError, match="learner must be a learner or a factory spec -> learner; got 3"):
+            wrapper(spec, learner=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="the factory gave None"):
+            wrapper(spec, learner=lambda spec: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="an encoder goes with retriever 'learned' alone; got one for 'frozen'"):
+        RetrievalAugmented(spec, learner=ProtoNet, retriever="frozen", encoder=torch.nn.Linear(4, 2))
+
+
+def test_a_source_with_few_rows_names_the_setting_to_lower() -> None:
+    spec = TaskSpec("classification", (4,), n_way=2)
+    splits = {"train": [0, 1, 2], "validation": [3, 4], "test": [5, 6]}
+    tasks = ArrayClasses(
+        spec, torch.randn(21, 4), labels=torch.arange(21) // 3, class_splits=splits, class_names=range(7)
+    )
+    message = "{0} = 3 draws one row more than that .* has 3; lower {0}"
+    with pytest.raises(ValueError, match=message.format("rows_per_group")):
+        RetrievalAugmented(spec, learner=ProtoNet, n_groups=4, rows_per_group=3).prepare(tasks, seed=0)
+    with pytest.raises(ValueError, match=message.format("rows_per_item")):
+        DemonstrationRetrieval(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=3).prepare(tasks, seed=0)
+    learner = DemonstrationRetrieval(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=2)
+    learner.prepare(tasks, seed=0)
+    assert len(learner.retriever.bank) == 3
+
+
+@pytest.mark.parametrize("retriever", ["learned", "frozen", "random"])
+def test_a_float32_state_runs_in_a_float64_learner(retriever: str) -> None:
+    tasks = GaussianClasses(dim=4)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20, k=2, retriever=retriever)
+    fresh = copy.deepcopy(learner).double()
+    learner.prepare(tasks, seed=3)
+    fresh.load_state_dict(learner.state_dict())
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=1, n_query=3, chunk_size=5)[0]
+    wide = episode.to(dtype=torch.float64)
+    found = fresh(wide.support, wide.query.x).logits
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), learner(episode.support, episode.query.x).logits, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ from torch import nn
 from metaicl.checkpoint import load_learner_weights, save_learner
 from metaicl.episode import Examples
 from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.metric.baseline import Baseline
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.metric.rotation import RotationLabels
@@ -128,3 +129,8 @@ def test_wrong_use_is_named():
         RotationLabels(TASKS.spec, learner=MAML)
     with pytest.raises(ValueError, match="must be built for the same spec"):
         RotationLabels(TASKS.spec.with_n_way(3), learner=protonet(TASKS.spec))
+
+
+def test_a_learner_with_an_outer_step_of_its_own_is_refused():
+    with pytest.raises(TypeError, match="Baseline is trained by its own meta_gradients"):
+        RotationLabels(TASKS.spec, learner=Baseline)

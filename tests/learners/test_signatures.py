@@ -171,3 +171,18 @@ def test_the_meta_step_is_one_graph_and_equals_the_eager_one() -> None:
     assert compiled.is_compiled
     for name, value in expected.items():
         assert float((found[name] - value).abs().max()) <= 1e-10, name
+
+
+def test_loading_keeps_the_precision_of_the_learner(tasks: TextClasses) -> None:
+    saved = make_learner(tasks).float().state_dict()
+    wide = DistributionalSignatures(tasks.spec, dim=7, hidden=3).double()
+    wide.load_state_dict(saved)
+    assert {value.dtype for value in wide.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    assert torch.equal(wide.counts, saved["counts"].double())
+
+
+def test_word_vectors_must_be_finite(tasks: TextClasses) -> None:
+    vectors = torch.ones(97, 3)
+    vectors[4, 1] = torch.nan
+    with pytest.raises(ValueError, match="vectors must be finite; got NaN or Inf for 1 words"):
+        DistributionalSignatures(tasks.spec, vectors=vectors)

@@ -244,3 +244,9 @@ def test_a_hidden_index_is_padding() -> None:
 def test_bad_arguments_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExplanationWorld(**options)
+
+
+def test_more_hidden_tasks_than_there_are_integers_for_are_refused() -> None:
+    options = {"explanation": "evidential", "epsilon": 40, "translation": "plus5", "points_per_task": 1}
+    with pytest.raises(ValueError, match=r"5041 hidden tasks need as many ways .* 45 or more away .* got 5040"):
+        small(n_tasks=5041, **options)

@@ -70,3 +70,14 @@ def test_the_original_layout_and_download(
 def test_lines_of_both_layouts() -> None:
     lines = ['{"text": "a b", "label": 4, "name": "X"}', '{"raw": "c", "label": "5"}']
     assert read_headlines(lines) == (["a b", "c"], [4, 5])
+
+
+@pytest.mark.parametrize("name", ["huffpost.jsonl.gz", "huffpost.json"])
+def test_damaged_files_are_named(name: str, shared_data: Path, tmp_path: Path) -> None:
+    whole = (shared_data / "huffpost.jsonl.gz").read_bytes()
+    damaged = [whole[:1000], b"a page of a proxy", b'{"label": 1}\n', b"[1]\n", b"\xff\xfe"]
+    for content in damaged if name.endswith(".gz") else damaged[1:]:
+        packed = content if content in damaged[:2] or name.endswith(".json") else gzip.compress(content)
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(OSError, match=f"{name} is damaged, or no HuffPost file"):
+            HuffPost(folder=tmp_path)

@@ -157,3 +157,13 @@ def class_means(rows: Tensor, y: Tensor, n_way: int) -> Tensor:
 def test_tfidf_floor_of_clinc(clinc: CLINC150, n_shot: int, published: float) -> None:
     # Over 300 episodes a 95 % interval is +- 1.2 points at one shot and +- 0.6 at five, for either side.
     assert abs(tfidf_accuracy(clinc, n_shot) - published) < (1.7 if n_shot == 1 else 0.8)
+
+
+@pytest.mark.parametrize(("loader", "key"), [(CLINC150, "clinc150"), (Banking77, "banking77")])
+def test_damaged_files_are_named(loader: type[CLINC150], key: str, shared_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{key}.jsonl.gz"
+    whole = (shared_data / path.name).read_bytes()
+    for content in (whole[:1000], b"a page of a proxy", gzip.compress(b"[1]\n"), gzip.compress(b'{"text": "a"}\n')):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=f"{path.name} is damaged, or another file"):
+            loader(folder=tmp_path)

@@ -15,11 +15,12 @@ from metaicl.functional import (
     gaussian,
     inverse_positive,
     positive,
+    rounding_of,
     squared_distances,
     unit_rows,
 )
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.objectives import stream_of
 from metaicl.spec import TaskSpec
 
@@ -83,9 +84,10 @@ class DeepKernel(Learner[ProcessState]):
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
+        encoder_dim(self.encoder, spec)  # for its check
         default = "cosine" if spec.kind == "classification" else "rbf"
         self.kernel = check_choice("kernel", default if kernel is None else kernel, KERNELS)
-        self.raw_noise = nn.Parameter(torch.tensor(inverse_positive(check_positive("noise", noise))))
+        self.raw_noise = nn.Parameter(torch.tensor(inverse_positive(check_positive("noise", noise), name="noise")))
         self.raw_variance = nn.Parameter(torch.tensor(inverse_positive(1.0)))
         if self.kernel == "rbf":
             self.raw_length = nn.Parameter(torch.tensor(inverse_positive(1.0)))
@@ -99,8 +101,9 @@ class DeepKernel(Learner[ProcessState]):
         both = support.real[..., :, None] & support.real[..., None, :]
         noise = positive(self.raw_noise).square()
         identity = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-        covariance = torch.where(both, self._covariance(features, features) + noise * identity, identity)
-        factor = torch.linalg.cholesky(covariance)
+        covariance = torch.where(both, self._covariance(features, features), 0.0)
+        noise = noise + rounding_of(covariance)  # or a linear kernel of long features would have no factor
+        factor = torch.linalg.cholesky(torch.where(both, covariance + noise * identity, identity))
         return ProcessState(features, support.real, factor, _solve(factor, targets))
 
     def predict(self, state: ProcessState, x: Tensor) -> Distribution:

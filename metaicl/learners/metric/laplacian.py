@@ -57,6 +57,7 @@ class LaplacianShot(Learner[Tensor]):
         """Build the encoder where none is given."""
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
         self.neighbors, self.steps = check_count("neighbors", neighbors), check_count("steps", steps, minimum=0)
         dim = encoder_dim(self.encoder, spec)
         self.similarity = Similarity(dim, temperature=temperature, learn_temperature=learn_scales)

@@ -10,7 +10,7 @@ from metaicl.convex.logistic import logistic_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical, inverse_positive, positive
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.spec import TaskSpec
 
 
@@ -46,7 +46,10 @@ class LogisticHead(Learner[Tensor]):
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
-        self.raw_penalty = nn.Parameter(torch.tensor(inverse_positive(check_positive("penalty", penalty))))
+        encoder_dim(self.encoder, spec)  # for its check
+        self.raw_penalty = nn.Parameter(
+            torch.tensor(inverse_positive(check_positive("penalty", penalty), name="penalty"))
+        )
         self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
     def adapt(self, support: Examples) -> Tensor:

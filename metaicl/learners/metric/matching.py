@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
 from metaicl.learner import Learner, Traits
@@ -84,7 +85,8 @@ class MatchingNet(Learner[MatchingState]):
             dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
         )
         self.read_support = BidirectionalLSTM(dim) if full_context else None
-        self.read_query = AttentionalLSTM(dim, steps=reading_steps) if full_context else None
+        steps = check_count("reading_steps", reading_steps)
+        self.read_query = AttentionalLSTM(dim, steps=steps) if full_context else None
         if full_context:
             self.traits = replace(self.traits, order_sensitive=True)
 

@@ -9,9 +9,9 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, inverse_positive, positive
+from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import MLP, build_encoder, encode
+from metaicl.nets.backbones import MLP, build_encoder, encode, encoder_dim
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
 
@@ -78,7 +78,10 @@ class RidgeHead(Learner[RidgeState]):
             encoder = MLP((spec.x_shape[0], 64, 64, 64))  # a linear head needs one hidden layer more than prototypes
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
-        self.raw_penalty = nn.Parameter(torch.tensor(inverse_positive(check_positive("penalty", penalty))))
+        encoder_dim(self.encoder, spec)  # for its check
+        self.raw_penalty = nn.Parameter(
+            torch.tensor(inverse_positive(check_positive("penalty", penalty), name="penalty"))
+        )
         if spec.kind == "classification":
             self.log_temperature = nn.Parameter(torch.tensor(2.0))
         else:
@@ -130,7 +133,8 @@ class RidgeHead(Learner[RidgeState]):
 
     def _factor(self, gram: Tensor) -> Tensor:
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.cholesky(gram + positive(self.raw_penalty) * identity)
+        penalty = positive(self.raw_penalty) + rounding_of(gram)  # the same for rows and for features
+        return torch.linalg.cholesky(gram + penalty * identity)
 
     def _features(self, x: Tensor) -> Tensor:
         embedded = encode(self.encoder, x)

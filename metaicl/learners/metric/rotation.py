@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
-from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes
+from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.nets.backbones import encode, encoder_dim
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
@@ -38,7 +38,7 @@ class RotationLabels(Learner[RotationState]):
         weight: Of the rotation loss.
 
     Raises:
-        TypeError: If the learner has no encoder.
+        TypeError: If the learner has no encoder, or is trained by `meta_gradients` of its own, as `Baseline` is.
         ValueError: If the inputs are no square images, the weight is not positive, or the learner was built for another
             spec.
 
@@ -54,11 +54,7 @@ class RotationLabels(Learner[RotationState]):
         super().__init__(spec)
         if spec.x_kind != "image" or spec.x_shape[1] != spec.x_shape[2]:
             raise ValueError(f"rotation labels need square images; got {spec.x_kind} inputs {spec.x_shape}")
-        self.learner = learner if isinstance(learner, Learner) else learner(spec)
-        if self.learner.spec != spec:
-            raise ValueError(
-                f"the wrapped learner must be built for the same spec; got {self.learner.spec}, not {spec}"
-            )
+        self.learner = wrapped_learner(learner, spec)
         if not isinstance(getattr(self.learner, "encoder", None), nn.Module):
             raise TypeError(f"rotation labels need a learner with an encoder; {type(self.learner).__name__} has none")
         self.traits = self.learner.traits

@@ -93,6 +93,9 @@ class DistributionalSignatures(Learner[SignatureState]):
             vectors = torch.randn(spec.vocabulary, check_count("dim", dim))
         if vectors.ndim != 2 or len(vectors) != spec.vocabulary:
             raise ValueError(f"vectors must be (vocabulary = {spec.vocabulary}, D); got {tuple(vectors.shape)}")
+        if not bool(vectors.isfinite().all()):
+            words = int((~vectors.isfinite().all(1)).sum())
+            raise ValueError(f"vectors must be finite; got NaN or Inf for {words} words. Give unknown words zeros")
         self.vectors: Tensor
         self.row_classes: Tensor
         self.counts: Tensor
@@ -180,7 +183,7 @@ class DistributionalSignatures(Learner[SignatureState]):
         for name in ("row_classes", "counts"):
             saved = state_dict.get(prefix + name)
             if saved is not None:  # their lengths are the source's, not the architecture's
-                setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

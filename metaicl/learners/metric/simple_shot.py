@@ -122,5 +122,5 @@ class SimpleShot(PretrainedLearner[Centroids]):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "mean_rows")
         if saved is not None:  # how many there are is a setting of who saved them
-            self.mean_rows = torch.empty_like(saved, device=self.mean_rows.device)
+            self.mean_rows = self.mean_rows.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

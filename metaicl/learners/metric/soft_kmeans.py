@@ -63,6 +63,7 @@ class SoftKMeansProtoNet(Learner[LabeledSums]):
         """Build the encoder where none is given."""
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
         self.refinements = check_count("refinements", refinements, minimum=0)
         dim = encoder_dim(self.encoder, spec)
         self.similarity = Similarity(dim, temperature=temperature, learn_temperature=learn_temperature)

@@ -9,7 +9,7 @@ from metaicl.convex.support_vectors import support_vector_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical
 from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.spec import TaskSpec
 
 
@@ -45,6 +45,7 @@ class SVMHead(Learner[Tensor]):
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
+        encoder_dim(self.encoder, spec)  # for its check
         self.slack_penalty = check_positive("slack_penalty", slack_penalty)
         self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 

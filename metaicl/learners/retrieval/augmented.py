@@ -14,7 +14,7 @@ from metaicl.checks import check_choice, check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, gaussian, unit_rows
-from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes
+from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
@@ -70,6 +70,11 @@ class RetrievalAugmented(Learner[RetrievalState]):
         encoder: (rows, any) -> (rows, D) for the learned similarity, applied to raw features; None builds an MLP.
         backend: Search of the memory, see `MemoryBank`.
 
+    Raises:
+        TypeError: If the learner is none, or is trained by `meta_gradients` of its own, as `Reptile` is.
+        ValueError: If a switch is unknown or without effect, a number is out of range, or the learner was built for
+            another spec.
+
     Reference:
         The marginal is that of Lewis et al. 2020, arXiv:2005.11401, equation 1 (RAG-sequence), and Guu et al. 2020,
         arXiv:2002.08909, equation 1. Differs: retrieval of labeled groups for a support, and the option of none.
@@ -90,12 +95,10 @@ class RetrievalAugmented(Learner[RetrievalState]):
     ) -> None:
         """Build the wrapped learner, an empty memory and the similarity."""
         super().__init__(spec)
-        self.learner = learner if isinstance(learner, Learner) else learner(spec)
-        if self.learner.spec != spec:
-            raise ValueError(
-                f"the wrapped learner must be built for the same spec; got {self.learner.spec}, not {spec}"
-            )
+        self.learner = wrapped_learner(learner, spec)
         self.retriever = check_choice("retriever", retriever, RETRIEVERS)
+        if encoder is not None and retriever != "learned":
+            raise ValueError(f"an encoder goes with retriever 'learned' alone; got one for {retriever!r}")
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
         self.n_groups = check_count("n_groups", n_groups, minimum=max(1, self.k))
         default_rows = 2 if spec.kind == "classification" else 10

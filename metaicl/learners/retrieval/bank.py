@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaicl.checks import check_choice, check_count
+from metaicl.learners.retrieval.bank_checks import check_exclusion, check_items, check_keys, check_queries
 from metaicl.learners.retrieval.bank_file import CorruptBankError, read_tensors, write_tensors
 from metaicl.learners.retrieval.bank_search import BankSearch
 from metaicl.learners.retrieval.exclusion import Exclusion
 
-_BACKENDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
+BACKENDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
 _IDS = ("row_ids", "class_ids", "task_ids")
 _PREFIX = "value_"
 
@@ -65,7 +66,7 @@ class MemoryBank(nn.Module):
     def __init__(self, *, backend: str = "exact", chunk: int = 16_384, breadth: int = 64) -> None:
         """Start empty; `add` gives it items."""
         super().__init__()
-        self.backend = check_choice("backend", backend, _BACKENDS)
+        self.backend = check_choice("backend", backend, BACKENDS)
         self.chunk = check_count("chunk", chunk)
         self.breadth = check_count("breadth", breadth)
         self.register_buffer("keys", torch.empty(0, 0))
@@ -101,19 +102,13 @@ class MemoryBank(nn.Module):
             tasks: long (m,), task, -1 = none.
 
         Raises:
-            TypeError: If ids are not long.
-            ValueError: If sizes, names or shapes do not fit each other or what is there.
+            TypeError: If something is no tensor, keys are not floating point, ids are not long, or the dtype that a
+                value has in the bank cannot hold what is given.
+            ValueError: If sizes, names or shapes do not fit each other or what is there, or a key is not finite.
         """
-        rows = (
-            _ids("rows", rows, len(keys)).reshape(len(keys), -1) if len(keys) else torch.empty(0, 1, dtype=torch.long)
-        )
-        given = {
-            "keys": keys,
-            **{_PREFIX + name: value for name, value in values.items()},
-            "row_ids": rows,
-            "class_ids": _ids("classes", classes, len(keys)),
-            "task_ids": _ids("tasks", tasks, len(keys)),
-        }
+        rows, *others = check_items(keys, values, {"rows": rows, "classes": classes, "tasks": tasks})
+        given = {"keys": keys, **{_PREFIX + name: value for name, value in values.items()}}
+        given |= dict(zip(_IDS, (rows, *others), strict=True))
         self._check_fit(given)
         if not len(self):
             self.clear()
@@ -161,8 +156,10 @@ class MemoryBank(nn.Module):
             keys: (m, K), in the order of `selected`.
 
         Raises:
-            ValueError: If the shapes do not fit.
+            TypeError: If `selected` is neither, or the keys are not floating point.
+            ValueError: If the shapes do not fit, an item is selected twice, or a key is not finite.
         """
+        check_keys("keys", keys)
         index = self._as_index(selected)
         if keys.shape != (len(index), self.keys.shape[1]):
             raise ValueError(
@@ -181,18 +178,20 @@ class MemoryBank(nn.Module):
         """The k allowed items with the largest inner product, best first; no gradient goes through.
 
         Args:
-            queries: (..., K).
+            queries: (..., Q, K).
             k: How many.
             exclude: What each query may not find; exact for every backend.
 
         Raises:
-            ValueError: If the bank is empty or the queries have another size than the keys.
+            TypeError: If queries are not floating point, or excluded ids not long.
+            ValueError: If the bank is empty, the queries have another size than the keys or are not finite (compiled
+                code does not look: there a query with NaN finds nothing), or excluded ids do not broadcast.
         """
         if not len(self):
             raise ValueError("the memory bank is empty; fill it with add, as learners do in prepare(tasks, seed=...)")
         check_count("k", k)
-        if queries.shape[-1] != self.keys.shape[1]:
-            raise ValueError(f"queries must have the size of the keys, {self.keys.shape[1]}; got {queries.shape[-1]}")
+        check_queries(queries, self.keys.shape[1])
+        check_exclusion(exclude, tuple(queries.shape[:-1]))
         with torch.no_grad(), torch.autocast(self.keys.device.type, enabled=False):
             leading, queries = queries.shape[:-1], queries.detach().to(self.keys.dtype).flatten(0, -2)
             wanted = {
@@ -227,6 +226,7 @@ class MemoryBank(nn.Module):
         tensors, settings = read_tensors(path)
         try:
             bank = cls(**settings)
+            bank.to(tensors["keys"].dtype if "keys" in tensors else None)
             bank.load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CorruptBankError(f"{path} does not hold a memory bank: {error}") from error
@@ -236,6 +236,8 @@ class MemoryBank(nn.Module):
         return [name for name in self._buffers if name.startswith(_PREFIX)]
 
     def _as_index(self, selected: Tensor) -> Tensor:
+        if not isinstance(selected, Tensor):
+            raise TypeError(f"selected must be a tensor of item numbers or bool; got {type(selected).__name__}")
         selected = selected.to(self.keys.device)
         if selected.dtype == torch.bool and selected.shape == (len(self),):
             return selected.nonzero()[:, 0]
@@ -251,16 +253,16 @@ class MemoryBank(nn.Module):
         return selected
 
     def _check_fit(self, given: Mapping[str, Tensor]) -> None:
-        sizes = {name: len(value) for name, value in given.items()}
-        if len(set(sizes.values())) != 1 or given["keys"].ndim != 2:
-            shapes = {name: tuple(value.shape) for name, value in given.items()}
-            raise ValueError(f"a bank needs keys (m, K) and everything else for the same m items; got {shapes}")
         if not len(self):
             return
         here = {name: tuple(getattr(self, name).shape[1:]) for name in ("keys", *self._value_names())}
         there = {name: tuple(value.shape[1:]) for name, value in given.items() if name not in _IDS}
         if here != there:
             raise ValueError(f"items must look like those of the bank, {here}; got {there}")
+        for name, value in given.items():
+            dtype = getattr(self, name).dtype
+            if not torch.can_cast(value.dtype, dtype):
+                raise TypeError(f"{name.removeprefix(_PREFIX)} must be {dtype}, as in the bank; got {value.dtype}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Size and names of the content are data, not architecture: take what was saved.
@@ -269,17 +271,13 @@ class MemoryBank(nn.Module):
             for name, value in state_dict.items()
             if name.startswith(prefix) and "." not in name.removeprefix(prefix)
         }
+        dtype = None
         if "keys" in saved:
             self.clear()
+            if saved["keys"].dtype != self.keys.dtype:  # saved in another precision: all goes to this one, as by `to`
+                dtype = self.keys.dtype
         for name, value in saved.items():
             if name in self._buffers or name.startswith(_PREFIX):
-                self.register_buffer(name, torch.empty_like(value, device=self.keys.device))
+                own = dtype if value.is_floating_point() else None
+                self.register_buffer(name, torch.empty_like(value, dtype=own, device=self.keys.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _ids(name: str, ids: Tensor | None, n_items: int) -> Tensor:
-    if ids is None:
-        return torch.full((n_items,), -1)
-    if ids.dtype != torch.long:
-        raise TypeError(f"{name} must be long ids, -1 for none; got {ids.dtype}")
-    return ids

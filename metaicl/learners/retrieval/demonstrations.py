@@ -13,7 +13,8 @@ from metaicl.checks import check_choice, check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian
-from metaicl.learner import Learner, Prepares
+from metaicl.learner import Learner, Prepares, wrapped_learner
+from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.contrastive import pretrain_codes
 from metaicl.learners.retrieval.marginal import marginal
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
@@ -65,8 +66,10 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         backend: Search of the memory.
 
     Raises:
-        ValueError: If a switch is unknown or the learner was built for another spec.
-        TypeError: By `predict`, if the reader answers by anything but a Categorical or a diagonal Gaussian.
+        ValueError: If a switch is unknown or without effect, or the learner was built for another spec. By `prepare`,
+            if a class or task has fewer than rows_per_item + 1 rows.
+        TypeError: If the learner is none, or is trained by `meta_gradients` of its own, as `Reptile` is. By `predict`,
+            if the reader answers by anything but a Categorical or a diagonal Gaussian.
 
     Reference:
         Mueller et al., 2023, "Meta-training with demonstration retrieval for efficient few-shot learning", Findings of
@@ -90,15 +93,18 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
     ) -> None:
         """Build the reader and an empty memory."""
         super().__init__(spec)
-        self.learner = learner if isinstance(learner, Learner) else learner(spec)
-        if self.learner.spec != spec:
-            raise ValueError(f"the reader must be built for the same spec; got {self.learner.spec}, not {spec}")
+        self.learner = wrapped_learner(learner, spec)
         self.traits = replace(self.learner.traits, trainable=True)
         check_choice("retriever", retriever, (*RETRIEVERS, "none"))
+        check_choice("backend", backend, BACKENDS)
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
         self.n_items = check_count("n_items", n_items, minimum=max(1, self.k))
         self.rows_per_item = check_count("rows_per_item", rows_per_item)
         self.pretraining_steps = check_count("pretraining_steps", pretraining_steps, minimum=0)
+        if retriever != "learned" and (encoder is not None or pretraining_steps):
+            raise ValueError(f"encoder and pretraining_steps go with retriever 'learned' alone; got {retriever!r}")
+        if retriever != "oracle" and oracle is not None:
+            raise ValueError(f"an oracle goes with retriever 'oracle' alone; got {oracle!r} for {retriever!r}")
         self.sources = SourceClasses()
         if self.k:
             self.retriever = Retriever(
@@ -115,7 +121,12 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
             return
         self.sources.read(tasks)
         items = draw_groups(
-            tasks, self.n_items, rows_per_group=self.rows_per_item, seed=seed, like=self.retriever.importance
+            tasks,
+            self.n_items,
+            rows_per_group=self.rows_per_item,
+            seed=seed,
+            like=self.retriever.importance,
+            setting="rows_per_item",
         )
         self.retriever.fill(items.x, {"x": items.x, "y": items.y}, classes=self.sources.of(items)[:, 0])
         if self.pretraining_steps and self.retriever.mode == "learned":

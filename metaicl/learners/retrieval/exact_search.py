@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metaicl.nets.sequence.linear import is_available
 
-_BLOCK = 64  # scores under one maximum; reductions over fewer are not vectorized
+_BLOCK = 128  # scores under one maximum; the maxima of a piece are then too few to be worth several threads
 
 
 class Scored(NamedTuple):
@@ -33,10 +34,11 @@ def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask 
         keys: (M, K).
         k: How many, at most M.
         chunk: Keys compared at once.
-        mask: (scores (Q, c), first item) -> scores with -inf where an item must not be found, perhaps in place.
+        mask: (scores (Q, c), first item) -> scores with -inf where an item must not be found, perhaps in place; there
+            may be more scores than items, -inf from the start.
 
     Returns:
-        Scores and item numbers; a masked item has the score -inf.
+        Scores and item numbers; a masked item has the score -inf, and its number means nothing.
     """
     pieces = -(-len(keys) // chunk)
     size = -(-len(keys) // (pieces * _BLOCK)) * _BLOCK  # no small last piece
@@ -59,11 +61,15 @@ def top(scores: Tensor, k: int) -> Scored:
         return Scored(*scores.topk(min(k, width), 1))
     blocks, rest = _in_blocks(scores)
     best = blocks.amax(2).topk(k, 1).indices
-    inside = blocks[torch.arange(n_queries, device=best.device)[:, None], best].flatten(1)
-    place = (best[..., None] * _BLOCK + torch.arange(_BLOCK, device=best.device)).flatten(1)
-    after = torch.arange(width - rest.shape[1], width, device=best.device).expand(n_queries, -1)
-    score, order = torch.cat([inside, rest], 1).topk(k, 1)
-    return Scored(score, torch.cat([place, after], 1).gather(1, order))
+    if rest.shape[1]:
+        inside = blocks[torch.arange(n_queries, device=best.device)[:, None], best].flatten(1)
+        inside = torch.cat([inside, rest], 1)
+    else:
+        first = blocks.shape[1] * torch.arange(n_queries, device=best.device)[:, None]
+        inside = blocks.flatten(0, 1).index_select(0, (first + best).flatten()).view(n_queries, -1)
+    score, order = inside.topk(k, 1)
+    opened = F.pad(best, (0, 1), value=blocks.shape[1])  # what is left counts as the last block
+    return Scored(score, opened.gather(1, order // _BLOCK) * _BLOCK + order % _BLOCK)
 
 
 class _Stream:
@@ -150,7 +156,7 @@ def _join(found: list[Scored], k: int) -> Scored:
 
 
 def _in_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (Q, c) as blocks (Q, c // 64, 64) and what is left (Q, below 64), without a copy."""
+    """Scores (Q, c) as blocks (Q, c // 128, 128) and what is left (Q, below 128), without a copy."""
     n_blocks = scores.shape[1] // _BLOCK
     inside = n_blocks * _BLOCK
     return scores[:, :inside].unflatten(1, (n_blocks, _BLOCK)), scores[:, inside:]
@@ -167,13 +173,16 @@ class _Products:
         self.buffer = queries.new_empty(len(queries) * size) if reuse else None
 
     def __call__(self, keys: Tensor) -> Tensor:
-        """Scores (Q, c) of keys (c, K); valid until the next call."""
+        """Scores (Q, c) of keys (c, K), or (Q, more) with -inf at the end of full blocks; valid until the next call."""
         if self.in_onednn:
             return torch.ops.mkldnn._linear_pointwise(self.queries, keys, None, "none", [], "")
         if self.buffer is None:
             return self.queries @ keys.T
-        out = self.buffer[: len(self.queries) * len(keys)].view(len(self.queries), len(keys))
-        return torch.mm(self.queries, keys.T, out=out)
+        width = -(-len(keys) // _BLOCK) * _BLOCK
+        scores = self.buffer[: len(self.queries) * width].view(-1, width)
+        torch.mm(self.queries, keys.T, out=scores[:, : len(keys)])
+        scores[:, len(keys) :] = -torch.inf
+        return scores
 
 
 def _prefers_onednn(queries: Tensor) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _COMPARISONS = 2**26  # held in memory at once
@@ -92,5 +93,7 @@ class ComparingMask:
             at_once = max(1, _COMPARISONS // max(1, scores.numel() * ids.shape[1]))
             for wanted in all_wanted.split(at_once, 1):
                 same = wanted[:, None, :, None] == ids[part, None]  # (Q, c, E, R)
-                scores = scores.masked_fill((same & (ids[part, None] >= 0)).flatten(2).any(-1), -torch.inf)
+                excluded = (same & (ids[part, None] >= 0)).flatten(2).any(-1)
+                missing = scores.shape[1] - excluded.shape[1]  # scores that belong to no item
+                scores = scores.masked_fill(F.pad(excluded, (0, missing)), -torch.inf)
         return scores

@@ -88,14 +88,15 @@ class ExplanationRetrieval(Learner[Tensor]):
         backend: Search of the memory.
 
     Raises:
-        ValueError: If the inputs are no tokens, a number is out of range or a name unknown.
+        ValueError: If the inputs are no tokens, a number is out of range or a name unknown; or, for the reader that is
+            built here, if an input is a single token or the vocabulary has no token for every label.
 
     Reference:
         Hase & Bansal 2021, arXiv:2102.02201, section 5. Differs: reader and retriever are trained from scratch, and
         the retriever compares weighted bags of tokens in place of sentence embeddings.
     """
 
-    traits = Traits(kinds=("classification",))
+    traits = Traits(kinds=("classification",), instead=(("regression", "RetrievalAugmented"),))
     retriever_open: Tensor
     refreshed: Tensor
 
@@ -126,8 +127,10 @@ class ExplanationRetrieval(Learner[Tensor]):
         self.n_sets, self.set_size = check_count("n_sets", n_sets), check_count("set_size", set_size)
         self.explanation_length = check_count("explanation_length", explanation_length)
         self.n_refreshes, self.frozen_until = check_count("n_refreshes", n_refreshes), frozen_until
-        built = CountingReader(spec.vocabulary, spec.x_shape[0], explanation_length, dim=dim, depth=depth)
-        self.reader = built if reader is None else reader
+        if reader is None:
+            _check_readable(spec, retriever)
+            reader = CountingReader(spec.vocabulary, spec.x_shape[0], explanation_length, dim=dim, depth=depth)
+        self.reader = reader
         nothing = torch.zeros(1, 1, 1, explanation_length, dtype=torch.long)
         with torch.no_grad():
             size = self.reader(nothing.new_zeros(1, *spec.x_shape), nothing).shape[2]
@@ -142,8 +145,8 @@ class ExplanationRetrieval(Learner[Tensor]):
         """Fill the memory with the explained points of the training set, or with labeled rows.
 
         Raises:
-            ValueError: If the explanations have another length, or an oracle is asked for an index that x does not
-                show.
+            ValueError: If the explanations have another length or tokens beyond the vocabulary, or an oracle is asked
+                for an index that x does not show.
         """
         if self.retriever == "none":
             return
@@ -156,6 +159,11 @@ class ExplanationRetrieval(Learner[Tensor]):
         if explanations.shape[1] != self.explanation_length:
             raise ValueError(
                 f"explanation_length must be that of the tasks, {explanations.shape[1]}; got {self.explanation_length}"
+            )
+        if isinstance(self.reader, CountingReader) and int(explanations.max()) >= self.reader.vectors.num_embeddings:
+            raise ValueError(
+                f"explanations must hold tokens below the vocabulary, {self.reader.vectors.num_embeddings}; got "
+                f"{int(explanations.max())}"
             )
         if self.retriever == "oracle" and not bool((x[:, 0] == index).all()):
             raise ValueError("the oracle reads the index of a task in the first token of x, and these tasks hide it")
@@ -240,3 +248,16 @@ class ExplanationRetrieval(Learner[Tensor]):
         x, y = rows.x[rows.real], rows.y[rows.real]
         explanations = torch.nn.functional.pad(y[:, None] + 1, (0, self.explanation_length - 1))
         return x, explanations, torch.full_like(y, -1)
+
+
+def _check_readable(spec: TaskSpec, retriever: str) -> None:
+    """Hold that a `CountingReader` can read inputs, and labels as explanations: those of tasks that give no others."""
+    if spec.x_shape[0] < 2:
+        raise ValueError(
+            f"a CountingReader needs inputs of at least 2 tokens; got x_shape={spec.x_shape}. Give a reader"
+        )
+    if retriever != "none" and spec.output_size >= (spec.vocabulary or 0):
+        raise ValueError(
+            f"labels are told as tokens 1 .. n_way={spec.output_size}, so vocabulary must be at least "
+            f"{spec.output_size + 1}; got {spec.vocabulary}. Give a reader with a larger one"
+        )

@@ -10,6 +10,7 @@ from metaicl.checks import check_choice, check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, prototypes, squared_distances
 from metaicl.learner import Learner, Traits
+from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Retriever
 from metaicl.learners.retrieval.sources import SourceClasses, draw_groups
 from metaicl.nets.backbones import build_encoder, encode, encoder_dim
@@ -94,6 +95,8 @@ class RAML(Learner[RAMLState]):
         check_choice("retriever", retriever, [mode for mode in RETRIEVERS if mode != "oracle"] + ["none"])
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
         self.n_passages = check_count("n_passages", n_passages, minimum=max(1, self.k))
+        check_count("n_candidates", n_candidates)
+        check_choice("backend", backend, BACKENDS)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
         size = encoder_dim(self.encoder, spec)

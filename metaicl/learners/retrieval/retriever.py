@@ -60,7 +60,8 @@ class Retriever(nn.Module):
         backend: Search of the bank.
 
     Raises:
-        ValueError: If the mode is unknown, or "oracle" and no function given, or the other way round.
+        ValueError: If the mode is unknown, or "oracle" and no function given, or the other way round; or if an
+            encoder is given for another mode than "learned".
     """
 
     importance: Tensor
@@ -81,6 +82,8 @@ class Retriever(nn.Module):
         self.spec, self.mode, self.oracle = spec, check_choice("retriever", mode, RETRIEVERS), oracle
         if (mode == "oracle") != (oracle is not None):
             raise ValueError(f"an oracle goes with retriever 'oracle' alone; got {oracle!r} for {mode!r}")
+        if encoder is not None and mode != "learned":
+            raise ValueError(f"an encoder goes with retriever 'learned' alone; got one for {mode!r}")
         self.n_candidates = None if n_candidates is None else check_count("n_candidates", n_candidates)
         self.bank = MemoryBank(backend=backend)
         size = _BUCKETS if spec.x_kind == "tokens" else math.prod(spec.x_shape)

@@ -42,7 +42,15 @@ class SourceClasses(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def draw_groups(tasks: TaskDistribution, n_groups: int, *, rows_per_group: int, seed: int, like: Tensor) -> Examples:
+def draw_groups(
+    tasks: TaskDistribution,
+    n_groups: int,
+    *,
+    rows_per_group: int,
+    seed: int,
+    like: Tensor,
+    setting: str = "rows_per_group",
+) -> Examples:
     """Groups of meta-training rows, drawn at the address (seed, "memory"): axis B holds up to `n_groups` groups.
 
     A group has rows of one class in classification and of one task in regression. Rows that a source names are drawn
@@ -54,12 +62,24 @@ def draw_groups(tasks: TaskDistribution, n_groups: int, *, rows_per_group: int, 
         rows_per_group: R.
         seed: Of the draw.
         like: The groups go to its device, and their floating-point fields to its dtype.
+        setting: What the learner calls `rows_per_group`, for the error message.
+
+    Raises:
+        ValueError: If the tasks cannot give so many rows and one more, the query that every episode has.
     """
     n_way = tasks.spec.n_way or 1
     generator, parts, seen, total = derive_generator(seed, "memory"), [], set[int](), 0
     n_tasks = -(-n_groups // n_way)
     for _ in range(_ROUNDS):
-        rows = tasks.sample(n_tasks, split="train", n_shot=rows_per_group, n_query=1, generator=generator).support
+        try:
+            rows = tasks.sample(n_tasks, split="train", n_shot=rows_per_group, n_query=1, generator=generator).support
+        except ValueError as error:
+            if rows_per_group == 1:
+                raise
+            raise ValueError(
+                f"a memory with {setting} = {rows_per_group} draws one row more than that of a class or task: {error}; "
+                f"lower {setting}"
+            ) from error
         groups = _by_class(rows, n_way) if tasks.spec.kind == "classification" else rows
         fresh = _unseen(groups, seen)
         parts.append(fresh)
