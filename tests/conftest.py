@@ -1,11 +1,13 @@
-"""Shared by the whole suite: one thread (bits depend on the thread count) and the place of the real data."""
+"""Shared by the whole suite: one thread (bits depend on the thread count), Ctrl-C, and the place of the real data."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its children without it
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_bundled_training import FACTORIES, GAUSSIANS, SINES, make
+from test_bundled_training import FACTORIES, SERVED, SINES, make
 from torch import Tensor, nn, optim
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from training_helpers import (
@@ -49,17 +49,18 @@ CHOICES = {"n_shot": 2, "n_query": 3, "seed": 0}
 RANDOM = ("Reptile", "ESMAML", "AmortizedBayes", "AmortizedBayes on factors", "dropout")
 Case = tuple[Callable[..., Learner], TaskDistribution]
 # Processes cost seconds to start: every learner runs on one of the two distributions in turn.
-TURNS = {name: (SINES, GAUSSIANS)[place % 2] for place, name in enumerate(FACTORIES)}
-TURNS |= {"ProtoNet": GAUSSIANS, "ProtoMAML": GAUSSIANS}
+SERVES = {name: [tasks for served, _, tasks in SERVED if served == name] for name in FACTORIES}
+TURNS = {name: served[place % len(served)] for place, (name, served) in enumerate(SERVES.items())}
 CASES: dict[str, Case] = {
     **{name: (factory, TURNS[name]) for name, factory in FACTORIES.items()},
     "Reptile on all rows": (partial(Reptile, inner_steps=2, batch_rows=100), SINES),  # only their order is drawn
     "dropout": (lambda spec: make_dropout(), Lines()),
 }
 OTHERS: dict[str, Case] = {
-    f"{name} on the other tasks": (factory, SINES if TURNS[name] is GAUSSIANS else GAUSSIANS)
-    for name, factory in FACTORIES.items()
-    if name not in ("ProtoNet", "ProtoMAML")
+    f"{name} on the other tasks": (FACTORIES[name], tasks)
+    for name, served in SERVES.items()
+    for tasks in served
+    if tasks is not TURNS[name]
 }
 KINDS = ("MAML", "Reptile on all rows", "ESMAML", "RidgeHead", "InContextTransformer", "RetrievalAugmented", "dropout")
 SETS = {"CASES": CASES, "OTHERS": OTHERS, "FEW": {name: CASES[name] for name in KINDS}}
