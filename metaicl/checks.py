@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, Distribution
 
 from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
@@ -150,6 +151,34 @@ def _check_classes_present(episode: Episode, spec: TaskSpec) -> None:
             f"every class needs a support row; class {label} of task {task} has 0 (n_way={spec.n_way}). "
             "A query label that the support never shows cannot be learned"
         )
+
+
+def check_answer(answer: object, spec: TaskSpec, rows: tuple[int, ...]) -> None:
+    """Check the kind and shapes of what a learner's `predict` or `predict_prefixes` returned; reads no values.
+
+    Args:
+        answer: What it returned.
+        spec: What the tasks look like.
+        rows: Shape (B, Q) of the rows that were asked about.
+
+    Raises:
+        TypeError: If it is no torch distribution.
+        ValueError: If its batch shape is not (B, Q), or its event shape or number of classes is not that of the spec.
+    """
+    hint = "metaicl.functional.categorical(logits) makes one from (B, Q, n_way)"
+    if spec.kind == "regression":
+        hint = "metaicl.functional.gaussian(mean, scale) makes one from (B, Q, y_dim)"
+    if not isinstance(answer, Distribution):
+        raise TypeError(f"predict must return a torch distribution; got {type(answer).__name__}; {hint}")
+    found, event = tuple(answer.batch_shape), tuple(answer.event_shape)
+    if found != rows:
+        raise ValueError(f"predict must return batch shape (B, Q) = {rows}; got {found}; {hint}")
+    expected = () if spec.kind == "classification" else (spec.y_dim,)
+    if event != expected:
+        raise ValueError(f"predict must return event shape {expected} for {spec.kind}; got {event}; {hint}")
+    if spec.kind == "classification" and isinstance(answer, Categorical) and answer.param_shape[-1] != spec.n_way:
+        classes = answer.param_shape[-1]
+        raise ValueError(f"predict must return probabilities of C = n_way = {spec.n_way} classes; got {classes}")
 
 
 def class_counts(examples: Examples, n_way: int) -> Tensor:

@@ -18,7 +18,7 @@ from metaicl.learner import Learner
 from metaicl.meta_training import meta_train
 from metaicl.report import Report
 from metaicl.results import Result, json_ready
-from metaicl.task import EVAL_SEED, SPLITS, Split, TaskDistribution
+from metaicl.task import EVAL_SEED, SPLITS, Split, TaskDistribution, check_distribution
 from metaicl.train_config import TrainConfig
 
 Budget = TrainConfig | Mapping[Any, TrainConfig]
@@ -74,17 +74,21 @@ def compare(
         TypeError: If an argument has the wrong type.
         ValueError: If a name is unknown, a budget is missing, or `directory` holds results of another comparison.
     """
-    by_name = dict(tasks) if isinstance(tasks, Mapping) else {type(tasks).__name__: tasks}
-    _check_names(learners, by_name)
+    if not isinstance(tasks, Mapping):
+        check_distribution(tasks)
+        tasks = {type(tasks).__name__: tasks}
+    if shots is not None and not isinstance(shots, Sequence):
+        raise TypeError(f"shots must be a sequence of numbers of support rows; got {shots!r}")
+    _check_names(learners, tasks)
     options = Options(
-        train=_budgets(train, by_name, learners),
+        train=_budgets(train, tasks, learners),
         seeds=_seed_list(seeds),
         n_episodes=check_count("n_episodes", n_episodes),
         split=check_choice("split", split, SPLITS),  # type: ignore[arg-type]  # it is one of SPLITS
         batch_size=check_count("batch_size", batch_size),
         device=None if device is None else check_device(device),
     )
-    boards = [make_board(name, one, options, n_shot, n_query, shots or ()) for name, one in by_name.items()]
+    boards = [make_board(name, one, options, n_shot, n_query, shots or ()) for name, one in tasks.items()]
     entries = {board.name: entries_of(board, learners, references, baseline) for board in boards}
     jobs = [job for board in boards for entry in entries[board.name] for job in jobs_of(board, entry, options)]
     with nullcontext() if directory is None else _owned(directory):
@@ -102,10 +106,7 @@ def _check_names(learners: Mapping[str, Source], tasks: Mapping[str, TaskDistrib
         if not isinstance(source, Learner) and not callable(source):
             raise TypeError(f"learners[{name!r}] must be a factory spec -> Learner or a Learner; got {source!r}")
     for name, one in tasks.items():
-        if not isinstance(one, TaskDistribution):
-            raise TypeError(
-                f"tasks must be a TaskDistribution or a mapping to them; got {type(one).__name__} at {name!r}"
-            )
+        check_distribution(one, f"tasks[{name!r}]")
     if not tasks:
         raise ValueError("tasks must name at least one task distribution; got an empty mapping")
 

@@ -187,6 +187,10 @@ class Worker:
             result = Result(**known, **self._train(job, learner, store), **self._judge(job, learner))
         except _FAILURES as error:
             return Result(**known, status="failed", reason=f"{type(error).__name__}: {error}")
+        except Exception as error:  # a fault of the program, not of the training: it ends the comparison
+            kept = "give a directory to keep finished runs" if store is None else "finished runs are kept"
+            error.add_note(f"raised by {job.entry.name!r} on {job.board.name!r}, seed {job.seed}; {kept}")
+            raise
         if store is not None:
             store.save(result, settings)
         return result

@@ -20,7 +20,7 @@ from metaicl.metrics import Calibration, calibration, calibration_counts, query_
 from metaicl.peak_memory import read_peak, start_peak
 from metaicl.prefixes import first_shots
 from metaicl.spec import TaskSpec
-from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 T = TypeVar("T")
@@ -231,8 +231,7 @@ class _Tally:
 def _check_served(learner: Learner, tasks: TaskDistribution, name: str) -> None:
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
-    if not isinstance(tasks, TaskDistribution):
-        raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+    check_distribution(tasks)
     if learner.spec.kind != tasks.spec.kind:
         raise ValueError(f"{name} was built for {learner.spec.kind}; the tasks are {tasks.spec.kind}")
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from metaicl.checks import check_answer
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
 from metaicl.spec import TaskSpec
@@ -69,7 +70,7 @@ def query_metrics(
         FloatingPointError: If a log-probability of a real row is not finite. It is looked at before any argmax,
             which would turn a diverged learner into one at chance.
     """
-    _check_shape(distribution, query, spec)
+    check_answer(distribution, spec, tuple(query.x.shape[:2]))
     log_prob = distribution.log_prob(query.y)
     check_finite("the log-probability of the target", log_prob, query, first_episode)
     metrics = {"nll": masked_mean(-log_prob, query.mask, 1)}
@@ -150,29 +151,6 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration | None:
     ]
     kind = "classification" if kinds == {"confidence"} else "regression"
     return calibration(np.stack([*sums, count.sum(0)]), kind)
-
-
-def _check_shape(distribution: Distribution, query: Examples, spec: TaskSpec) -> None:
-    if not isinstance(distribution, Distribution):
-        raise TypeError(f"predict must return a torch distribution; got {type(distribution).__name__}")
-    expected = tuple(query.x.shape[:2])
-    if tuple(distribution.batch_shape) != expected:
-        hint = (
-            ""
-            if spec.kind == "classification"
-            else "; metaicl.functional.gaussian(mean, scale) gives it from (B, Q, y_dim)"
-        )
-        raise ValueError(
-            f"predict must return batch shape (B, Q) = {expected}; got {tuple(distribution.batch_shape)}{hint}"
-        )
-    events = () if spec.kind == "classification" else (spec.y_dim,)
-    if tuple(distribution.event_shape) != events:
-        raise ValueError(
-            f"predict must return event shape {events} for {spec.kind}; got {tuple(distribution.event_shape)}"
-        )
-    if spec.kind == "classification" and _probabilities(distribution).shape[-1] != spec.n_way:
-        got = _probabilities(distribution).shape[-1]
-        raise ValueError(f"predict must return probabilities of C = n_way = {spec.n_way} classes; got {got}")
 
 
 def _probabilities(distribution: Any) -> Tensor:

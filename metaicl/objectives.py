@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from metaicl.checks import check_answer
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
@@ -42,7 +43,9 @@ def query_loss(learner: Learner, episode: Episode) -> Tensor:
 
 
 def _answer_loss(learner: Learner, state: Any, query: Examples) -> Tensor:
-    return masked_mean(-learner.predict(state, query.x).log_prob(query.y), query.mask, 1)
+    answer = learner.predict(state, query.x)
+    check_answer(answer, learner.spec, tuple(query.x.shape[:2]))
+    return masked_mean(-answer.log_prob(query.y), query.mask, 1)
 
 
 def squared_error(learner: Learner, episode: Episode) -> Tensor:
@@ -51,8 +54,10 @@ def squared_error(learner: Learner, episode: Episode) -> Tensor:
     The loss of Finn et al. 2017 for regression. It leaves the predicted scale untrained: use it to reproduce
     papers, and `query_loss` when calibration matters.
     """
-    mean = learner(episode.support, episode.query.x).mean
-    return masked_mean((mean - episode.query.y).square().sum(-1), episode.query.mask, 1)
+    query = episode.query
+    answer = learner(episode.support, query.x)
+    check_answer(answer, learner.spec, tuple(query.x.shape[:2]))
+    return masked_mean((answer.mean - query.y).square().sum(-1), query.mask, 1)
 
 
 def prefix_loss(learner: Learner, episode: Episode) -> Tensor:
@@ -86,6 +91,8 @@ def _prefix_mean(learner: Learner, episode: Episode, loss: Callable[[Distributio
         stages = learner.prefix_stages(rows)
     else:
         stages = [(1.0, learner.predict_prefixes(rows))]
+    for _, answer in stages:
+        check_answer(answer, learner.spec, tuple(rows.x.shape[:2]))
     return sum(
         (weight * masked_mean(loss(answer, rows.y), rows.mask, 1) for weight, answer in stages),
         start=rows.x.new_zeros(rows.n_tasks),

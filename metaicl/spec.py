@@ -34,6 +34,8 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
+        if isinstance(self.x_shape, int):
+            raise TypeError(f"TaskSpec.x_shape must be a tuple, the shape of one row; got {self.x_shape}")
         object.__setattr__(self, "x_shape", tuple(int(size) for size in self.x_shape))
         if self.kind not in ("regression", "classification"):
             raise ValueError(f"TaskSpec.kind must be 'regression' or 'classification'; got {self.kind!r}")

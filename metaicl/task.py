@@ -72,6 +72,19 @@ def derive_generator(*address: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*address))
 
 
+def check_distribution(tasks: object, name: str = "tasks") -> None:
+    """Refuse what is no task distribution.
+
+    Raises:
+        TypeError: Naming what came, with a hint where it is a class of distributions.
+    """
+    if isinstance(tasks, TaskDistribution):
+        return
+    if isinstance(tasks, type):
+        raise TypeError(f"{name} must be a TaskDistribution; got the class itself: {tasks.__name__}() makes one")
+    raise TypeError(f"{name} must be a TaskDistribution; got {type(tasks).__name__}")
+
+
 class EpisodeStream(Dataset[Episode]):
     """An endless, addressed sequence of tasks: chunk `i` is a pure function of (seed, split, i).
 
@@ -102,8 +115,7 @@ class EpisodeStream(Dataset[Episode]):
         chunk_size: int = 25,
     ) -> None:
         """Check the address; nothing is sampled yet."""
-        if not isinstance(tasks, TaskDistribution):
-            raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+        check_distribution(tasks)
         self.tasks = tasks
         self.seed = check_seed(seed)
         self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]  # one of SPLITS
@@ -113,14 +125,23 @@ class EpisodeStream(Dataset[Episode]):
         self.chunk_size = check_count("chunk_size", chunk_size)
 
     def __getitem__(self, index: int) -> Episode:
-        """Chunk `index`: an episode with B = chunk_size."""
+        """Chunk `index`: an episode with B = chunk_size.
+
+        Raises:
+            ValueError: If the distribution gives something else.
+        """
         check_count("index", index, minimum=0)
         generator = derive_generator(self.seed, self.split, index)
         low, high = self.n_shot
         n_shot = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
-        return self.tasks.sample(
+        episode = self.tasks.sample(
             self.chunk_size, split=self.split, n_shot=n_shot, n_query=self.n_query, generator=generator
         )
+        if not isinstance(episode, Episode) or episode.n_tasks != self.chunk_size:
+            got = f"{episode.n_tasks} tasks" if isinstance(episode, Episode) else type(episode).__name__
+            name = type(self.tasks).__name__
+            raise ValueError(f"{name}.sample must give an Episode of n_tasks = {self.chunk_size} tasks; got {got}")
+        return episode
 
     def batches(self, start: int, stop: int, *, batch_size: int, workers: int = 0) -> Iterator[Episode]:
         """Tasks start .. stop - 1 in batches of `batch_size`, the last one smaller.

@@ -13,7 +13,7 @@ from metaicl.exam import tasks as family
 from metaicl.exam.case import Case, build_case
 from metaicl.exam.results import CheckError, Exam, LearnerCheckError, TaskCheckError
 from metaicl.learner import Learner
-from metaicl.task import TaskDistribution
+from metaicl.task import TaskDistribution, check_distribution
 
 __all__ = [
     "LEARNER_CHECKS",
@@ -149,8 +149,7 @@ def check_tasks(
         TypeError: If `tasks` is no TaskDistribution.
         ValueError: If the name of a check is unknown or a count is out of range.
     """
-    if not isinstance(tasks, TaskDistribution):
-        raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+    check_distribution(tasks)
     case = family.TaskCase(tasks, check_count("n_shot", n_shot), check_count("n_query", n_query))
     expected = expected_failures or {}
     names = _TASK_EXAM.select(checks, expected)

@@ -143,8 +143,9 @@ def test_errors_of_a_learner_that_are_no_divergence_are_not_hidden():
     def broken(learner, tasks, config, **options):
         raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(RuntimeError, match="shapes do not fit") as raised:
         compare({"a": Scaled}, Levels(), trainer=broken, **SIZES)
+    assert "raised by 'a' on 'Levels', seed 0" in raised.value.__notes__[0]
 
 
 def test_an_instance_is_judged_as_it_is_and_left_as_it_is():
@@ -276,7 +277,9 @@ def test_a_result_is_json_that_others_can_read(tmp_path):
         ({"learners": [Mean]}, TypeError, "mapping of names"),
         ({"learners": {"a": "MAML"}}, TypeError, r"learners\['a'\] must be a factory"),
         ({"learners": {"a": lambda spec: 3}}, TypeError, "must give a Learner for a spec; got int"),
-        ({"tasks": 3}, TypeError, "TaskDistribution"),
+        ({"tasks": 3}, TypeError, "TaskDistribution; got int"),
+        ({"tasks": {"a": Levels}}, TypeError, r"tasks\['a'\] must be .* got the class itself: Levels\(\) makes one"),
+        ({"shots": 5}, TypeError, "shots must be a sequence of numbers of support rows; got 5"),
         ({"tasks": {}}, ValueError, "at least one task distribution"),
         ({"seeds": 0}, ValueError, "seeds must be an int >= 1"),
         ({"seeds": []}, ValueError, "at least one number"),

@@ -1,9 +1,11 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 from training_helpers import (
     MAKERS,
     Lines,
@@ -20,7 +22,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
 from metaicl.meta_step import MetaStep
-from metaicl.objectives import query_loss
+from metaicl.objectives import Objective, prefix_loss, prefix_squared_error, query_loss, squared_error
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.training import outer_loop, training_mode
@@ -264,6 +266,57 @@ def test_a_bad_episode_is_named_by_row() -> None:
         train(make_ridge(), Lines(poison))
 
 
+class OneMore(Lines):
+    """Gives a task more than it was asked for."""
+
+    def sample(self, n_tasks: int, **choices: Any) -> Episode:
+        return super().sample(n_tasks + 1, **choices)
+
+
+class Nothing(Lines):
+    """Gives nothing."""
+
+    def sample(self, n_tasks: int, **choices: Any) -> Any:
+        return None
+
+
+def test_a_sampler_that_gives_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match=r"OneMore.sample must give an Episode of n_tasks = 4 tasks; got 5 tasks"):
+        train(make_ridge(), OneMore())
+    with pytest.raises(ValueError, match=r"Nothing.sample must give an Episode of n_tasks = 4 tasks; got NoneType"):
+        train(make_ridge(), Nothing())
+
+
+class Careless(Ridge):
+    """Answers with whatever `shape` makes of the mean (B, Q, 1)."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__(Lines().spec)
+        self.shape = shape
+
+    def predict(self, state: Tensor, x: Tensor) -> Any:
+        return self.shape(super().predict(state, x).mean)
+
+    def predict_prefixes(self, examples: Examples) -> Any:
+        return self.shape(examples.y)
+
+
+@pytest.mark.parametrize("objective", [query_loss, squared_error, prefix_loss, prefix_squared_error])
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        (lambda mean: mean, TypeError, "torch distribution; got Tensor; metaicl.functional.gaussian"),
+        (lambda mean: Normal(mean, 1.0), ValueError, r"batch shape \(B, Q\) = \(4, \d\); got \(4, \d, 1\)"),
+        (lambda mean: gaussian(mean.expand(-1, -1, 2), torch.ones(2)), ValueError, r"event shape \(1,\) .* got \(2,\)"),
+    ],
+)
+def test_every_objective_names_an_answer_of_another_shape(
+    objective: Objective, shape: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(Careless(shape), objective=objective)
+
+
 @pytest.mark.parametrize(
     ("choices", "error", "message"),
     [
@@ -289,7 +342,7 @@ def test_wrong_objects_are_refused_at_once() -> None:
     learner = make_ridge()
     with pytest.raises(TypeError, match="learner must be a Learner; got Linear"):
         outer_loop(nn.Linear(1, 1), Lines(), adam(learner), steps=1)
-    with pytest.raises(TypeError, match="tasks must be a TaskDistribution; got ABCMeta"):
+    with pytest.raises(TypeError, match=r"tasks must be a TaskDistribution; got the class itself: Lines\(\) makes one"):
         outer_loop(learner, Lines, adam(learner), steps=1)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer; got float"):
         outer_loop(learner, Lines(), 0.1, steps=1)

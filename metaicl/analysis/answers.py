@@ -14,7 +14,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner, PredictsPrefixes
 from metaicl.prefixes import take_prefix
 from metaicl.spec import TaskSpec
-from metaicl.task import EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.task import EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 
@@ -164,8 +164,7 @@ def check_learners(learner: Learner | Sequence[Learner], tasks: TaskDistribution
         TypeError: If one is no learner, or tasks is no distribution.
         ValueError: If there is none, or one was built for other tasks.
     """
-    if not isinstance(tasks, TaskDistribution):
-        raise TypeError(f"tasks must be a TaskDistribution; got {type(tasks).__name__}")
+    check_distribution(tasks)
     learners = [learner] if isinstance(learner, Learner) else list(learner)
     if not learners:
         raise ValueError("learner must be a Learner or several trained alike; got an empty sequence")

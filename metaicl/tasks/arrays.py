@@ -195,7 +195,15 @@ def _inputs(x: Any) -> tuple[Inputs, tuple[int, ...]]:
         return lambda fit_rows: finite(to_matrix(columns, fit_rows), "x"), first.shape
     array = finite(to_numbers(x, "x"), "x")
     if array.ndim not in (2, 4) or 0 in array.shape:
-        raise ValueError(f"x must be (rows, D) or (rows, channels, height, width), none of them 0; got {array.shape}")
+        hint = "; gray images become that by x[:, None]" if array.ndim == 3 else ""
+        raise ValueError(
+            f"x must be (rows, D) or (rows, channels, height, width), none of them 0; got {array.shape}{hint}"
+        )
+    if array.ndim == 4 and array.shape[3] in (1, 3, 4) and min(array.shape[1:3]) > 4:
+        raise ValueError(
+            f"x must be (rows, channels, height, width); got {array.shape}, whose channels look last. "
+            "np.moveaxis(x, 3, 1) puts them first"
+        )
     return lambda _: array, array.shape
 
 

@@ -167,6 +167,8 @@ def nan_at(row: int, column: int) -> np.ndarray:
         ({"x": X[:, :0]}, ValueError, "none of them 0"),
         ({"x": X + 1j}, TypeError, "got complex128"),
         ({"x": torch.eye(60).to_sparse()}, TypeError, "x must be a dense"),
+        ({"x": np.zeros((60, 8, 8))}, ValueError, r"gray images become that by x\[:, None\]"),
+        ({"x": np.zeros((60, 8, 8, 3))}, ValueError, r"channels look last. np.moveaxis\(x, 3, 1\)"),
         ({"y": LABELS.astype(float)}, TypeError, r"y.astype\(int\); for regression give groups"),
         ({"y": LABELS.astype(float).tolist()}, TypeError, r"y must be integers or strings; got float64"),
         ({"y": np.eye(60)[:, :6].astype(int)}, ValueError, r"one-hot rows become indices by .argmax\(-1\)"),
