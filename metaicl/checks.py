@@ -165,17 +165,17 @@ def check_answer(answer: object, spec: TaskSpec, rows: tuple[int, ...]) -> None:
         TypeError: If it is no torch distribution.
         ValueError: If its batch shape is not (B, Q), or its event shape or number of classes is not that of the spec.
     """
-    hint = "metaicl.functional.categorical(logits) makes one from (B, Q, n_way)"
+    hint = "Hint: metaicl.functional.categorical(logits) makes one from (B, Q, n_way)"
     if spec.kind == "regression":
-        hint = "metaicl.functional.gaussian(mean, scale) makes one from (B, Q, y_dim)"
+        hint = "Hint: metaicl.functional.gaussian(mean, scale) makes one from (B, Q, y_dim)"
     if not isinstance(answer, Distribution):
-        raise TypeError(f"predict must return a torch distribution; got {type(answer).__name__}; {hint}")
+        raise TypeError(f"predict must return a torch distribution; got {type(answer).__name__}. {hint}")
     found, event = tuple(answer.batch_shape), tuple(answer.event_shape)
     if found != rows:
-        raise ValueError(f"predict must return batch shape (B, Q) = {rows}; got {found}; {hint}")
+        raise ValueError(f"predict must return batch shape (B, Q) = {rows}; got {found}. {hint}")
     expected = () if spec.kind == "classification" else (spec.y_dim,)
     if event != expected:
-        raise ValueError(f"predict must return event shape {expected} for {spec.kind}; got {event}; {hint}")
+        raise ValueError(f"predict must return event shape {expected} for {spec.kind}; got {event}. {hint}")
     if spec.kind == "classification" and isinstance(answer, Categorical) and answer.param_shape[-1] != spec.n_way:
         classes = answer.param_shape[-1]
         raise ValueError(f"predict must return probabilities of C = n_way = {spec.n_way} classes; got {classes}")

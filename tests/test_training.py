@@ -305,7 +305,7 @@ class Careless(Ridge):
 @pytest.mark.parametrize(
     ("shape", "error", "message"),
     [
-        (lambda mean: mean, TypeError, "torch distribution; got Tensor; metaicl.functional.gaussian"),
+        (lambda mean: mean, TypeError, "torch distribution; got Tensor. Hint: metaicl.functional.gaussian"),
         (lambda mean: Normal(mean, 1.0), ValueError, r"batch shape \(B, Q\) = \(4, \d\); got \(4, \d, 1\)"),
         (lambda mean: gaussian(mean.expand(-1, -1, 2), torch.ones(2)), ValueError, r"event shape \(1,\) .* got \(2,\)"),
     ],

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
+from metaicl.checks import check_answer
 from metaicl.collation import collate
 from metaicl.episode import Examples
 from metaicl.exam.case import Case, answer, difference, fixed_generator, numbers, require_same
@@ -15,16 +15,11 @@ def check_answer_shape(case: Case) -> None:
     """`predict` returns a distribution with batch shape (B, Q) over what the spec says."""
     learner, support, query = case.learner, case.episode.support, case.episode.query
     found = learner.predict(learner.adapt(support), query.x)
-    hint = "return a torch Distribution, such as metaicl.functional.categorical(logits) or gaussian(mean, scale)"
-    if not isinstance(found, Distribution):
-        raise AssertionError(f"predict must return a Distribution; got {type(found).__name__}. Hint: {hint}")
-    spec, shape = learner.spec, tuple(query.x.shape[:2])
-    event = () if spec.kind == "classification" else (spec.output_size,)
-    got = f"batch shape {tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
-    if tuple(found.batch_shape) != shape or tuple(found.event_shape) != event:
-        raise AssertionError(
-            f"predict must have batch shape (B, Q) = {shape} and event shape {event}; got {got}. Hint: {hint}"
-        )
+    spec = learner.spec
+    try:
+        check_answer(found, spec, tuple(query.x.shape[:2]))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from error
     if spec.kind == "classification":
         total = numbers(found, learner, query.x).exp().sum(-1)
         if bool(((total - 1).abs() > 1e-3).any()):
