@@ -68,6 +68,18 @@ class HonestStream(Honest):
         return gaussian(self.decode(inputs), positive(self.raw_scale))
 
 
+class NoiseInTraining(Honest):
+    """Draws its state in training, as latent neural processes do: nothing else reaches the scale of that noise."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.raw_noise = nn.Parameter(torch.zeros(()))
+
+    def adapt(self, support: Examples) -> Any:
+        state = super().adapt(support)
+        return state + positive(self.raw_noise) * torch.randn_like(state) if self.training else state
+
+
 class DeclaredTransductive(Honest):
     """Declares more than it does, which is allowed."""
 

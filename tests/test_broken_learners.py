@@ -77,6 +77,7 @@ def test_every_check_has_a_fault_that_it_catches() -> None:
     [
         broken.Honest,
         broken.HonestStream,
+        broken.NoiseInTraining,
         broken.DeclaredTransductive,
         broken.DeclaredPeeker,
         broken.DeclaredApproximate,

@@ -1,7 +1,8 @@
 """Checks of meta-training: gradients arrive, are slopes, agree with a loop, and a few updates on easy tasks help."""
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from metaicl.learner import HasMetaGradients, Learner, Prepares
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, Split, TaskDistribution
+from metaicl.training import device_of, isolated_randomness
 
 _UPDATES = 200
 _MARGIN = 0.1
@@ -22,7 +24,7 @@ _SLOPE_GAP = 1e-4  # relative
 
 
 def check_meta_gradient(case: Case) -> None:
-    """Every trainable parameter receives a finite gradient of the query loss that is not all zero."""
+    """Every trainable parameter receives a finite gradient of the query loss that is not all zero, in some mode."""
     learner = case.learner
     trainable = [name for name, value in learner.named_parameters() if value.requires_grad]
     if not learner.traits.trainable:
@@ -37,7 +39,11 @@ def check_meta_gradient(case: Case) -> None:
             "no parameter requires grad. Hint: declare Traits(trainable=False) if nothing is meta-trained"
         )
     found = [meta_gradients(learner, episode) for episode in (case.episode, case.short)]
-    silent = [n for n in trainable if all(g.get(n) is None or not bool(g[n].any()) for g in found)]
+    silent = _silent(trainable, found)
+    if silent:  # some parameters serve training alone, such as the scale of noise
+        with isolated_randomness(SEED, device_of(learner)):
+            found.append(meta_gradients(copy.deepcopy(learner).train(), case.episode))
+        silent = _silent(trainable, found)
     broken = [n for n in trainable if any(g.get(n) is not None and not bool(g[n].isfinite().all()) for g in found)]
     if silent or broken:
         problem = f"no gradient reaches {silent[:5]}" if silent else f"the gradient of {broken[:5]} is not finite"
@@ -122,6 +128,11 @@ def meta_gradients(learner: Learner, episode: Episode) -> dict[str, Tensor]:
     loss = query_loss(learner, episode).mean()
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: value for name, value in zip(named, found, strict=True) if value is not None}
+
+
+def _silent(names: Sequence[str], found: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """The parameters that none of these gradients reaches."""
+    return [name for name in names if all(g.get(name) is None or not bool(g[name].any()) for g in found)]
 
 
 def _uphill(value: Tensor, gradient: Tensor | None, source: torch.Generator) -> Tensor:
