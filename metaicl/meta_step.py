@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from metaicl.checks import check_choice, check_count
 from metaicl.compiled import Gradients, Result, compile_step, find_problem
 from metaicl.distributed import check_unwrapped
 from metaicl.episode import Episode
+from metaicl.inner_loop.calling import call_net
 from metaicl.learner import HasMetaGradients, Learner
 from metaicl.objectives import Objective, query_loss
-from metaicl.second_order import hint_at_first_order
+from metaicl.second_order import hint_at_ways_out
 
 AUTOCAST = ("bf16",)
 
@@ -107,7 +108,7 @@ class MetaStep:
         return losses.detach(), {name: gradients[_PREFIX + name] for name in self.parameters}
 
     def _eager(self, episode: Episode) -> Result:
-        with torch.enable_grad():
+        with torch.enable_grad(), hint_at_ways_out():
             losses = self._module(episode)
             name = type(self.learner).__name__
             if not isinstance(losses, Tensor) or losses.shape != (episode.n_tasks,):
@@ -117,13 +118,13 @@ class MetaStep:
             if not losses.requires_grad:
                 raise ValueError(f"the objective's loss depends on no trainable parameter of {name}")
             parameters = list(self.parameters.values())
-            with hint_at_first_order():
-                gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
-        return losses.detach(), dict(zip(self.parameters, gradients, strict=True))
+            gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
+        dense = (value.to_dense() if value.is_sparse else value for value in gradients)
+        return losses.detach(), dict(zip(self.parameters, dense, strict=True))
 
     def _functional(self, trainable: Gradients, rest: Gradients, episode: Episode) -> Result:
         def mean_loss(trainable: Gradients) -> tuple[Tensor, Tensor]:
-            losses = functional_call(self._module, {**rest, **trainable}, (episode,), strict=True)
+            losses = call_net(self._module, {**rest, **trainable}, (episode,))
             return losses.mean(), losses
 
         gradients, (_, losses) = grad_and_value(mean_loss, has_aux=True)(trainable)
@@ -197,7 +198,7 @@ def accumulate(meta_step: MetaStep, episode: Episode, micro_batch_size: int | No
 
 
 class _EpisodeLoss(nn.Module):
-    """The objective as a module, so that `functional_call` reaches every tensor of the learner."""
+    """The objective as a module, so that `call_net` reaches every tensor of the learner."""
 
     def __init__(self, learner: Learner, objective: Objective, autocast: bool) -> None:
         super().__init__()

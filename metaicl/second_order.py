@@ -10,8 +10,51 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metaicl.nets.recurrence import WRITTEN_OUT
+
 _OPTIONS = ("input", "running_mean", "running_var", "weight", "bias", "statistics", "momentum", "eps")
 """Arguments of torch's batch and instance normalization, in order."""
+
+_FUSED_WEIGHT_NORM = torch._VF._weight_norm  # type: ignore[attr-defined]  # the same function as torch._weight_norm
+
+
+_TASK_BY_TASK = "or adapt task by task with metaicl.interop.higher.HigherMAML"
+_WAYS_OUT = (
+    (
+        ("derivative", "is not implemented"),
+        "An inner loop needs the second derivative of every operator of its net: replace this one, or give the learner "
+        "first_order=True where it has that option",
+    ),
+    (
+        ("saved tensor hooks",),
+        "torch.utils.checkpoint and other hooks on saved tensors do not work in a net inside an inner loop; save "
+        "memory with the learner's own checkpoint=True",
+    ),
+    (
+        ("setup_context",),
+        "The net uses an autograd.Function of the old style (torch.utils.checkpoint with use_reentrant=True and full "
+        "backward hooks are such): give it setup_context and generate_vmap_rule=True, or leave it out",
+    ),
+    (
+        ("data-dependent control flow",),
+        f"The net branches on the numbers it sees, and they differ between tasks: use torch.where, {_TASK_BY_TASK}",
+    ),
+    (
+        ("operators that can support dynamic shape",),
+        "The net makes tensors whose shape depends on numbers, by a boolean mask as an index or by an embedding with "
+        f"sparse=True: use torch.where and sparse=False, {_TASK_BY_TASK}",
+    ),
+    (
+        ("vmap: we do not yet support",),
+        f"The net uses an operator that cannot be mapped over tasks: replace it, {_TASK_BY_TASK}",
+    ),
+    (
+        ("Batching rule not implemented",),
+        "The net writes into memory that all tasks share, as spectral normalization does in training: keep that layer "
+        f"in evaluation mode, {_TASK_BY_TASK}",
+    ),
+)
+"""Parts of torch's messages, and what to do."""
 
 
 @contextmanager
@@ -21,7 +64,9 @@ def twice_differentiable() -> Iterator[None]:
     Attention runs by its plain kernel: the fused ones have no second derivative (pytorch issue 116350). Layer, batch
     and instance normalization are written out: in torch 2.13 `vmap` over the native ones gives wrong second
     derivatives, without an error, when their weights differ between tasks. Native batch and instance normalization
-    with running statistics are left as they are. Works inside `torch.compile`.
+    with running statistics are left as they are. The kernel of weight normalization has wrong second derivatives
+    even without `vmap`, and those of LSTM, GRU, RNN and their cells are unknown to it: they are written out too, but
+    for packed sequences. Works inside `torch.compile`, which takes no recurrent layers.
     """
     if torch.compiler.is_compiling():  # a compiled graph writes attention out by itself
         with _WrittenOut():
@@ -32,21 +77,19 @@ def twice_differentiable() -> Iterator[None]:
 
 
 @contextmanager
-def hint_at_first_order() -> Iterator[None]:
-    """Add a way out to torch's message about an operator without a second derivative, which names the operator."""
+def hint_at_ways_out() -> Iterator[None]:
+    """Add to torch's message about a net that it cannot map over tasks, or differentiate twice, what to do instead."""
     try:
         yield
-    except RuntimeError as error:
-        if "is not implemented" not in str(error) or "derivative" not in str(error):
+    except (RuntimeError, NotImplementedError) as error:
+        hint = next((hint for parts, hint in _WAYS_OUT if all(part in str(error) for part in parts)), None)
+        if hint is None:
             raise
-        raise RuntimeError(
-            f"{str(error).rstrip('.')}. An inner loop needs the second derivative of every operator of its net: "
-            "replace this one, or give the learner first_order=True where it has that option"
-        ) from error
+        raise RuntimeError(f"{str(error).rstrip('. ')}. {hint}") from error
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Replaces three functions of torch.nn.functional; as a mode it reaches them inside anyone's modules."""
+    """Replaces some functions of torch; as a mode it reaches them inside anyone's modules."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,6 +101,10 @@ class _WrittenOut(TorchFunctionMode):
             options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
             if options.get("running_mean") is None:
                 return _channel_norm(options, over_rows=func is F.batch_norm)
+        if func is _FUSED_WEIGHT_NORM:
+            return _weight_norm(*args, **kwargs)
+        if func in WRITTEN_OUT and not (len(args) > 3 and isinstance(args[3], Sequence)):  # a packed sequence
+            return WRITTEN_OUT[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -86,3 +133,8 @@ def _channel_norm(options: Mapping[str, Any], *, over_rows: bool) -> Tensor:
 def _standardize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     centered = x - x.mean(axes, keepdim=True)
     return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    axes = tuple(axis for axis in range(direction.ndim) if dim == -1 or axis != dim % direction.ndim)
+    return direction * (length / direction.square().sum(axes, keepdim=dim != -1).sqrt())

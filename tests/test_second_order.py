@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from metaicl.nets.norm import BatchStatNorm
 from metaicl.second_order import twice_differentiable
@@ -43,6 +44,56 @@ def test_written_out_equals_native_to_the_second_derivative(name):
     size = max(float(part.detach().abs().max()) for part in results[1])
     for found, expected in zip(*results, strict=True):
         assert float((found - expected).detach().abs().max()) < 1e-12 * max(size, 1)
+
+
+LAYERS = {
+    "lstm": lambda: nn.LSTM(3, 4, num_layers=2, proj_size=2, bidirectional=True),
+    "lstm_plain": lambda: nn.LSTM(3, 4, bias=False, batch_first=True),
+    "gru": lambda: nn.GRU(3, 4, num_layers=2, bidirectional=True),
+    "gru_plain": lambda: nn.GRU(3, 4, bias=False, batch_first=True),
+    "rnn": lambda: nn.RNN(3, 4, num_layers=2),
+    "rnn_relu": lambda: nn.RNN(3, 4, nonlinearity="relu", bidirectional=True, bias=False),
+    "lstm_cell": lambda: nn.LSTMCell(3, 4),
+    "gru_cell": lambda: nn.GRUCell(3, 4, bias=False),
+    "rnn_cell": lambda: nn.RNNCell(3, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_recurrent_layers_equal_native_ones_to_the_second_derivative(name):
+    layer = LAYERS[name]().double()
+    x = randn(*((5, 3) if name.endswith("cell") else (4, 5, 3))).requires_grad_()
+    inputs, results = (x, *layer.parameters()), []
+    for context in (twice_differentiable, torch.enable_grad):
+        with context():
+            out = tree_leaves(layer(x))
+        first = torch.autograd.grad(sum(part.square().sum() for part in out), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), inputs)
+        results.append([*out, *first, *second])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).detach().abs().max()) < 1e-12 * max(float(expected.detach().abs().max()), 1)
+
+
+def test_packed_sequences_and_dropout_of_recurrent_layers():
+    packed = nn.utils.rnn.pack_padded_sequence(randn(4, 2, 3), torch.tensor([4, 2]))
+    layer, deep = nn.LSTM(3, 4).double(), nn.GRU(3, 4, num_layers=2, dropout=0.5).double()
+    with twice_differentiable(), torch.random.fork_rng():
+        assert torch.equal(layer(packed)[0].data, layer(packed)[0].data)
+        torch.manual_seed(0)
+        first = deep(randn(4, 2, 3))[0]
+        assert not torch.equal(first, deep(randn(4, 2, 3))[0])
+        torch.manual_seed(0)
+        assert torch.equal(first, deep(randn(4, 2, 3))[0])
+    assert float((deep.eval()(randn(4, 2, 3))[0] - first).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_weight_norm_has_the_second_derivative_that_the_native_one_lacks(dim):
+    direction, length = randn(3, 4).requires_grad_(), torch.norm_except_dim(randn(4, 3).T, 2, dim).requires_grad_()
+    native = torch._weight_norm(direction, length, dim)
+    with twice_differentiable():
+        assert float((torch._weight_norm(direction, length, dim) - native).detach().abs().max()) < 1e-15
+        assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (direction, length))
 
 
 def test_running_statistics_stay_native():

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from metaicl.inner_loop.calling import call_net
 
 Shape = tuple[int, ...]
 
@@ -184,9 +185,10 @@ def _linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 def _output_shapes(net: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, list[Shape]]:
     """What comes out of the layers that use their weight for nothing but F.linear, call by call."""
     watch = _Watch(weights)
-    buffers = {name: value.clone() for name, value in net.named_buffers()}  # the net may write into them
+    tensors = dict(net.named_parameters())
+    tensors |= {name: value.clone() for name, value in net.named_buffers()}  # the net may write into them
     with torch.random.fork_rng(), torch.no_grad(), watch:
-        functional_call(net, buffers, (x,))
+        call_net(net, tensors, (x,))
     return {name: shapes for name, shapes in watch.shapes.items() if shapes and name not in watch.used_otherwise}
 
 

@@ -15,8 +15,9 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
     None selects all but word vectors: their table is too large to copy for each task, and a support moves few rows.
 
     Raises:
+        TypeError: If `patterns` are no strings.
         ValueError: If there are no trainable parameters, or a pattern matches none of them (the message names close
-            ones, or the frozen ones that it matches), or None leaves nothing.
+            ones, or the frozen ones that it matches), or there is no pattern, or None leaves nothing.
     """
     names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     if not names:
@@ -26,9 +27,15 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
         if tables.issuperset(names):
             raise ValueError(f"{type(net).__name__} has only word vectors to adapt; name them if they should: {names}")
         return frozenset(names) - tables
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    wanted = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if not all(isinstance(pattern, str) for pattern in wanted):
+        raise TypeError(f"adapt must be patterns of parameter names, such as 'head.*'; got {patterns!r}")
+    if not wanted:
+        raise ValueError(f"adapt has no pattern, so nothing would adapt; None adapts all {len(names)} parameters")
     frozen = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
     chosen: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in wanted:
         found = fnmatch.filter(names, pattern)
         if not found and (still := fnmatch.filter(frozen, pattern)):
             hint = "call requires_grad_() on what should adapt"
@@ -52,22 +59,23 @@ def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor
 
 
 def check_inner_loop_module(net: nn.Module) -> None:
-    """Refuse what the batched inner loop cannot serve: running statistics, torch's recurrent layers, float16.
+    """Refuse what the batched inner loop cannot serve: running statistics and float16, and what is no module.
 
     Raises:
-        ValueError: If a normalization layer tracks running statistics, a layer is an RNN, GRU, LSTM or their cell, or
-            a parameter is float16.
+        TypeError: If `net` is no nn.Module, or a scripted one.
+        ValueError: If a normalization layer tracks running statistics, or a parameter is float16 or has no shape yet.
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"an inner loop needs an nn.Module; got {net!r}")
+    if isinstance(net, torch.jit.ScriptModule):
+        raise TypeError("an inner loop cannot give other weights to a scripted module; pass the module it was made of")
+    lazy = [name for name, value in net.named_parameters() if isinstance(value, nn.UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"{type(net).__name__} has parameters without a shape, {lazy[:5]}; call it once on a batch of rows first"
+        )
     check_no_running_statistics(net)
     check_precision(net)
-    kinds = (nn.RNNBase, nn.RNNCellBase)
-    recurrent = [name or type(layer).__name__ for name, layer in net.named_modules() if isinstance(layer, kinds)]
-    if recurrent:
-        raise ValueError(
-            "the batched inner loop cannot serve torch's recurrent layers, which vmap does not know; "
-            f"{type(net).__name__} has {recurrent[:5]}. Write the recurrence with nn.Linear, "
-            "or adapt task by task with metaicl.interop.higher.HigherMAML"
-        )
 
 
 def check_precision(net: nn.Module) -> None:

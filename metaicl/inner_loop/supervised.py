@@ -2,9 +2,9 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaicl.functional import masked_mean
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.spec import TaskSpec
 
@@ -19,7 +19,15 @@ def row_loss(spec: TaskSpec, output: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         Losses (N,).
+
+    Raises:
+        ValueError: If the output is of another shape: targets would be broadcast against it.
     """
+    expected = (len(y), spec.output_size)
+    if not isinstance(output, Tensor) or output.shape != expected:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        what = "n_way logits" if spec.kind == "classification" else "y_dim means"
+        raise ValueError(f"the net must turn {len(y)} rows into a tensor {expected} of {what} each; got {got}")
     if spec.kind == "classification":
         return F.cross_entropy(output, y, reduction="none")
     return (output - y).square().mean(-1)
@@ -35,7 +43,7 @@ def support_loss(spec: TaskSpec, net: nn.Module, frozen: Params) -> Loss:
     """
 
     def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        output = functional_call(net, {**frozen, **weights}, (x,), strict=True)
+        output = call_net(net, {**frozen, **weights}, (x,))
         return masked_mean(row_loss(spec, output, y), mask, 0)
 
     return loss

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from metaicl.checks import check_count
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.checkpointing import recompute
 from metaicl.inner_loop.factored import (
     FactoredLinear,
@@ -252,7 +253,7 @@ def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> 
 
     def one_task(weights: Params, factors: Mapping[str, Factors], inputs: Tensor) -> Tensor:
         with applied(starts, factors):
-            return functional_call(net, {**frozen, **starts, **weights}, (inputs,), strict=True)
+            return call_net(net, {**frozen, **starts, **weights}, (inputs,))
 
     with twice_differentiable():
         return vmap(one_task, randomness="different")(plain, factors, x)
@@ -291,8 +292,7 @@ def _loop(
     exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
     if layers and not (optimizer is None or optimizer.takes_factors):
         raise ValueError(f"layers need an optimizer that takes factors, got {type(optimizer).__name__}")
-    # No module is made here: a compiled graph cannot make one.
-    hyper = {"lr": lr} if optimizer is None else dict(optimizer.named_parameters())
+    hyper = {"lr": lr} if optimizer is None else dict(optimizer.named_parameters())  # compiled graphs make no module
     return _Loop(loss, optimizer, hyper, steps, first_order, exact_from, layers, frozenset(stepwise))
 
 

@@ -2,21 +2,19 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean, positive
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import check_no_running_statistics
 from metaicl.learner import Learner
+from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
 
@@ -24,8 +22,8 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
     """A gradient learner whose inner loop another library runs, in a Python loop over tasks.
 
     Losses, the default net and the learned output scale are those of `metaicl.learners.gradient.maml.MAML`. Slower
-    than the batched inner loop, but it serves nets that `vmap` cannot, such as LSTMs. State is a dict of fast
-    weights with leading axis B. A subclass writes `adapt_task`.
+    than the batched inner loop, but it serves nets that `vmap` cannot, such as those that branch on the numbers they
+    see. State is a dict of fast weights with leading axis B. A subclass writes `adapt_task`.
 
     Args:
         spec: The tasks.
@@ -60,7 +58,7 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
         """Fast weights of every task, with leading axis B. Works under `no_grad` and `inference_mode` too."""
         differentiable = torch.is_grad_enabled()
         tasks = []
-        with torch.inference_mode(False), torch.enable_grad(), _attention():
+        with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
             for x, y, real in zip(support.x, support.y, support.real, strict=True):
                 # Absent, not masked: a batch normalization must not see the row either.
                 rows = (x, y) if support.mask is None else (x[real], y[real])
@@ -74,10 +72,10 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
         """Answer with each task's fast weights, again task by task."""
         shared = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         outputs = []
-        with _attention():
+        with twice_differentiable():
             for i, inputs in enumerate(x):
                 weights = {**shared, **{name: value[i] for name, value in state.items()}}
-                outputs.append(functional_call(self.net, weights, (inputs,), strict=True))
+                outputs.append(call_net(self.net, weights, (inputs,)))
         output = torch.stack(outputs)
         return categorical(output) if self.spec.kind == "classification" else gaussian(output, positive(self.raw_scale))
 
@@ -107,8 +105,3 @@ def all_require_grad(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if not parameter.requires_grad:
             parameter.requires_grad_()
-
-
-def _attention() -> AbstractContextManager[Any]:
-    """The plain attention kernel: fused ones have no second derivative. Without `vmap` nothing else needs care."""
-    return sdpa_kernel(SDPBackend.MATH)

@@ -121,13 +121,6 @@ def test_running_statistics_are_refused(layer):
             check(nn.Sequential(layer))
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(2, 3), nn.GRU(2, 3), nn.RNN(2, 3), nn.LSTMCell(2, 3), nn.GRUCell(2, 3)])
-def test_recurrent_layers_are_refused(layer):
-    with pytest.raises(ValueError, match=r"recurrent layers.*has \['0'\].*HigherMAML"):
-        check_inner_loop_module(nn.Sequential(layer))
-    check_no_running_statistics(nn.Sequential(layer))
-
-
 @pytest.mark.parametrize(
     "layer", [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False), BatchStatNorm(4)]
 )

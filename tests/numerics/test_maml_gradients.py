@@ -206,7 +206,26 @@ class Attention(nn.Module):
         return self.head(h.mean(1))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, or a cell in a loop, over four shifted copies of the input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(5, 1)
+
+    def forward(self, x):
+        state, steps = None, x[:, None] + torch.arange(4.0, dtype=x.dtype)[:, None]
+        if isinstance(self.layer, nn.RNNBase):
+            return self.head(self.layer(steps)[0][:, -1, :5])
+        for step in steps.unbind(1):
+            state = self.layer(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
 NETS = {
+    "lstm": lambda: Recurrent(nn.LSTM(1, 5, batch_first=True)),
+    "gru_deep": lambda: Recurrent(nn.GRU(1, 5, num_layers=2, bidirectional=True, batch_first=True)),
+    "lstm_cell": lambda: Recurrent(nn.LSTMCell(1, 5)),
     "layer_norm": lambda: dense(nn.LayerNorm),
     "batch_stat_norm": lambda: dense(BatchStatNorm),
     "batch_stat_norm_conv": lambda: convolutional(BatchStatNorm),
@@ -272,25 +291,11 @@ def test_dropout_under_vmap_draws_per_task_and_vanishes_in_eval():
     assert first == second
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cells, self.head = nn.LSTM(1, 6, batch_first=True), nn.Linear(6, 1)
-
-    def forward(self, x):
-        steps = x[:, None] * torch.arange(1.0, 4.0, dtype=x.dtype)[:, None]
-        return self.head(self.cells(steps)[0][:, -1])
-
-
-def test_lstm_is_refused_by_the_batched_loop_and_served_by_the_others():
-    net = seeded(Recurrent)
-    with pytest.raises(ValueError, match=r"recurrent layers.*\['cells'\].*HigherMAML"):
-        MAML(SINUSOID.spec, net=net)
-    expected = loop_gradient(net, waves(), F.mse_loss, lr=0.1)
-    higher = HigherMAML(SINUSOID.spec, net=net, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)).double()
-    assert largest_gap(meta_gradient(higher, waves(), squared_error), expected) < 1e-12
-    learn2learn = L2LMAML(SINUSOID.spec, net=net, inner_lr=0.1).double()
-    assert largest_gap(meta_gradient(learn2learn, waves(), squared_error), expected) < 1e-12
+def test_an_lstm_by_learn2learn():
+    net = seeded(NETS["lstm"])
+    learner = L2LMAML(SINUSOID.spec, net=net, inner_lr=0.1, inner_steps=2).double()
+    expected = loop_gradient(net, waves(), F.mse_loss, lr=0.1, steps=2)
+    assert largest_gap(meta_gradient(learner, waves(), squared_error), expected) < 1e-12
 
 
 @pytest.mark.parametrize("learner", [MAML, L2LMAML, HigherMAML])

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, positive
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.unrolling import Loss, Params, unroll
 from metaicl.learner import Learner, Traits
@@ -172,7 +173,7 @@ class AmortizedBayes(Learner[Posterior]):
 
         def one_draw(noise: Params) -> Tensor:
             drawn = {name: weights[name] + weights[_SCALE + name].exp() * value for name, value in noise.items()}
-            return functional_call(self.net, {**frozen, **drawn}, (x,), strict=True)
+            return call_net(self.net, {**frozen, **drawn}, (x,))
 
         return vmap(one_draw, randomness="different")(dict(noise))
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import check_inner_loop_module, frozen_tensors
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll_tasks
@@ -74,7 +75,7 @@ class CAVIA(Learner[Tensor]):
         shared = frozen_tensors(self.net, ())
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-            output = functional_call(self.net, shared, (x, weights["context"]), strict=True)
+            output = call_net(self.net, shared, (x, weights["context"]))
             return masked_mean(row_loss(self.spec, output, y), mask, 0)
 
         start = {"context": next(self.net.parameters()).new_zeros(self.context_size)}
@@ -86,7 +87,7 @@ class CAVIA(Learner[Tensor]):
         shared = frozen_tensors(self.net, ())
 
         def one_task(context: Tensor, inputs: Tensor) -> Tensor:
-            return functional_call(self.net, shared, (inputs, context), strict=True)
+            return call_net(self.net, shared, (inputs, context))
 
         with twice_differentiable():
             output = vmap(one_task, randomness="different")(state, x)

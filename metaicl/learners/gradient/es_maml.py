@@ -2,25 +2,24 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.calling import call_net
+from metaicl.inner_loop.parameters import frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import Params, call_tasks, unroll, unroll_tasks
-from metaicl.learner import Learner, Traits
+from metaicl.inner_loop.unrolling import Params, unroll
+from metaicl.learner import Traits
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import answer, check_support, output_scale
-from metaicl.nets.backbones import build_net
+from metaicl.learners.gradient.shared import PlainDescent, answer, check_support
 from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
 
-class ESMAML(Learner[dict[str, Tensor]]):
+class ESMAML(PlainDescent):
     """Learn initial weights by perturbing them, adapting, and asking the query how it went.
 
     The meta-gradient is that of the loss smoothed by a Gaussian of width `sigma`, estimated by pairs of opposite
@@ -65,29 +64,15 @@ class ESMAML(Learner[dict[str, Tensor]]):
         chunk_size: int | None = None,
     ) -> None:
         """Check the settings."""
-        super().__init__(spec)
-        self.inner_lr = choose_inner_lr(spec, inner_lr)
+        super().__init__(spec, net=net, inner_lr=choose_inner_lr(spec, inner_lr))
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.n_pairs = check_count("n_pairs", n_pairs)
         self.sigma = check_positive("sigma", sigma)
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
-        self.net = build_net(spec) if net is None else net
-        check_inner_loop_module(self.net)
-        self.declare_nets(self.net)
-        self.adapted = select_parameters(self.net, None)
-        self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
-        check_support(self, support)
-        start = adapted_tensors(self.net, self.adapted)
-        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
-        data = (support.x, support.y, support.mask)
-        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
-
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
-        """Answer with each task's fast weights."""
-        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+        return self.descend(support, self.inner_steps)
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss at the unperturbed weights (scalar, nats per row), and the estimated gradient."""
@@ -115,7 +100,7 @@ class ESMAML(Learner[dict[str, Tensor]]):
             start = {name: value for name, value in net.items() if name in self.adapted}
             loss, data = support_loss(self.spec, self.net, rest), (x, y, mask)
             fast = unroll(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
-            return functional_call(self.net, {**rest, **fast}, (inputs,), strict=True)
+            return call_net(self.net, {**rest, **fast}, (inputs,))
 
         mask_dim = None if support.mask is None else 0
         with twice_differentiable():

@@ -125,4 +125,6 @@ def _check_deterministic(net: nn.Module) -> None:
 
 
 def _drops(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.RNNBase):
+        return layer.dropout > 0
     return isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0

@@ -105,6 +105,20 @@ class MAML(Learner[dict[str, Weight]]):
         return answer(output, self.raw_scale)
 
 
+class HoldsMAML(Learner[dict[str, Weight]]):
+    """A learner that is a MAML with an optimizer of its own; the subclass builds it as `maml` and takes its traits."""
+
+    maml: MAML
+
+    def adapt(self, support: Examples) -> dict[str, Weight]:
+        """Fast weights of every task, with leading axis B."""
+        return self.maml.adapt(support)
+
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return self.maml.predict(state, x)
+
+
 def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | None) -> InnerOptimizer:
     if optimizer is None:
         return SGD(choose_inner_lr(spec, inner_lr))

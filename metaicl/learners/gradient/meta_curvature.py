@@ -2,19 +2,15 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import nn
 
-from metaicl.episode import Examples
 from metaicl.inner_loop.curvature import Curvature
-from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
-from metaicl.learner import Learner
-from metaicl.learners.gradient.maml import MAML, choose_inner_lr
+from metaicl.learners.gradient.maml import MAML, HoldsMAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
-class MetaCurvature(Learner[dict[str, Weight]]):
+class MetaCurvature(HoldsMAML):
     """Learn initial weights and linear maps of the inner gradients, one matrix per axis of each tensor.
 
     The maps start as the identity, where this is MAML. Losses, answer and default net are those of `MAML`, which this
@@ -52,11 +48,3 @@ class MetaCurvature(Learner[dict[str, Weight]]):
             spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )
         self.traits = self.maml.traits
-
-    def adapt(self, support: Examples) -> dict[str, Weight]:
-        """Fast weights of every task, with leading axis B."""
-        return self.maml.adapt(support)
-
-    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
-        """Answer with each task's fast weights."""
-        return self.maml.predict(state, x)

@@ -2,19 +2,15 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import nn
 
-from metaicl.episode import Examples
-from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
-from metaicl.learner import Learner
-from metaicl.learners.gradient.maml import MAML, choose_inner_lr
+from metaicl.learners.gradient.maml import MAML, HoldsMAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
-class MetaSGD(Learner[dict[str, Weight]]):
+class MetaSGD(HoldsMAML):
     """Learn initial weights and, for each of them, the step size of the inner loop.
 
     Rates are free numbers and may turn negative, as in the paper. Losses, answer and default net are those of `MAML`,
@@ -53,11 +49,3 @@ class MetaSGD(Learner[dict[str, Weight]]):
             spec, net=net, optimizer=SGD(rate), inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )
         self.traits = self.maml.traits
-
-    def adapt(self, support: Examples) -> dict[str, Weight]:
-        """Fast weights of every task, with leading axis B."""
-        return self.maml.adapt(support)
-
-    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
-        """Answer with each task's fast weights."""
-        return self.maml.predict(state, x)

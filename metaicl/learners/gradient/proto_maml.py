@@ -3,11 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, prototypes
+from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll
@@ -76,7 +77,7 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
             return masked_mean(row_loss(self.spec, self._logits(weights, frozen, x), y), mask, 0)
 
         def one_task(x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-            features = functional_call(self.encoder, {**frozen, **start}, (x,), strict=True)
+            features = call_net(self.encoder, {**frozen, **start}, (x,))
             centers = prototypes(features, y, self.spec.output_size, mask)
             weights = {**start, _WEIGHT: 2 * centers, _BIAS: -centers.square().sum(-1)}
             data, steps = (x, y, mask), self.inner_steps
@@ -98,5 +99,5 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
 
     def _logits(self, weights: Params, frozen: Params, x: Tensor) -> Tensor:
         encoder = {name: value for name, value in weights.items() if name in self.adapted}
-        features = functional_call(self.encoder, {**frozen, **encoder}, (x,), strict=True)
+        features = call_net(self.encoder, {**frozen, **encoder}, (x,))
         return F.linear(features, weights[_WEIGHT], weights[_BIAS])

@@ -2,24 +2,22 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll, unroll_tasks
-from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_support, output_scale
-from metaicl.nets.backbones import build_net
+from metaicl.inner_loop.unrolling import unroll
+from metaicl.learner import Traits
+from metaicl.learners.gradient.shared import PlainDescent, check_support
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
 
-class Reptile(Learner[dict[str, Tensor]]):
+class Reptile(PlainDescent):
     """Learn initial weights without differentiating through the inner loop.
 
     Training joins support and query, as the paper trains on all rows of a task, and takes `inner_steps` steps of SGD
@@ -61,28 +59,16 @@ class Reptile(Learner[dict[str, Tensor]]):
         adapt_steps: int | None = None,
     ) -> None:
         """Check the settings."""
-        super().__init__(spec)
         default = 0.02 if spec.kind == "regression" else 0.1
-        self.inner_lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
+        lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
+        super().__init__(spec, net=net, inner_lr=lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.batch_rows = check_count("batch_rows", batch_rows)
         self.adapt_steps = check_count("adapt_steps", inner_steps if adapt_steps is None else adapt_steps)
-        self.net = build_net(spec) if net is None else net
-        check_inner_loop_module(self.net)
-        self.declare_nets(self.net)
-        self.adapted = select_parameters(self.net, None)
-        self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task after full-batch descent on the support."""
-        check_support(self, support)
-        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
-        start, data = adapted_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
-        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=self.adapt_steps, first_order=True)
-
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
-        """Answer with each task's fast weights."""
-        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+        return self.descend(support, self.adapt_steps)
 
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss after adapting to the support (scalar, nats per row), and Reptile's direction."""

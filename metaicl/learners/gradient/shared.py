@@ -11,8 +11,17 @@ from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, positive
 from metaicl.inner_loop.factored import LinearLayers
 from metaicl.inner_loop.optimizers import InnerOptimizer
-from metaicl.inner_loop.parameters import check_precision
+from metaicl.inner_loop.parameters import (
+    adapted_tensors,
+    check_inner_loop_module,
+    check_precision,
+    frozen_tensors,
+    select_parameters,
+)
+from metaicl.inner_loop.supervised import support_loss
+from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
 from metaicl.learner import Learner
+from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
 
@@ -25,6 +34,41 @@ def check_support(learner: Learner[Any], support: Examples) -> None:
     if support.mask is not None and learner.traits.transductive:
         raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
     check_precision(learner)
+
+
+class PlainDescent(Learner[dict[str, Tensor]]):
+    """A learner that adapts by gradient descent on the whole support, which nobody differentiates.
+
+    Args:
+        spec: The tasks.
+        net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds one from the spec.
+        inner_lr: Step size.
+
+    Raises:
+        ValueError: If the net cannot be used.
+    """
+
+    def __init__(self, spec: TaskSpec, *, net: nn.Module | None, inner_lr: float) -> None:
+        """Check the net."""
+        super().__init__(spec)
+        self.inner_lr = inner_lr
+        self.net = build_net(spec) if net is None else net
+        check_inner_loop_module(self.net)
+        self.declare_nets(self.net)
+        self.adapted = select_parameters(self.net, None)
+        self.raw_scale = output_scale(spec)
+
+    def descend(self, support: Examples, steps: int) -> dict[str, Tensor]:
+        """Fast weights of every task after so many steps: the adapted parameters with leading axis B."""
+        check_support(self, support)
+        start = adapted_tensors(self.net, self.adapted)
+        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
+        data = (support.x, support.y, support.mask)
+        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=steps, first_order=True)
+
+    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+        """Answer with each task's fast weights."""
+        return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
 
 def linear_layers(

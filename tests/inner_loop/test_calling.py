@@ -1,0 +1,203 @@
+"""Anyone's net in an inner loop: right gradients, nothing left behind, and a way out where torch has none."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from gradient_helpers import CLASSES, draw, seeded, worst_slope_error
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from metaicl.episode import Episode, Examples
+from metaicl.inner_loop.calling import call_net
+from metaicl.learners.gradient.maml import MAML
+from metaicl.meta_step import MetaStep
+from metaicl.spec import TaskSpec
+
+
+class Shared(nn.Module):
+    """One layer under two names, its weight in a third layer, a buffer twice, and an activation kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tied, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.again, self.tied.weight = self.first, self.first.weight
+        self.register_buffer("scale", torch.linspace(0.5, 2, 4))
+        self.same_scale, self.calls, self.last = self.scale, 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = self.again(torch.tanh(self.first(x * self.same_scale))) * self.scale
+        return self.head(torch.tanh(self.tied(self.last)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x[None].expand(3, -1, -1))[0][-1])
+
+
+def weight_norm(make):
+    return nn.Sequential(make(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 5), torch.randn(5, 3)])
+        self.rest = nn.ParameterDict({"shift": torch.randn(3)})
+        self.register_buffer("order", torch.arange(4).flip(0), persistent=False)
+
+    def forward(self, x):
+        hidden = x[:, self.order] @ self.weights[0]
+        hidden += 1  # in place, where autograd allows it
+        return hidden.tanh() @ self.weights[1] + self.rest["shift"]
+
+
+NETS = {
+    "shared": Shared,
+    "recurrent": Recurrent,
+    "lists": Lists,
+    "weight_norm": lambda: weight_norm(nn.utils.parametrizations.weight_norm),
+    "old_weight_norm": lambda: weight_norm(nn.utils.weight_norm),
+    "orthogonal": lambda: weight_norm(nn.utils.parametrizations.orthogonal),
+    "hooked": lambda: weight_norm(_hooked),
+}
+
+
+def _hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output.sin())
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:There is a performance drop.*tril_")
+@pytest.mark.parametrize("name", NETS)
+def test_the_meta_gradient_is_right_and_the_net_is_left_alone(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = NETS[name]()
+    learner = seeded(lambda: MAML(CLASSES.spec, net=net, inner_lr=0.1, inner_steps=2))
+    before = copy.deepcopy(learner.state_dict())
+    attributes = [dict(vars(module)) for module in net.modules()]
+    MetaStep(learner)(draw(CLASSES))
+    for module, kept in zip(net.modules(), attributes, strict=True):
+        changed = {key for key, value in vars(module).items() if value is not kept.get(key)}
+        assert changed <= {"calls"}
+    assert all(torch.equal(value, before[key]) for key, value in learner.state_dict().items())
+    assert worst_slope_error(learner, draw(CLASSES)) <= 1e-5
+
+
+def test_the_tied_weight_stays_tied_and_the_learner_can_be_sent():
+    learner = seeded(lambda: MAML(CLASSES.spec, net=Shared(), inner_lr=0.1))
+    expected = MetaStep(learner)(draw(CLASSES))[1]
+    assert learner.net.first is learner.net.again
+    assert learner.net.first.weight is learner.net.tied.weight
+    assert learner.net.last is None
+    for twin in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
+        found = MetaStep(twin)(draw(CLASSES))[1]
+        assert max(float((found[key] - value).abs().max()) for key, value in expected.items()) < 1e-14
+
+
+def test_a_net_that_fails_is_left_alone_too():
+    net = Shared()
+    weights = {name: torch.zeros_like(value) for name, value in [*net.named_parameters(), *net.named_buffers()]}
+    assert float(call_net(net, weights, (torch.ones(2, 4),)).abs().max()) == 0
+    own, calls = net.first.weight, net.calls
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        call_net(net, weights, (torch.ones(2, 5),))
+    assert net.first.weight is net.tied.weight is own
+    assert net.calls == calls + 1
+    assert net.last is None
+
+
+class Step(nn.Module):
+    """A linear net with any function behind its first layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.body, self.head = function, nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.function(self.body(x)))
+
+
+REFUSED = {
+    "checkpoint": (lambda h: checkpoint(torch.tanh, h, use_reentrant=False), r"own checkpoint=True"),
+    "old_function": (lambda h: Old.apply(h), r"autograd\.Function of the old style.*setup_context"),
+    "branch": (lambda h: h if h.sum() > 0 else -h, r"branches on the numbers.*torch\.where.*HigherMAML"),
+    "mask": (lambda h: h + h[h > 0].sum(), r"shape depends on numbers.*torch\.where and sparse=False"),
+    "unmapped": (lambda h: nn.functional.rrelu(h, training=True), r"cannot be mapped over tasks: replace it"),
+}
+
+
+class Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent * 2
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_cannot_map_comes_with_a_way_out(name):
+    function, message = REFUSED[name]
+    learner = seeded(lambda: MAML(CLASSES.spec, net=Step(function)))
+    with pytest.raises(RuntimeError, match=rf"(?s){message}"):
+        MetaStep(learner)(draw(CLASSES))
+
+
+def test_spectral_normalization_in_training_comes_with_a_way_out():
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), nn.Linear(6, 3))
+    learner = seeded(lambda: MAML(CLASSES.spec, net=net))
+    assert torch.isfinite(MetaStep(learner)(draw(CLASSES))[0]).all()
+    with pytest.raises(RuntimeError, match="keep that layer in evaluation mode"):
+        MetaStep(learner.train())(draw(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (lambda: torch.tanh, TypeError, r"needs an nn\.Module; got <built-in method tanh"),
+        (lambda: torch.jit.script(nn.Linear(4, 3)), TypeError, "scripted module; pass the module it was made of"),
+        (lambda: nn.LazyLinear(3), ValueError, r"without a shape, \['weight', 'bias'\]; call it once"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_what_is_no_net_is_refused_at_once(net, error, message):
+    with pytest.raises(error, match=message):
+        MAML(CLASSES.spec, net=net())
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_outputs_of_another_size_are_named(size):
+    learner = seeded(lambda: MAML(CLASSES.spec, net=nn.Linear(4, size)))
+    with pytest.raises(
+        ValueError, match=rf"must turn 9 rows into a tensor \(9, 3\) of n_way logits each; got \(9, {size}"
+    ):
+        MetaStep(learner)(draw(CLASSES))
+
+
+def test_word_vectors_with_sparse_gradients_are_shared_between_tasks():
+    gradients = []
+    for sparse in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            words = nn.Embedding(9, 4, sparse=sparse)
+            net = nn.Sequential(words, nn.Flatten(), nn.Linear(8, 2))
+        rows = Examples(torch.arange(8).view(1, 4, 2), torch.tensor([[0, 1, 0, 1]]))
+        learner = MAML(TaskSpec("classification", (2,), "tokens", n_way=2, vocabulary=9), net=net)
+        gradients.append(MetaStep(learner)(Episode(rows, rows))[1]["net.0.weight"])
+    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-7
+    assert float(gradients[0].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("adapt", "error"), [([], ValueError), (5, TypeError), ([None], TypeError)])
+def test_patterns_that_are_none(adapt, error):
+    with pytest.raises(error, match=r"adapt (has no pattern|must be patterns of parameter names)"):
+        MAML(CLASSES.spec, adapt=adapt)
