@@ -27,13 +27,19 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """The options that every recipe has. A recipe adds its own fields, and in SMOKE their values for a smoke run."""
+    """The options that every recipe has.
+
+    A recipe adds its own fields, in SMOKE their values for a smoke run, and in PAPER those of the published scale,
+    where there is one: it then has the option `--paper`.
+    """
 
     SMOKE: ClassVar[Mapping[str, Any]] = {}
+    PAPER: ClassVar[Mapping[str, Any]] = {}
 
     out: Path = option(Path("runs"), "folder for results.json and whatever else the recipe writes")
     seed: int = option(0, "first seed; seeds count up from it")
     smoke: bool = option(False, "a run of seconds that proves the recipe works, and nothing else")
+    paper: bool = option(False, "the published scale, meant for a GPU")
 
 
 Config = TypeVar("Config", bound=RecipeConfig)
@@ -79,9 +85,10 @@ def ratio_criterion(
         bound: On the ratio.
     """
     reference = float(np.mean(theirs))
-    ends = interval(np.asarray(ours - theirs, dtype=np.float64)).ends
-    ci = None if ends is None else (1 + ends[0] / reference, 1 + ends[1] / reference)
-    return Criterion(name, float(np.mean(ours)) / reference, comparison, bound, ci=ci)
+    ratio = float(np.mean(ours)) / reference
+    ends = interval(paired(ours, ratio * np.asarray(theirs))).ends  # linearized about the ratio (delta method)
+    ci = None if ends is None else (ratio + ends[0] / reference, ratio + ends[1] / reference)
+    return Criterion(name, ratio, comparison, bound, ci=ci)
 
 
 def gain_criterion(name: str, more: Array, less: Array) -> Criterion:
@@ -188,9 +195,11 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
-    """Build a config from the command line; `--smoke` brings the values in SMOKE where nothing else was said."""
+    """Build a config from the command line; `--smoke` and `--paper` bring their values where nothing else was said."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in dataclasses.fields(config_class):
+        if item.name == "paper" and not config_class.PAPER:
+            continue
         flag = f"--{item.name.replace('_', '-')}"
         text = f"{item.metadata.get('help', '')} (default: {_show(item.default)})"
         if item.type is bool or item.type == "bool":
@@ -201,8 +210,10 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, desc
             parser.add_argument(flag, type=item.type, default=None, help=text)  # type: ignore[arg-type]  # a plain type
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    smoke = config_class.SMOKE if given.get("smoke") else {}
-    return config_class(**{**smoke, **given})
+    if given.get("smoke") and given.get("paper"):
+        parser.error("--smoke and --paper exclude each other")
+    scale = config_class.SMOKE if given.get("smoke") else config_class.PAPER if given.get("paper") else {}
+    return config_class(**{**scale, **given})
 
 
 def versions() -> dict[str, str]:

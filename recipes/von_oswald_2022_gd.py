@@ -11,7 +11,7 @@ Differs  4 queries for each support instead of 1, a cosine schedule, and so fewe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from metaicl.learners.reference.tuning import best_rate, tune
 from metaicl.meta_training import meta_train
 from metaicl.objectives import squared_error
 from metaicl.plots import COLORS, GRAY, figure_with_panels
-from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, ratio_criterion, run
 from metaicl.statistics import Interval
 from metaicl.tasks import LinearRegression
 from metaicl.train_config import TrainConfig
@@ -43,9 +43,12 @@ class Config(RecipeConfig):
     """Options of this recipe."""
 
     SMOKE: ClassVar = {"steps": 5, "loop_steps": 5, "seeds": 1, "n_episodes": 50, "n_tuning": 200}
+    PAPER: ClassVar = {"steps": 5000, "batch": 2048, "lr": 1e-3}
 
     steps: int = option(1000, "updates of one layer")
     loop_steps: int = option(5000, "updates of two loops")
+    batch: int = option(1024, "tasks in an update")
+    lr: float = option(3e-3, "learning rate")
     seeds: int = option(3, "training seeds")
     n_episodes: int = option(10_000, "meta-test episodes")
     n_tuning: int = option(10_000, "tasks that the references are tuned on")
@@ -58,8 +61,8 @@ def main(config: Config) -> RecipeResult:
     seeds = range(config.seed, config.seed + config.seeds)
     tuned: dict[str, Any] = {"n_shot": DIM, "n_tasks": config.n_tuning}
     step = best_rate(tasks, 1, **tuned).learner
-    trained = [train(tasks, seed, config.steps, loops=1) for seed in seeds]
-    looped = [train(tasks, seed, config.loop_steps, loops=2) for seed in seeds]
+    trained = [train(tasks, config, seed, config.steps, loops=1) for seed in seeds]
+    looped = [train(tasks, config, seed, config.loop_steps, loops=2) for seed in seeds]
     curved = tune(partial(gd_plus_plus, tasks), tasks, start=(8.0, 2.0), **tuned).learner
     one, two = judge(trained, step), judge(looped, curved)
     against_steps = judge(looped, best_rate(tasks, 2, per_step=True, **tuned).learner)
@@ -76,9 +79,11 @@ def main(config: Config) -> RecipeResult:
         *judge_one_layer(one),
         Criterion("built by hand: largest error of 1 to 5 steps", construction_error(), "<=", 1e-6),
         Criterion("key-query product, off / on its diagonal", max(map(off_diagonal, trained)), "<=", 0.05),
-        relative("half trained, half built by hand / best step, loss", halfway, 1.01),
-        relative("two loops / GD++, loss", two, 1.02),
-        Criterion("two loops / two steps, loss", ratio(against_steps), "<=", 0.95, reference=RATIO),
+        ratio_criterion("half trained, half built by hand / best step, loss", *halfway.loss_values, "<=", 1.01),
+        ratio_criterion("two loops / GD++, loss", *two.loss_values, "<=", 1.02),
+        replace(
+            ratio_criterion("two loops / two steps, loss", *against_steps.loss_values, "<=", 0.95), reference=RATIO
+        ),
         Criterion(f"inputs x {SCALES[0]:g} to {SCALES[-1]:g}: worst loss / that of the step - 1", worst, "<=", 0.05),
     ]
     claim = "One trained layer of linear self-attention is one step of gradient descent; two loops are GD++."
@@ -88,20 +93,20 @@ def main(config: Config) -> RecipeResult:
 def judge_one_layer(one: Alignment) -> list[Criterion]:
     """Loss, answers and slopes of one trained layer against the best step."""
     return [
-        relative("one layer / best step, loss", one, 1.01),
+        ratio_criterion("one layer / best step, loss", *one.loss_values, "<=", 1.01),
         Criterion("cosine of slopes with the step's", one.cosine.mean, ">=", 0.995, ci=one.cosine.ends),
         Criterion("mean difference of answers", one.answer_difference.mean, "<=", 0.05, ci=one.answer_difference.ends),
         Criterion("difference / size of slopes", one.slope_difference.mean / one.slope_norm.mean, "<=", 0.05),
     ]
 
 
-def train(tasks: LinearRegression, seed: int, steps: int, *, loops: int) -> LinearTransformer:
+def train(tasks: LinearRegression, config: Config, seed: int, steps: int, *, loops: int) -> LinearTransformer:
     """A linear Transformer after `steps` updates on the squared error."""
     torch.manual_seed(seed)
     learner = LinearTransformer(tasks.spec, loops=loops)
     choices = TrainConfig(
-        steps=steps, meta_batch_size=1024, n_shot=DIM, n_query=4, outer_lr=3e-3, betas=(0.9, 0.98), schedule="cosine",
-        clip_norm=10.0, seed=seed, validate_every=None,
+        steps=steps, meta_batch_size=config.batch, n_shot=DIM, n_query=4, outer_lr=config.lr, betas=(0.9, 0.98),
+        schedule="cosine", clip_norm=10.0, seed=seed, validate_every=None,
     )  # fmt: skip
     meta_train(learner, tasks, choices, objective=squared_error)
     return learner
@@ -155,18 +160,6 @@ def construction_error() -> float:
         found, expected = (one(episode.support, episode.query.x).mean for one in (built, explicit))
         errors.append((found - expected).abs().max().item())
     return max(errors)
-
-
-def relative(name: str, found: Alignment, bound: float) -> Criterion:
-    """A criterion on the ratio of losses; its interval is that of the paired difference."""
-    reference, gap = found.losses[1].mean, found.loss_difference
-    ci = None if gap.ends is None else (1 + gap.ends[0] / reference, 1 + gap.ends[1] / reference)
-    return Criterion(name, ratio(found), "<=", bound, ci=ci)
-
-
-def ratio(found: Alignment) -> float:
-    """Loss of the learner over that of the reference."""
-    return found.losses[0].mean / found.losses[1].mean
 
 
 def plot(path: Path, found: dict[str, Interval], shifted: dict[float, Alignment]) -> None:

@@ -6,7 +6,7 @@ Claim    Trained to predict the next state of linear systems, a new one in every
          Where all sequences share one system, the same layer does better than any descent: it has learned the system.
 Paper    von Oswald et al. 2023, Uncovering mesa-optimization in Transformers, arXiv:2309.05858, figures 2 and 4.
 Run      python recipes/von_oswald_2023_mesa.py --out runs/von_oswald_2023_mesa
-         (with the sizes of the paper: --dim 10 --length 50 --steps 6000)
+         (--dim 10 --length 50 --seeds 1: some two core-hours; --paper: 30,000 updates of that size, for a GPU)
 Smoke    python recipes/von_oswald_2023_mesa.py --smoke --out runs/von_oswald_2023_mesa
 Expect   at dim 10 for each dimension: one step about .7, least squares .13.
 Differs  5 dimensions and 25 states by default; queries are tokens of their own; a cosine schedule, fewer updates.
@@ -47,10 +47,13 @@ class Config(RecipeConfig):
     """Options of this recipe."""
 
     SMOKE: ClassVar = {"steps": 3, "seeds": 1, "n_episodes": 30, "n_tuning": 50, "length": 9, "dim": 3}
+    PAPER: ClassVar = {"dim": 10, "length": 50, "steps": 30_000, "batch": 256}
 
     dim: int = option(5, "dimension of the states")
     length: int = option(25, "states in a sequence")
     steps: int = option(2000, "updates of each learner")
+    batch: int = option(128, "sequences in an update")
+    device: str = option("cpu", "where to train")
     seeds: int = option(3, "training seeds")
     n_episodes: int = option(2000, "meta-test sequences")
     n_tuning: int = option(2000, "sequences that the references are tuned on")
@@ -105,11 +108,11 @@ def train(make: Callable[[], Learner], tasks: TaskDistribution, config: Config, 
     torch.manual_seed(seed)
     learner = make()
     choices = TrainConfig(
-        steps=config.steps, meta_batch_size=128, n_shot=1, n_query=config.length - 2, outer_lr=3e-3, betas=(0.9, 0.98),
-        schedule="cosine", clip_norm=1.0, seed=seed, validate_every=None,
+        steps=config.steps, meta_batch_size=config.batch, n_shot=1, n_query=config.length - 2, outer_lr=3e-3,
+        betas=(0.9, 0.98), schedule="cosine", clip_norm=1.0, seed=seed, validate_every=None, device=config.device,
     )  # fmt: skip
     meta_train(learner, tasks, choices, objective=prefix_squared_error)
-    return learner
+    return learner.cpu()
 
 
 def references(tasks: TaskDistribution, config: Config) -> Mapping[str, Learner]:

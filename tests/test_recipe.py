@@ -9,12 +9,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, parse, run
+from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, parse, ratio_criterion, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeConfig):
     SMOKE: ClassVar = {"steps": 2, "names": ("a",)}
+    PAPER: ClassVar = {"steps": 1000}
 
     steps: int = option(100, "updates")
     rate: float = option(0.5, "a rate")
@@ -35,6 +36,15 @@ def test_options_come_from_the_fields() -> None:
 def test_smoke_values_yield_to_what_was_said() -> None:
     assert parse(Config, ["--smoke"]) == Config(smoke=True, steps=2, names=("a",))
     assert parse(Config, ["--smoke", "--steps", "9"]).steps == 9
+
+
+def test_the_published_scale_is_an_option_where_there_is_one() -> None:
+    assert parse(Config, ["--paper"]) == Config(paper=True, steps=1000)
+    assert parse(Config, ["--paper", "--steps", "9"]).steps == 9
+    for config, arguments in ((RecipeConfig, ["--paper"]), (Config, ["--paper", "--smoke"])):
+        with pytest.raises(SystemExit) as error:
+            parse(config, arguments)
+        assert error.value.code == 2
 
 
 def test_unknown_options_are_refused() -> None:
@@ -74,6 +84,18 @@ def test_interruption_exits_with_130(tmp_path: Path) -> None:
         run(interrupted, Config, ["--out", str(tmp_path)])
     assert error.value.code == 130
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_ratio_of_what_both_share_has_a_narrow_interval() -> None:
+    """Episodes that are hard for both say nothing about the ratio; an exact multiple leaves no doubt at all."""
+    generator = np.random.default_rng(0)
+    hard = generator.exponential(size=(1, 300))
+    exact = ratio_criterion("error", np.repeat(0.3 * hard, 3, 0), hard, "<=", 0.5)
+    assert exact.value == pytest.approx(0.3)
+    assert exact.ci == pytest.approx((0.3, 0.3))
+    noisy = ratio_criterion("error", 0.3 * hard + 0.01 * generator.normal(size=(3, 300)), hard, "<=", 0.5)
+    assert noisy.ci is not None
+    assert 0.29 < noisy.ci[0] < 0.3 < noisy.ci[1] < 0.31
 
 
 def test_a_gain_is_judged_by_the_lower_end_of_its_paired_interval() -> None:

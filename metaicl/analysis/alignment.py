@@ -1,7 +1,7 @@
 """How alike two learners are at one support length: in what they answer, and in how their answers bend."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch
 from metaicl.analysis.answers import answers_at_length, check_learners, draw_episodes, sensitivities
 from metaicl.analysis.linear_fit import cosines
 from metaicl.learner import Learner
-from metaicl.statistics import Interval, intervals
+from metaicl.statistics import Array, Interval, intervals
 from metaicl.task import EVAL_SEED, Split, TaskDistribution
 
 
@@ -24,6 +24,7 @@ class Alignment:
         slope_norm: Mean |d B(x) / d x|, to see the difference in proportion.
         losses: Half the squared error, summed over outputs, of A and of B.
         loss_difference: Of A less that of B, paired.
+        loss_values: Those losses of every seed and episode, (S, E) of A and (1, E) of B, for ratios and tests.
     """
 
     answer_difference: Interval
@@ -32,6 +33,7 @@ class Alignment:
     slope_norm: Interval
     losses: tuple[Interval, Interval]
     loss_difference: Interval
+    loss_values: tuple[Array, Array] = field(repr=False, compare=False)
 
 
 def align(
@@ -78,7 +80,7 @@ def align(
         answers = answers_at_length(one, episode, n_shot, batch_size=batch_size, seed=seed)
         slope = sensitivities(one, episode, n_shot, batch_size=batch_size, seed=seed)
         losses = [0.5 * (found - episode.query.y).square().sum(-1).mean(-1) for found in (answers, theirs)]
-        values = [
+        row = [
             (answers - theirs).norm(dim=-1).mean(-1),
             cosines(slope, bend),
             (slope - bend).norm(dim=-2).mean((-2, -1)),
@@ -86,9 +88,11 @@ def align(
             *losses,
             losses[0] - losses[1],
         ]
-        columns.append([value.numpy() for value in values])
-    found = intervals([np.stack(rows) for rows in zip(*columns, strict=True)])
-    return Alignment(*found[:4], losses=(found[4], found[5]), loss_difference=found[6])
+        columns.append([value.numpy() for value in row])
+    values = [np.stack(rows) for rows in zip(*columns, strict=True)]
+    found = intervals(values)
+    losses = (values[4], values[5][:1])
+    return Alignment(*found[:4], losses=(found[4], found[5]), loss_difference=found[6], loss_values=losses)
 
 
 def normalized_product(*factors: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def answers_at_prefixes(learner: Learner, stream: Examples, *, batch_size: int, 
     answers = torch.cat(found)
     first, blank = answers[:, :1], zero_answer(learner.spec, stream.x[:, :1])
     answers = torch.cat([torch.where(first.isfinite(), first, blank.cpu()), answers[:, 1:]], 1)
-    check_answers(learner, answers)
+    check_answers(type(learner).__name__, answers)
     return answers
 
 
@@ -101,7 +101,7 @@ def answers_at_length(learner: Learner, episode: Episode, length: int, *, batch_
             distribution = learner(take_prefix(part.support, length), part.query.x)
             found.append(as_answers(distribution, learner.spec).cpu())
     answers = torch.cat(found)
-    check_answers(learner, answers)
+    check_answers(type(learner).__name__, answers)
     return answers
 
 
@@ -145,16 +145,16 @@ def slopes(answer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.stack([column.flatten(2) for column in columns], -1).double().cpu()
 
 
-def check_answers(learner: Learner, answers: Tensor) -> None:
-    """Refuse answers that are NaN or infinite.
+def check_answers(name: str, answers: Tensor) -> None:
+    """Refuse answers (E, T, K) that are NaN or infinite.
 
     Raises:
-        FloatingPointError: Naming learner, episode and row.
+        FloatingPointError: Naming who gave them, episode and row.
     """
     bad = ~torch.isfinite(answers).all(-1)
     if bool(bad.any()):
         task, row = bad.nonzero()[0].tolist()
-        raise FloatingPointError(f"{type(learner).__name__} answers NaN or infinity in episode {task}, row {row}")
+        raise FloatingPointError(f"{name} answers NaN or infinity in episode {task}, row {row}")
 
 
 def check_learners(learner: Learner | Sequence[Learner], tasks: TaskDistribution) -> list[Learner]:
@@ -171,7 +171,7 @@ def check_learners(learner: Learner | Sequence[Learner], tasks: TaskDistribution
     for one in learners:
         if not isinstance(one, Learner):
             raise TypeError(f"learner must be a Learner; got {type(one).__name__}")
-        ours, theirs = _shape(one.spec), _shape(tasks.spec)
+        ours, theirs = shape_of(one.spec), shape_of(tasks.spec)
         if ours != theirs:
             raise ValueError(
                 f"{type(one).__name__} was built for (kind, inputs, outputs) = {ours}; the tasks have {theirs}"
@@ -179,5 +179,6 @@ def check_learners(learner: Learner | Sequence[Learner], tasks: TaskDistribution
     return learners
 
 
-def _shape(spec: TaskSpec) -> tuple[str, tuple[int, ...], int]:
+def shape_of(spec: TaskSpec) -> tuple[str, tuple[int, ...], int]:
+    """What a learner has to share with the tasks it is asked about: kind, shape of an input, size of an answer."""
     return spec.kind, spec.x_shape, spec.output_size

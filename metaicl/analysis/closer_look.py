@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.analysis.answers import answers_at_length, sensitivities, slopes
+from metaicl.analysis.answers import answers_at_length, check_answers, sensitivities, slopes
 from metaicl.analysis.fingerprint_result import CloserLook, ParameterFit
 from metaicl.analysis.linear_fit import cosines, explained, fit_linear, weight_difference
 from metaicl.analysis.prefix_answers import value_at
@@ -118,7 +118,9 @@ class _View:
             value = value_at(self.fits.get(name), self.length)
             with training_mode(one.learner or torch.nn.Identity(), False), torch.no_grad():
                 state = states[one.read] if one.read in states else states.setdefault(one.read, one.read(prefix))
-                weights[name] = fit_linear(self.x, one.answer(state, x, value)).weights
+                answers = one.answer(state, x, value)
+                check_answers(f"references[{name!r}]", answers)
+                weights[name] = fit_linear(self.x, answers).weights
                 if self.smooth:
                     bends[name] = slopes(lambda x, one=one, state=state, value=value: one.answer(state, x, value), x)
         return weights, bends
@@ -143,10 +145,14 @@ def _gains(
     """
     s, cross = spectrum.values, spectrum.cross
     positive = s[s > 0]
-    edges = torch.quantile(positive[: 2**20], torch.linspace(0, 1, _BINS + 1, dtype=s.dtype))
+    bins = min(_BINS, len(positive.unique()))
+    if bins == 0:  # inputs of zeros: there are no directions to look along
+        return (), (), dict.fromkeys(references, ())
+    edges = torch.quantile(positive[: 2**20], torch.linspace(0, 1, bins + 1, dtype=s.dtype))
     base = torch.where(s > 0, 1 / torch.where(s > 0, s, 1.0), 0.0)[..., None] * cross.square()  # (E, D, K)
-    index = torch.bucketize(s, edges[1:-1]).masked_fill(s <= 0, _BINS)
-    members = torch.nn.functional.one_hot(index, _BINS + 1)[..., :_BINS].double()  # (E, D, bins)
+    index = torch.bucketize(s, edges[1:-1]).masked_fill(s <= 0, bins)
+    members = torch.nn.functional.one_hot(index, bins + 1)[..., :bins].double()  # (E, D, bins)
+    members = members[..., torch.einsum("edk,edb->b", base, members) > 0]  # a bin may be empty, or targets zero
     below = torch.einsum("edk,edb->eb", base, members)
 
     def share(one: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ def _gains(
     values = own / scale + ratio * (1 - below / scale)
     centers = (s[..., None] * members).sum((0, 1)) / members.sum((0, 1))
     gains = {name: tuple((share(one).mean(0) / scale).tolist()) for name, one in references.items()}
-    found = intervals([values[..., b].numpy() for b in range(_BINS)])
+    found = intervals([values[..., b].numpy() for b in range(values.shape[-1])])
     return tuple(centers.tolist()), tuple(found), gains
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metaicl.analysis.answers import answers_at_prefixes, check_learners, draw_episodes, zero_answer
+from metaicl.analysis.answers import answers_at_prefixes, check_answers, check_learners, draw_episodes, zero_answer
 from metaicl.analysis.closer_look import look_closer
 from metaicl.analysis.fingerprint_result import Fingerprint, ParameterFit
 from metaicl.analysis.parameter_fits import Estimate, fit_parameter
@@ -144,6 +144,7 @@ class _Look:
         states = PrefixStates(stream)
         for name, one in self.library.items():
             answers = answers_of(one, states, fits.get(name), batch_size=self.batch_size, seed=self.seed)
+            check_answers(f"references[{name!r}]", answers)
             risk[name] = _risk(answers[None], stream, self.spec)
             apart[name] = distances(ours, answers, kind)
             relative[name] = linearized_ratio(apart[name], zero, scale)[..., 1:]
@@ -158,6 +159,7 @@ class _Look:
             "overall": overall,
             "overall_ties": ties,
             "nearest": find_nearest(relative, cut, order),
+            "values": {name: relative[name].mean(-1) for name in order},
         }
 
     def _ours(self, stream: Examples) -> Tensor:

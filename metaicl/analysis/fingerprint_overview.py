@@ -66,7 +66,7 @@ def _draw_map(figure: Figure, axes: Axes, found: Mapping[str, Fingerprint], refe
         for j, ref in enumerate(references):
             color = "white" if norm(values[i, j]) < _DARK else INK
             weight = "bold" if ref == one.best else "normal"
-            text = f"{values[i, j]:.2g}"
+            text = f"{values[i, j]:.2g}" if values[i, j] < 10 else f"{values[i, j]:.0f}"
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8, weight=weight)
     axes.set_xticks(range(len(references)), references, rotation=40, ha="right", color=INK)
     axes.set_yticks(range(len(found)), list(found), color=INK)
@@ -75,6 +75,7 @@ def _draw_map(figure: Figure, axes: Axes, found: Mapping[str, Fingerprint], refe
     task = next(iter(found.values())).task
     axes.set_title(f"{task}: distance to reference algorithms / to zero (bold: nearest)")
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, extend="max")
+    label_plainly(bar.ax, (1, 2, 5) if values.min() > 0.05 else (1,))
     bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib's stubs take the outline for a patch list
 
 

@@ -31,7 +31,7 @@ def draw_fingerprint(found: Any, *, at: int | None = None) -> Figure:
     names = list(found.overall)[:_SHOWN]
     panels = [_draw_risk]
     panels += [_draw_fits] if found.fits else []
-    panels += [_draw_gains] if found.closer else []
+    panels += [_draw_gains] if any(look.gain for look in found.closer) else []
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
         height = 1.2 + 0.27 * len(names) + 4.1
         figure = Figure(figsize=(11.5, height), layout="constrained")
@@ -77,12 +77,13 @@ def _draw_map(figure: Any, axes: Axes, found: Any, names: Sequence[str]) -> None
 
 
 def _draw_overall(axes: Axes, found: Any, names: Sequence[str]) -> None:
+    left = max(_FLOOR, min(found.overall[name].mean for name in names) / 10)  # an interval may reach below zero
     for i, name in enumerate(names):
         one = found.overall[name]
         color = COLORS[0] if i == 0 or name in found.overall_ties else GRAY
         if one.low is not None:
-            axes.plot([max(one.low, _FLOOR), max(one.high, _FLOOR)], [i, i], color=color, linewidth=2.5)
-        axes.plot([max(one.mean, _FLOOR)], [i], marker="o", markersize=6, color=color)
+            axes.plot([max(one.low, left), max(one.high, left)], [i, i], color=color, linewidth=2.5)
+        axes.plot([max(one.mean, left)], [i], marker="o", markersize=6, color=color)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -100,11 +101,15 @@ def _draw_risk(axes: Axes, found: Any, at: int | None) -> None:
         style = {"color": COLORS[(i + 1) % len(COLORS)], "linestyle": ("--", ":", "-.")[i % 3]}
         _band(axes, found.lengths, found.risk[name], name, style, fill=False)
     _band(axes, found.lengths, found.risk["learner"], found.learner, {"color": COLORS[0], "linewidth": 2.2}, fill=True)
-    axes.set_yscale("log")
-    least = min(one.mean for name in ("learner", *shown) for one in found.risk[name] if one.mean > 0)
-    axes.set_ylim(max(least / 1.6, 1e-6 * top), 1.8 * top)
     unit = "squared error per output" if found.kind == "regression" else "Brier score"
-    _finish(axes, "Risk", "rows seen", unit)
+    axes.set(title="Risk", xlabel="rows seen", ylabel=unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    positive = [one.mean for name in ("learner", *shown) for one in found.risk[name] if one.mean > 0]
+    if positive:
+        axes.set_yscale("log")
+        axes.set_ylim(max(min(positive) / 1.6, 1e-6 * top), 1.8 * top)
+        label_plainly(axes)
+    _legend(axes)
 
 
 def _draw_fits(axes: Axes, found: Any, at: int | None) -> None:
@@ -134,7 +139,7 @@ def _draw_fits(axes: Axes, found: Any, at: int | None) -> None:
 def _draw_gains(axes: Axes, found: Any, at: int | None) -> None:
     """How strongly each direction of the support is followed; the shape of the curve is the algorithm."""
     wanted = found.lengths[-1] / 2 if at is None else at
-    look = min(found.closer, key=lambda one: (abs(one.length - wanted), -one.length))
+    look = min((one for one in found.closer if one.gain), key=lambda one: (abs(one.length - wanted), -one.length))
     s = np.array(look.eigenvalues)
     linear = [name for name in found.overall if name in _LINEAR and name in look.gains]
     shown = linear[:3] + [name for name in ("GD-1", "least squares") if name in linear[3:]]
@@ -167,20 +172,13 @@ def _band(
         axes.fill_between(lengths, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    label_plainly(axes)
-    _legend(axes)
-
-
 def _legend(axes: Axes) -> None:
     """Below the panel, where no curve can cross it."""
     axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=2.4)
 
 
-def label_plainly(axes: Axes) -> None:
-    """Labels such as .2 and 5 instead of powers of ten."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+def label_plainly(axes: Axes, steps: Sequence[float] = (1, 2, 5)) -> None:
+    """Labels such as .2 and 5 instead of powers of ten, at these multiples of them."""
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from metaicl.analysis.fingerprint_plot import draw_fingerprint
 from metaicl.analysis.parameter_fits import Estimate
 from metaicl.files import atomic_write
-from metaicl.statistics import Interval
+from metaicl.statistics import Array, Interval
 
 FAR = 0.25
 """A relative distance beyond which a verdict says that no reference is near; zero answers have 1."""
@@ -110,6 +110,8 @@ class Fingerprint:
         nearest: From length 1.
         closer: At some lengths; empty in classification.
         notes: What was not measured, and why.
+        values: The distances (S, E) of every seed and episode whose means are `overall`, for paired comparisons of
+            learners on the same episodes. They are linearized ratios, so that single ones may be negative.
     """
 
     learner: str
@@ -132,6 +134,7 @@ class Fingerprint:
     nearest: tuple[Nearest, ...]
     closer: tuple[CloserLook, ...]
     notes: tuple[str, ...]
+    values: Mapping[str, Array] = field(repr=False, compare=False)
 
     @property
     def best(self) -> str:
@@ -173,8 +176,10 @@ class Fingerprint:
         return name if fit is None else f"{name} ({fit.symbol} = {fit.overall})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers; numbers that are not finite are None."""
-        return {**_plain(asdict(self)), "best": self.best, "verdict": self.verdict}
+        """Plain containers, without `values`; numbers that are not finite are None."""
+        found = asdict(replace(self, values={}))
+        del found["values"]
+        return {**_plain(found), "best": self.best, "verdict": self.verdict}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` to a file."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.analysis.answers import as_answers, real_prefix, zero_answer
+from metaicl.analysis.answers import as_answers, real_prefix, shape_of, zero_answer
 from metaicl.episode import Examples
 from metaicl.functional import class_weights, masked_mean, prototypes, raw_features, squared_distances
 from metaicl.learner import Learner
@@ -165,8 +165,11 @@ def as_references(references: Mapping[str, Reference | Learner], spec: TaskSpec)
     found = {}
     for name, one in references.items():
         if isinstance(one, Learner):
-            if (one.spec.kind, one.spec.x_shape) != (spec.kind, spec.x_shape):
-                raise ValueError(f"references[{name!r}] was built for {one.spec}; the tasks are {spec}")
+            if shape_of(one.spec) != shape_of(spec):
+                raise ValueError(
+                    f"references[{name!r}] was built for (kind, inputs, outputs) = {shape_of(one.spec)}; "
+                    f"the tasks have {shape_of(spec)}"
+                )
             one = from_learner(name, one)
         if not isinstance(one, Reference):
             raise TypeError(f"references[{name!r}] must be a Learner or a Reference; got {type(one).__name__}")

@@ -1,12 +1,15 @@
 """Transitions in training: any metric at exact steps, and where its curve breaks."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from torch.optim import Optimizer
 
+from metaicl.checkpoint import save_learner
 from metaicl.checks import check_count
 from metaicl.learner import Learner
 from metaicl.statistics import Array, Interval, interval
@@ -21,9 +24,10 @@ class Drop:
     """Where a curve falls most.
 
     Args:
-        step: Where the logarithm of the curve is best cut into two constant parts: the middle of the gap (geometric,
-            as steps are looked at). Mean over seeds, with an interval where there are several.
-        factor: Geometric mean of the curve before the cut over that after it, mean over seeds.
+        step: Where the logarithm of the curve is best cut into two constant parts, the later one lower: the middle of
+            the gap (geometric, as steps are looked at). Mean over seeds, with an interval where there are several.
+        factor: Geometric mean of the curve before the cut over that after it, mean over seeds. Above 1, or exactly 1
+            (with a share of 0 and the first gap as its step) for a curve with no cut after which it is lower.
         share: Share of the variance of the logarithm that the cut explains: 1 is a step, .75 a straight line.
         steps: The cut of each seed.
     """
@@ -41,6 +45,7 @@ def follow(
     *,
     metric: Callable[[AnyLearner], float],
     at: Sequence[int],
+    keep: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[int, float]:
     """Train, and measure the learner after exactly the numbers of updates in `at`.
@@ -53,6 +58,8 @@ def follow(
         optimizer: Over its parameters.
         metric: Of the learner as it is; an evaluation on fixed episodes, or a distance of its fingerprint.
         at: Numbers of updates, 0 for before the first; the largest ends the training.
+        keep: A folder for the weights that were measured, `step_<updates>.pt` each, to be read by
+            `metaicl.checkpoint.load_learner_weights`; None keeps none.
         options: Of `outer_loop`, apart from `steps`.
 
     Returns:
@@ -65,10 +72,15 @@ def follow(
     if not marks:
         raise ValueError("at must name at least one number of updates")
     found: dict[int, float] = {}
+    folder = None if keep is None else Path(keep)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
 
     def measure(step: int) -> None:
         with training_mode(learner, False):
             found[step] = float(metric(learner))
+        if folder is not None:
+            save_learner(learner, folder / f"step_{step}.pt")
 
     if marks[0] == 0:
         measure(0)
@@ -109,7 +121,7 @@ def _cut(logs: Array) -> tuple[int, float, float]:
     for i in range(1, len(logs)):
         before, after = logs[:i], logs[i:]
         left = float(((before - before.mean()) ** 2).sum() + ((after - after.mean()) ** 2).sum())
-        share = 1 - left / total if total > 0 else 0.0
-        if share > best[2]:
-            best = (i, float(before.mean() - after.mean()), share)
+        share, fall = 1 - left / total if total > 0 else 0.0, float(before.mean() - after.mean())
+        if share > best[2] and fall > 0:
+            best = (i, fall, share)
     return best

@@ -12,7 +12,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, class_weights
 from metaicl.learner import Learner, Traits
 from metaicl.spec import TaskSpec
-from metaicl.task import Split, TaskDistribution
+from metaicl.task import Split, TaskDistribution, derive_seed
 
 _CELLS = 16  # of the sum that tells a task's split: 12 train, 2 validation, 2 test
 _SHARES: dict[Split, tuple[int, int]] = {"train": (0, 12), "validation": (12, 14), "test": (14, 16)}
@@ -21,7 +21,9 @@ _SHARES: dict[Split, tuple[int, int]] = {"train": (0, 12), "validation": (12, 14
 class AssociativeRecall(TaskDistribution):
     """Pairs of a key and a value; a query is one of the keys, the answer its value.
 
-    Keys are tokens 1 .. `n_keys`, an input is a single token. Values are the classes 0 .. C - 1, a vocabulary of their
+    Keys are tokens 1 .. `n_keys`, an input is a single token; with `key_dim` each key is a unit vector instead, drawn
+    once for all tasks, so that a memory needs no embedding to be tried (an audit of leakage by content then reports the
+    queries in the support, which are the task). Values are the classes 0 .. C - 1, a vocabulary of their
     own. With `n_shot` keys per value a task has C n_shot pairs, all with different keys; a query asks for `n_query`
     keys of each value (again from the first when it has no more), in random order. Support ids and query ids are not
     given: that a query's key is in the support is the task. A task is its set of pairs, and which split it belongs to
@@ -30,6 +32,7 @@ class AssociativeRecall(TaskDistribution):
     Args:
         n_values: C.
         n_keys: Size of the vocabulary of keys.
+        key_dim: D of the unit vectors that stand for the keys; None keeps tokens.
 
     Reference:
         Arora et al. 2024, arXiv:2312.04927 (MQAR), section 3. Differs: a pair is one row, queries come after all
@@ -38,10 +41,16 @@ class AssociativeRecall(TaskDistribution):
 
     identity: ClassVar[tuple[str, ...]] = ("pairs",)
 
-    def __init__(self, *, n_values: int = 16, n_keys: int = 256) -> None:
-        """Keep the sizes."""
+    def __init__(self, *, n_values: int = 16, n_keys: int = 256, key_dim: int | None = None) -> None:
+        """Keep the sizes, and draw the vectors of the keys."""
         self.n_keys = check_count("n_keys", n_keys, check_count("n_values", n_values, 2))
         self.spec = TaskSpec("classification", (1,), x_kind="tokens", n_way=n_values, vocabulary=n_keys + 1)
+        self.vectors = None
+        if key_dim is not None:
+            shape = n_keys + 1, check_count("key_dim", key_dim, 2)  # one for each token, so that tokens are places
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(0, "vectors of keys")))
+            self.vectors = torch.nn.functional.normalize(drawn, dim=-1)
+            self.spec = TaskSpec("classification", (key_dim,), n_way=n_values)
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw pairs; see `TaskDistribution.sample`.
@@ -62,11 +71,17 @@ class AssociativeRecall(TaskDistribution):
         query = _shuffled(keys[:, asked].flatten(1), values[:, asked].flatten(1), generator)
         order = keys.flatten(1).argsort(1)
         pairs = torch.stack([keys.flatten(1).gather(1, order), values.flatten(1).gather(1, order)], -1)
-        return Episode(support, query, {"pairs": pairs[:, None]})
+        return Episode(self._shown(support), self._shown(query), {"pairs": pairs[:, None]})
 
     def references(self) -> Mapping[str, Learner]:
         """Looking the key up."""
         return {"lookup": ExactLookup(self.spec)}
+
+    def _shown(self, examples: Examples) -> Examples:
+        """Rows with their keys as learners see them: tokens (B, N, 1) or vectors (B, N, D)."""
+        if self.vectors is None:
+            return examples
+        return Examples(self.vectors[examples.x[..., 0]], examples.y)
 
     def _keys(self, n_tasks: int, n_shot: int, split: Split, generator: torch.Generator) -> Tensor:
         """Different keys (B, n_shot, C), drawn again where they belong to another split."""
@@ -93,7 +108,7 @@ class ExactLookup(Learner[tuple[Tensor, Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """The rows as they are: inputs, one-hot labels (B, N, C), and which rows are real (B, N)."""
-        dtype = torch.get_default_dtype()
+        dtype = support.x.dtype if support.x.is_floating_point() else torch.get_default_dtype()
         weights = class_weights(support.y, self.spec.output_size, support.mask, dtype)
         return support.x, weights, support.real
 

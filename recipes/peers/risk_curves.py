@@ -1,6 +1,6 @@
 """Risk of a learner after every number of examples, and training in stages that grow, as Garg et al. 2022 do it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,10 +38,21 @@ def stages(config: TrainConfig, *, dim: int, points: int, noise: float, every: i
     yield config.steps, LinearRegression(dim=dim, noise=noise), points
 
 
-def train(learner: Learner, config: TrainConfig, plan: Sequence[Stage], *, label: str) -> Learner:
-    """Train on the squared error of every prefix, one optimizer and one schedule through all stages."""
+def train(
+    learner: Learner,
+    config: TrainConfig,
+    plan: Sequence[Stage],
+    *,
+    label: str,
+    before: Callable[[int], None] = lambda done: None,
+) -> Learner:
+    """Train on the squared error of every prefix, one optimizer and one schedule through all stages.
+
+    `before` is called with the number of updates done, before the next one: it may change the learner.
+    """
     optimizer, scheduler = make_optimizer(learner, config)
     start = 0
+    before(start)
     with tqdm(total=config.steps, desc=label, unit="update", mininterval=5) as bar:
         for stop, tasks, points in plan:
             loop = outer_loop(
@@ -50,6 +61,7 @@ def train(learner: Learner, config: TrainConfig, plan: Sequence[Stage], *, label
                 clip_norm=config.clip_norm, compile=config.compile, device=config.device,
             )  # fmt: skip
             for step in loop:
+                before(step.index + 1)
                 bar.update()
                 if step.index % 100 == 0:
                     bar.set_postfix_str(f"loss {step.loss:.3f}")

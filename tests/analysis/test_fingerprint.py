@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from metaicl.analysis.fingerprint import fingerprint
 from metaicl.analysis.fingerprint_result import Fingerprint
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
 from metaicl.learners.incontext.transformer import CausalInContextTransformer
@@ -156,6 +156,9 @@ def test_several_seeds_widen_the_interval() -> None:
         assert interval.high is not None
         assert interval.low < interval.mean < interval.high
         widths.append(interval.high - interval.low)
+        assert found.values["Bayes"].shape == (found.n_seeds, 48)
+        assert found.values["Bayes"].mean() == pytest.approx(interval.mean, abs=1e-12)
+        assert "values" not in found.to_dict()
     assert widths[1] > 2 * widths[0]
     assert three.fits["ridge"].overall.low <= three.fits["ridge"].overall.value <= three.fits["ridge"].overall.high
 
@@ -264,13 +267,47 @@ def test_nonsense_is_refused() -> None:
     )
 
 
-def test_a_learner_that_diverges_is_named() -> None:
-    class Broken(Constant):
-        def predict(self, state: Any, x: Tensor) -> Distribution:
-            return gaussian(torch.full((*x.shape[:2], 1), float("nan")), torch.ones(1, 1, 1))
+class Broken(Constant):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return gaussian(torch.full((*x.shape[:2], 1), float("nan")), torch.ones(1, 1, 1))
 
+
+def test_a_learner_that_diverges_is_named() -> None:
     with pytest.raises(FloatingPointError, match="Broken answers NaN"):
         look(Broken(TASKS.spec))
+
+
+def test_references_that_diverge_or_answer_something_else_are_named() -> None:
+    options: Any = {"n_shot": 2, "n_episodes": 4}
+    for at in ((), (2,)):
+        with pytest.raises(FloatingPointError, match="answers NaN or infinity in episode 0"):
+            look(Constant(TASKS.spec), references={"mine": Broken(TASKS.spec)}, at=at, **options)
+    pairs = LinearRegression(dim=3, y_dim=2)
+    with pytest.raises(ValueError, match=r"references\['mine'\] was built for .* 1\); the tasks have .* 2\)"):
+        fingerprint(Constant(pairs.spec), pairs, references={"mine": Constant(TASKS.spec)}, **options)
+
+
+class Silent(LinearRegression):
+    """Targets of zero and nothing else, in one dimension."""
+
+    def sample(self, n_tasks: int, **options: Any) -> Episode:
+        episode = super().sample(n_tasks, **options)
+        parts = (Examples(one.x, torch.zeros_like(one.y)) for one in (episode.support, episode.query))
+        return Episode(*parts, episode.latents)
+
+
+def test_the_smallest_looks_there_are(tmp_path: Any) -> None:
+    """One row, two episodes, one input: fewer eigenvalues than bins; and targets that have no direction at all."""
+    options: Any = {"n_shot": 1, "n_episodes": 2, "at": (1,)}
+    found = fingerprint(LeastSquares(TASKS.spec), TASKS, **options)
+    assert [one.mean for one in found.closer[0].gain] == pytest.approx([1.0, 1.0], abs=1e-9)
+    silent = Silent(dim=1, noise=0.0)
+    found = fingerprint(
+        Constant(silent.spec), silent, references={"least squares": LeastSquares(silent.spec)}, **options
+    )
+    assert found.closer[0].gain == ()
+    assert found.overall["least squares"].mean == 0.0
+    assert "Gain" not in " ".join(axes.get_title("left") for axes in found.plot(tmp_path / "silent.png").get_axes())
 
 
 def test_intervals_cover_the_distance_of_many_episodes() -> None:

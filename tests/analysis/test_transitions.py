@@ -1,9 +1,12 @@
 """Following a training changes nothing about it, and a planted break is found."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from metaicl.analysis.transitions import follow, largest_drop
+from metaicl.checkpoint import load_learner_weights
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.tasks.functions import LinearRegression
 from metaicl.training import outer_loop
@@ -17,13 +20,17 @@ def start() -> tuple[ConditionalNeuralProcess, torch.optim.Optimizer]:
     return learner, torch.optim.SGD(learner.parameters(), lr=1e-2)
 
 
+def norm(one: ConditionalNeuralProcess) -> float:
+    return float(sum(p.detach().square().sum() for p in one.parameters()))
+
+
 def test_measuring_changes_no_update() -> None:
     learner, optimizer = start()
     modes = []
 
     def metric(one: ConditionalNeuralProcess) -> float:
         modes.append(one.training)
-        return float(sum(p.detach().square().sum() for p in one.parameters()))
+        return norm(one)
 
     found = follow(learner, TASKS, optimizer, metric=metric, at=(4, 0, 2), meta_batch_size=2)
     other, optimizer = start()
@@ -37,6 +44,16 @@ def test_measuring_changes_no_update() -> None:
     assert learner.training
     with pytest.raises(ValueError, match="at least one"):
         follow(learner, TASKS, optimizer, metric=metric, at=())
+
+
+def test_kept_weights_are_those_that_were_measured(tmp_path: Path) -> None:
+    learner, optimizer = start()
+    found = follow(learner, TASKS, optimizer, metric=norm, at=(0, 1, 3), keep=tmp_path / "kept", meta_batch_size=2)
+    assert len(set(found.values())) == 3
+    for step, value in found.items():
+        again, _ = start()
+        load_learner_weights(again, tmp_path / "kept" / f"step_{step}.pt")
+        assert norm(again) == value
 
 
 def test_a_planted_break_is_found_with_its_size() -> None:
@@ -64,6 +81,15 @@ def test_a_straight_line_is_told_from_a_step() -> None:
     """Two constants explain three quarters of a straight line (in the limit of many points), and all of a step."""
     line = {step + 1: 2.0 ** (-step) for step in range(200)}
     assert largest_drop(line).share.mean == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_rise_is_no_drop() -> None:
+    """The curve first jumps up by 16 and then falls by 4: the fall is named, though the rise explains more."""
+    steps = [10, 20, 40, 80, 160, 320, 640]
+    found = largest_drop(dict(zip(steps, (1.0, 1.0, 16.0, 16.0, 16.0, 4.0, 4.0), strict=True)))
+    assert found.factor.mean > 1
+    assert largest_drop({step: float(step) for step in steps}).factor.mean == 1.0
+    assert largest_drop({step: float(step) for step in steps}).share.mean == 0.0
 
 
 def test_nonsense_is_refused() -> None:

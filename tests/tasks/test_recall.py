@@ -32,6 +32,22 @@ def test_keys_are_paired_once_and_queries_ask_for_them() -> None:
                 assert len(set(asked)) == 4 * n_query
 
 
+def test_keys_may_be_unit_vectors() -> None:
+    """The same pairs, every key written as its own fixed unit vector."""
+    vectors = AssociativeRecall(n_values=4, n_keys=32, key_dim=6)
+    check_learner(ExactLookup, vectors)
+    plain, shown = (
+        EpisodeStream(tasks, seed=0, split="train", n_shot=2, n_query=2, chunk_size=5)[0] for tasks in (SMALL, vectors)
+    )
+    assert torch.equal(plain.latents["pairs"], shown.latents["pairs"])
+    assert torch.equal(plain.query.y, shown.query.y)
+    assert shown.support.x.shape == (5, 8, 6)
+    torch.testing.assert_close(shown.support.x.norm(dim=-1), torch.ones(5, 8))
+    tokens, written = plain.support.x.flatten(), shown.support.x.flatten(0, 1)
+    same_key, same_vector = tokens[:, None] == tokens, (written[:, None] == written).all(-1)
+    assert torch.equal(same_key, same_vector)
+
+
 def test_splits_do_not_share_a_set_of_pairs() -> None:
     tiny = AssociativeRecall(n_values=2, n_keys=6)  # 30 tasks in all
     found = []
@@ -56,3 +72,5 @@ def test_too_few_keys_are_refused() -> None:
         EpisodeStream(SMALL, seed=0, split="train", n_shot=9, n_query=1)[0]
     with pytest.raises(ValueError, match="n_keys must be an int >= 8; got 4"):
         AssociativeRecall(n_values=8, n_keys=4)
+    with pytest.raises(ValueError, match="key_dim must be an int >= 2; got 1"):
+        AssociativeRecall(key_dim=1)

@@ -185,8 +185,10 @@ class CausalLinearTransformer(_LinearAttentionLearner):
         counts = self._counts(self._nothing(examples), examples)
         earlier = self._divisor(counts - examples.real.to(counts.dtype))
         upto, before = _lower(examples, diagonal=0), _lower(examples, diagonal=-1)
-        for layer in self.stack.run():
+        for index, layer in enumerate(layers := list(self.stack.run())):
             queries = self.stack.step(queries, layer.read_rows(queries, tokens, before) / earlier)
+            if index + 1 == len(layers):
+                break  # rows after the last layer are never read
             change = layer.read_rows(tokens, tokens, upto) / self._divisor(counts)
             tokens = self.stack.step(tokens, change) * examples.real[..., None]
         return self._answer(queries)

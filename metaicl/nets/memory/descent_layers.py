@@ -88,7 +88,9 @@ class TestTimeTraining(DescentMixer):
             linear attention.
         hidden: Units of a memory with two layers (TTT-MLP); None is TTT-Linear.
         norm: As in `Titans`.
-        max_step: Largest learning rate.
+        max_step: Largest learning rate. The steps of a mini-batch add up, so that with unit keys 2 / batch is the most
+            that can never diverge. None takes that (at most 1) where the memory is linear, without `norm` and read in
+            mini-batches, and 1 elsewhere.
         options: Those of `FastWeightMixer`.
 
     Reference:
@@ -105,11 +107,13 @@ class TestTimeTraining(DescentMixer):
         batch: int | None = 16,
         hidden: int | None = None,
         norm: bool | None = None,
-        max_step: float = 1.0,
+        max_step: float | None = None,
         **options: int | bool | None,
     ) -> None:
         """Build the layer."""
         rule = Descent(batch=batch, norm=_norm(norm, hidden))
+        if max_step is None:
+            max_step = 1.0 if batch is None or hidden is not None or rule.norm else min(1.0, 2 / batch)
         super().__init__(dim, rule=rule, gates={"step": 0.5}, max_step=max_step, hidden=hidden, **options)
         self.order_free = batch is None
 

@@ -150,3 +150,12 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         DeltaRule(8, heads=3)
     with pytest.raises(ValueError, match="needs keys and values of one size; got 4 and 8"):
         TestTimeTraining(8, hidden=4, key_dim=4)
+
+
+def test_mini_batches_of_alike_tokens_do_not_diverge() -> None:
+    torch.manual_seed(0)
+    h = torch.ones(1, 512, 8)
+    for options, bounded in (({}, True), ({"max_step": 1.0}, False)):
+        layer = TestTimeTraining(8, **options)
+        out, _ = layer(h, layer.start(1, h), None)
+        assert (bool(out.isfinite().all()) and float(out.detach().abs().max()) < 10) == bounded
