@@ -1,26 +1,16 @@
-"""Checkpoints that are whole or refused: one file with a magic line, a checksum and plain data.
+"""Checkpoints that are whole or refused, and the weights of learners in them; see `metaicl.sealed_files`."""
 
-The first line is `metaicl-checkpoint <format> <sha256> <bytes>`; what follows is a `torch.save` of plain containers
-and tensors, read back with `weights_only=True`. Neither torch nor safetensors notices a flipped bit; this does.
-"""
-
-import hashlib
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metaicl.files import atomic_write
 from metaicl.learner import Learner
+from metaicl.sealed_files import SealedFormat
 
-_MAGIC = b"metaicl-checkpoint"
-_FORMAT = 1
-_HEADER_LIMIT = 256
 _SHOWN = 10  # differences listed in a message
 
 
@@ -36,6 +26,9 @@ class IncompatibleCheckpointError(CheckpointError):
     """The file is whole but belongs to something else."""
 
 
+_FORMAT = SealedFormat("checkpoint", 1, damaged=CorruptCheckpointError, incompatible=IncompatibleCheckpointError)
+
+
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write `content` atomically, with its checksum.
 
@@ -47,12 +40,7 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
         TypeError: If something in `content` could not be read back safely; it is named by its place.
         OSError: If the file cannot be written; an older one then stands.
     """
-    _check_plain(content, "content")
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
-    payload = buffer.getvalue()
-    digest = hashlib.sha256(payload).hexdigest()
-    atomic_write(path, b"%s %d %s %d\n" % (_MAGIC, _FORMAT, digest.encode(), len(payload)) + payload)
+    _FORMAT.write(path, content)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -63,17 +51,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CorruptCheckpointError: If the file was truncated or changed, or is something else; the message says what.
         IncompatibleCheckpointError: If it has another format than this version writes.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CorruptCheckpointError(f"{path} is a directory, not a checkpoint; name one of its files")
-    payload = _verified_payload(path, path.read_bytes())
-    try:
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # the checksum fits, so the file was made this way: a hostile pickle may raise anything
-        raise CorruptCheckpointError(f"{path} holds more than tensors and plain containers, and is refused") from error
-    if not isinstance(content, dict):
-        raise CorruptCheckpointError(f"{path} must hold a dict; got {type(content).__name__}")
-    return content
+    return _FORMAT.read(path)
 
 
 def save_learner(learner: Learner, path: str | os.PathLike[str]) -> None:
@@ -170,50 +148,3 @@ def _shape_of(state: Mapping[str, Any], name: str) -> str:
 
 def _device_of(learner: nn.Module) -> torch.device:
     return next((parameter.device for parameter in learner.parameters()), torch.device("cpu"))
-
-
-def _verified_payload(path: Path, data: bytes) -> bytes:
-    header, newline, payload = data[:_HEADER_LIMIT].partition(b"\n")
-    fields = header.split(b" ")
-    if not newline or len(fields) != 4 or fields[0] != _MAGIC or not (fields[1].isdigit() and fields[3].isdigit()):
-        raise CorruptCheckpointError(f"{path} is no metaicl checkpoint; it {_look(data)}")
-    if int(fields[1]) != _FORMAT:
-        raise IncompatibleCheckpointError(
-            f"{path} has checkpoint format {int(fields[1])}; "
-            f"this version reads format {_FORMAT}; update metaicl, or check the file"
-        )
-    payload = data[len(header) + 1 :]
-    if len(payload) != int(fields[3]):
-        raise CorruptCheckpointError(
-            f"{path} must hold {int(fields[3])} bytes after its first line; got {len(payload)}"
-        )
-    if hashlib.sha256(payload).hexdigest().encode() != fields[2]:
-        raise CorruptCheckpointError(f"{path} was changed after it was written: its SHA-256 does not fit its content")
-    return payload
-
-
-def _look(data: bytes) -> str:
-    start = data[:_HEADER_LIMIT].lstrip().lower()
-    if not data:
-        return "is empty"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "looks like HTML, perhaps the error page of a download"
-    if start.startswith(b"pk\x03\x04"):
-        return "looks like a plain torch.save file; read it with torch.load(path, weights_only=True)"
-    if start.startswith(_MAGIC[:8]):
-        return "has a damaged first line"
-    printable = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:_HEADER_LIMIT])
-    return "looks like a text file" if printable else "starts with bytes of another format"
-
-
-def _check_plain(value: Any, place: str) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_plain(item, f"{place}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{place}[{index}]")
-    elif value is not None and not isinstance(value, (Tensor, bool, int, float, str, bytes)):
-        raise TypeError(
-            f"a checkpoint holds tensors, numbers, strings and plain containers; {place} is a {type(value).__name__}"
-        )

@@ -22,8 +22,8 @@ def collate(episodes: Sequence[Episode]) -> Episode:
     """
     if not episodes:
         raise ValueError("collate needs at least one episode; got an empty sequence")
-    support = _join([episode.support for episode in episodes])
-    query = _join([episode.query for episode in episodes])
+    support = join_tasks([episode.support for episode in episodes])
+    query = join_tasks([episode.query for episode in episodes])
     latents = {}
     for name in episodes[0].latents:
         values = [episode.latents[name] for episode in episodes if name in episode.latents]
@@ -45,7 +45,12 @@ def split_rows(x: Tensor, y: Tensor, n_support: int, latents: Mapping[str, Tenso
     return Episode(support, query, dict(latents or {}))
 
 
-def _join(parts: list[Examples]) -> Examples:
+def join_tasks(parts: Sequence[Examples]) -> Examples:
+    """Tasks of all parts, axis B, padded to the longest with masked rows.
+
+    Raises:
+        ValueError: If the row shapes differ.
+    """
     shapes = {tuple(part.x.shape[2:]) for part in parts}
     if len(shapes) > 1:
         raise ValueError(f"collate needs rows of one shape; got {sorted(shapes)}")

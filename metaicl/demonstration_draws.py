@@ -39,8 +39,16 @@ class DrawEvaluation:
 
     def worst_per_episode(self, metric: str | None = None) -> float:
         """The mean over episodes of each episode's own worst draw: what an unlucky user gets."""
+        return float(self.episode_worsts(metric).mean())
+
+    def episode_means(self, metric: str | None = None) -> NDArray[np.float64]:
+        """The mean over the draws of each episode (E,), for paired intervals."""
+        return self._values(metric)[1].mean(0)
+
+    def episode_worsts(self, metric: str | None = None) -> NDArray[np.float64]:
+        """The worst draw of each episode (E,), likewise."""
         better, values = self._values(metric)
-        return float((values.min(0) if better else values.max(0)).mean())
+        return values.min(0) if better else values.max(0)
 
     def _values(self, metric: str | None) -> tuple[bool, NDArray[np.float64]]:
         name = check_choice("metric", primary_metric(self.kind) if metric is None else metric, self.metrics)

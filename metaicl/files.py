@@ -17,7 +17,7 @@ _LOCK = ".lock"
 _HELD: set[int] = set()  # descriptors of the locks of this process, which a forked child must let go
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+def atomic_write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
     """Replace the file at `path` by one that holds `data`; whoever reads sees the old file or the new one.
 
     The bytes reach the disk under another name in the same directory before they get the final one. The mode
@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Args:
         path: A regular file, or nothing yet; its directory must exist.
-        data: The whole content.
+        data: The whole content, in one piece or in several.
 
     Raises:
         OSError: If a step fails (no space, no permission, `path` is a directory or a device); the old file stands
@@ -39,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         try:
             if mode is not None:
                 os.chmod(partial, mode)
-            _write_all(descriptor, data)
+            for piece in data:
+                _write_all(descriptor, piece)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -119,7 +120,7 @@ def _mode_of(target: Path) -> int | None:
     return stat.S_IMODE(found.st_mode)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

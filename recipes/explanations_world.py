@@ -13,6 +13,9 @@ Differs: reader and retriever are trained from scratch, so that nothing is known
 a small Transformer whose first layer sums over equal tokens, the fixed retriever compares bags of tokens, the learned
 one starts there and weighs places. Keys count tokens by log(1 + count): with raw counts the fixed retriever was no
 better than none. Fewer explanations (3 sets of 2, published 6 of 6) and updates.
+
+Bounds: the gains of .05 and .02, the two ends of the curve (.98 and .75) and its largest rise (.01) were set after
+pilots, on the same world; means are held against them.
 """
 
 from dataclasses import dataclass
@@ -100,9 +103,9 @@ def main(config: Config) -> RecipeResult:
     curve = {n: accuracy(config, n, "none", config.curve_steps, config.seed) for n in config.curve}
     plot(config.out / "explanations_world.png", found, curve)
     criteria = [
-        gain("no retrieval to fixed", found["frozen"], found["none"], 0.05, 0.280),
-        gain("fixed to learned", found["learned"], found["frozen"], 0.02, 0.085),
-        gain("learned to optimal", found["oracle"], found["learned"], 0.0, 0.005),
+        mean_gain("no retrieval to fixed", found["frozen"], found["none"], 0.05, 0.280),
+        mean_gain("fixed to learned", found["learned"], found["frozen"], 0.02, 0.085),
+        mean_gain("learned to optimal", found["oracle"], found["learned"], 0.0, 0.005),
     ]
     low, high = min(curve), max(curve)
     few, many = interval(curve[low][None]), interval(curve[high][None])
@@ -120,8 +123,8 @@ def main(config: Config) -> RecipeResult:
     return RecipeResult("explanations_world", claim, config, criteria)
 
 
-def gain(name: str, better: Array, worse: Array, bound: float, published: float) -> Criterion:
-    """What one retriever has more than another in accuracy, on the same points."""
+def mean_gain(name: str, better: Array, worse: Array, bound: float, published: float) -> Criterion:
+    """What one retriever has more than another in accuracy, on the same points; the mean is held against a bound."""
     one = interval(better - worse)
     return Criterion(f"gain in accuracy, {name}", one.mean, ">=", bound, ci=one.ends, reference=published)
 

@@ -36,7 +36,7 @@ class Config(RecipeConfig):
     """Options of this recipe."""
 
     SMOKE: ClassVar = {
-        "steps": 1, "n_episodes": 2, "seeds": 1, "processes": 1, "dim": 16, "n_passages": 40, "vocabulary": 512,
+        "steps": 1, "n_episodes": 2, "seeds": 1, "processes": 1, "dim": 16, "n_items": 40, "vocabulary": 512,
         "everything": False,
     }  # fmt: skip
 
@@ -45,7 +45,7 @@ class Config(RecipeConfig):
     steps: int = option(150, "updates of each learner and seed")
     dim: int = option(256, "width of the word vectors")
     vocabulary: int = option(8192, "hashed words")
-    n_passages: int = option(2048, "meta-training texts in the memory")
+    n_items: int = option(2048, "meta-training texts in the memory")
     seeds: int = option(2, "training seeds")
     processes: int = option(2, "runs at a time")
     n_episodes: int = option(200, "meta-test episodes")
@@ -60,7 +60,7 @@ def build(spec: TaskSpec, *, kind: Callable[..., Learner[Any]], idf: Tensor, dim
 def learners(tasks: TextClasses, config: Config) -> dict[str, Any]:
     """The same learner with every kind of retrieval, and prototypes beside it."""
     words = partial(build, idf=fit_tfidf(tasks).idf, dim=config.dim)
-    raml = partial(words, kind=RAML, n_passages=config.n_passages, residual=False)
+    raml = partial(words, kind=RAML, n_items=config.n_items, residual=False)
     found: dict[str, Any] = {
         "ProtoNet": partial(words, kind=ProtoNet),
         OFF: partial(raml, retriever="none"),

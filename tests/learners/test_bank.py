@@ -1,5 +1,7 @@
 """The memory bank: what a search finds and may not find, on every backend, and that its content survives saving."""
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metaicl.checkpoint import load_learner_weights, save_learner
+from metaicl.checkpoint import load_learner_weights, save_checkpoint, save_learner
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
-from metaicl.learners.retrieval.bank import MemoryBank
-from metaicl.learners.retrieval.bank_file import CorruptBankError
+from metaicl.learners.retrieval.bank import CorruptBankError, MemoryBank
 from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.exact_search import best_items
 from metaicl.learners.retrieval.exclusion import Exclusion
+from metaicl.sealed_files import SealedFormat
 from metaicl.spec import TaskSpec
 from metaicl.tasks.gaussians import GaussianClasses
 
@@ -179,21 +181,39 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bank"
     filled_bank(5, 3).save(path)
     whole = path.read_bytes()
-    for place in (0, 30, 300, len(whole) - 3):
+    for place in (0, 14, 30, 300, len(whole) - 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(CorruptBankError, match=r"bank|changed"):
+        with pytest.raises(CorruptBankError, match=r"no metaicl bank|format|changed"):
             MemoryBank.load(path)
-    path.write_bytes(whole[:-10])
-    with pytest.raises(CorruptBankError, match="must hold"):
-        MemoryBank.load(path)
+    for length in (0, 13, 100, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CorruptBankError, match=r"is empty|damaged first line|must hold"):
+            MemoryBank.load(path)
     torch.save({"keys": torch.zeros(1)}, path)
-    with pytest.raises(CorruptBankError, match="no memory bank"):
+    with pytest.raises(CorruptBankError, match=r"looks like a plain torch\.save file"):
         MemoryBank.load(path)
+    save_checkpoint(path, {"weights": torch.zeros(1)})
+    with pytest.raises(CorruptBankError, match="begins like a metaicl checkpoint"):
+        MemoryBank.load(path)
+
+
+def test_a_whole_file_of_something_else_is_no_bank(tmp_path: Path) -> None:
+    bank, path = filled_bank(5, 3), tmp_path / "bank"
+    settings = {"backend": "exact", "chunk": 7, "breadth": 1}
+    short = {**bank.state_dict(), "row_ids": torch.zeros(4, 1).long()}
+    for content, message in (
+        ({"tensors": bank.state_dict()}, "settings"),
+        ({"tensors": bank.state_dict(), "settings": {**settings, "backend": "nope"}}, "backend must be one of"),
+        ({"tensors": short, "settings": settings}, "row_ids are for 4 of 5 items"),
+    ):
+        SealedFormat("bank", 1, RuntimeError, RuntimeError).write(path, content)
+        with pytest.raises(CorruptBankError, match=f"does not hold a memory bank: .*{message}"):
+            MemoryBank.load(path)
 
 
 def test_a_learner_checkpoint_fills_an_empty_bank(tmp_path: Path) -> None:
     tasks = GaussianClasses(dim=4)
-    learner, other = (RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20) for _ in range(2))
+    learner, other = (RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20) for _ in range(2))
     learner.prepare(tasks, seed=0)
     save_learner(learner, tmp_path / "weights")
     load_learner_weights(other, tmp_path / "weights")
@@ -248,7 +268,12 @@ NOT_FINITE = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 0.0]])
         ({"keys": -1 / torch.zeros(2, 3)}, ValueError, "keys must be finite; 2 rows"),
         ({"keys": torch.ones(2, 3, dtype=torch.long)}, TypeError, "keys must be floating point; got torch.int64"),
         ({"keys": [[0.0] * 3] * 2}, TypeError, "keys must be a tensor; got list"),
-        ({"keys": torch.zeros(2)}, ValueError, r"keys must be \(m, K\), one row for each item; got \(2,\)"),
+        ({"keys": torch.zeros(2)}, ValueError, r"keys must be \(m, K\), one row of .* for each item; got \(2,\)"),
+        ({"keys": torch.zeros(2, 0)}, ValueError, r"keys must be \(m, K\), one row of K >= 1 numbers .* got \(2, 0\)"),
+        ({"keys": torch.full((2, 3), 1e39, dtype=torch.float64)}, ValueError, "keys must be finite; 2 rows"),
+        ({"values": None}, TypeError, "values must be a mapping of names to tensors, perhaps empty; got NoneType"),
+        ({"values": {"a.b": torch.arange(2)}}, ValueError, "names of values must be identifiers .* got 'a.b'"),
+        ({"values": {"x": torch.arange(2).double()}}, TypeError, "x must be torch.int64, as in the bank"),
         ({"values": {"x": [1, 2]}}, TypeError, r"values\['x'\] must be a tensor; got list"),
         ({"rows": torch.arange(3)}, ValueError, r"rows must be \(2,\) or \(2, R\), for each of .*; got \(3,\)"),
         ({"rows": [0, 1]}, TypeError, "rows must be a tensor; got list"),
@@ -268,7 +293,7 @@ def test_bad_items_are_named_and_change_nothing(given: dict[str, Any], error: ty
         with pytest.raises(error, match=message):
             bank.refresh(torch.arange(2), given["keys"])
     with pytest.raises(TypeError, match="selected must be a tensor"):
-        bank.refresh([0, 1], torch.eye(3)[:2])  # type: ignore[arg-type]
+        bank.refresh([0, 1], torch.eye(3)[:2])
     assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())
 
 
@@ -287,9 +312,48 @@ def test_bad_queries_and_exclusions_are_refused(backend: str) -> None:
     with pytest.raises(TypeError, match=r"exclude\.rows must be long ids"):
         bank.search(queries, 1, exclude=Exclusion(rows=torch.zeros(4, 2, 1)))
     with pytest.raises(TypeError, match="exclude must be an Exclusion or None; got dict"):
-        bank.search(queries, 1, exclude={"rows": torch.zeros(1).long()})  # type: ignore[arg-type]
+        bank.search(queries, 1, exclude={"rows": torch.zeros(1).long()})
     for shape in ((4, 2, 1), (1, 2, 2), (2, 1), (1,)):  # these do broadcast
         assert bank.search(queries, 1, exclude=Exclusion(rows=torch.zeros(shape).long())).index.shape == (4, 2, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bank_may_run_empty_and_begin_anew(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
+    bank = filled_bank(20, 3, backend=backend)
+    bank.search(torch.ones(1, 3), 2)
+    bank.remove(torch.ones(20, dtype=torch.bool))
+    with pytest.raises(ValueError, match="empty; fill it with add"):
+        bank.search(torch.ones(1, 3), 1)
+    bank.add(torch.eye(5)[:0], {"other": torch.zeros(0)})  # nothing, of another shape
+    bank.add(torch.eye(5), {"y": torch.arange(5)}, rows=torch.tensor([2**63 - 1, 0, 1, 2, -(2**63)]))
+    exclude = Exclusion(rows=torch.tensor([[2**63 - 1], [-(2**63)]]))
+    found = bank.search(torch.stack([torch.eye(5)[0], torch.eye(5)[4]]), 5, exclude=exclude)
+    assert found.real.sum(1).tolist() == [4, 5]  # negative ids stand for nothing
+    assert bank.search(torch.ones(0, 2, 5), 3, exclude=Exclusion(rows=torch.zeros(1, 1, 1).long())).index.numel() == 0
+    assert list(bank.values) == ["y"]
+    for other in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+        assert torch.equal(other.search(bank.keys, 1).index, bank.search(bank.keys, 1).index)
+    assert capfd.readouterr().err == ""  # faiss warns of few points
+
+
+def test_keys_and_queries_must_fit_the_precision_of_the_bank() -> None:
+    bank = MemoryBank()
+    bank.add(torch.eye(3).half(), {})
+    with pytest.raises(ValueError, match="keys must be finite; 1 rows hold NaN or Inf, the first is row 0"):
+        bank.refresh(torch.tensor([0]), torch.full((1, 3), 1e6))
+    with pytest.raises(ValueError, match="queries must be finite; 1 rows"):
+        bank.search(torch.full((1, 3), 1e6), 1)
+    bank.refresh(torch.tensor([0]), torch.full((1, 3), 2.0, dtype=torch.float64))
+    assert bank.keys[0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_bank_filled_in_inference_mode_can_change_outside() -> None:
+    bank = MemoryBank()
+    with torch.inference_mode():
+        bank.add(torch.eye(3), {"x": torch.arange(3)})
+    bank.refresh(torch.tensor([1]), torch.full((1, 3), 5.0))
+    bank.add(torch.eye(3), {"x": torch.arange(3)})
+    assert bank.search(torch.ones(1, 3), 1).index.tolist() == [[1]]
 
 
 def test_loading_keeps_the_precision_of_the_module(tmp_path: Path) -> None:
@@ -307,9 +371,9 @@ def test_loading_keeps_the_precision_of_the_module(tmp_path: Path) -> None:
 
 def test_a_checkpoint_goes_into_a_learner_of_another_precision(tmp_path: Path) -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20)
     learner.prepare(tasks, seed=0)
     save_learner(learner, tmp_path / "weights")
-    other = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20).double()
+    other = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20).double()
     load_learner_weights(other, tmp_path / "weights")
     assert other.bank.keys.dtype == other.bank.values["x"].dtype == torch.float64

@@ -77,7 +77,7 @@ PAIRS = [(name, source) for name in KINDS for source in SOURCES if source not in
 
 def build(name: str, spec: TaskSpec) -> Learner:
     """A learner with `prepare`, small where it can be."""
-    small = {"learner": ProtoNet, "n_groups": 24, "n_items": 24, "n_passages": 24, "k": 2}
+    small = {"learner": ProtoNet, "n_items": 24, "k": 2}
     known = inspect.signature(KINDS[name]).parameters
     torch.manual_seed(0)
     return KINDS[name](spec, **{name: value for name, value in small.items() if name in known})

@@ -2,12 +2,18 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributions import Distribution
 
 from metaicl.episode import Episode, Examples
 from metaicl.evaluation import evaluate
+from metaicl.learner import Learner
+from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import InContextTransformer
 from metaicl.learners.reference.linear import LeastSquares
@@ -129,6 +135,59 @@ def test_a_memory_that_grows_knows_new_tasks_without_training() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in learner.named_parameters())
 
 
+def test_a_reader_that_answers_by_a_mixture_is_mixed_exactly() -> None:
+    episode = draw().to(dtype=torch.float64)
+    inner = build(learner=partial(RetrievalAugmented, learner=reader, n_items=8, k=2), k=1).double().eval()
+    x, y = episode.query.x, episode.query.y
+    found = inner.retriever(x, 1)
+    weights = torch.cat([inner.nothing.expand_as(found.score), found.score], -1).softmax(-1)
+    contexts = inner._contexts(episode.support, found.index, found.real)  # axis (B Q S)
+    parts = inner.learner(contexts, x.flatten(0, 1).repeat_interleave(2, 0)[:, None])
+    each = parts.log_prob(y.flatten(0, 1).repeat_interleave(2, 0)[:, None]).exp().view(3, 4, 2)
+    torch.testing.assert_close(inner(episode.support, x).log_prob(y).exp(), (weights * each).sum(-1))
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_training_terms_of_the_reader_are_kept(k: int) -> None:
+    episode = draw()
+    staged = MAMLPlusPlus(POOL.spec, inner_steps=2)
+    learner = build(learner=staged, k=k)
+    stages = learner.adapt_stages(episode.support)
+    weights = [weight for weight, _ in staged.adapt_stages(episode.support)]
+    assert [weight for weight, _ in stages] == weights
+    losses = []
+    for stage, (_, state) in enumerate(stages):
+        # A reader that stops after that step: the demonstrations are read by the same stage as the support.
+        short = copy.copy(learner)
+        short._modules = {**learner._modules, "learner": _Stopped(staged, stage)}
+        expected = -short(episode.support, episode.query.x).log_prob(episode.query.y).mean(1)
+        losses.append(-learner.predict(state, episode.query.x).log_prob(episode.query.y).mean(1))
+        torch.testing.assert_close(losses[-1], expected)
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    torch.testing.assert_close(query_loss(learner.train(), episode), total)
+    torch.testing.assert_close(query_loss(learner.eval(), episode), losses[-1])
+    regularized = AmortizedBayes(POOL.spec, inner_steps=1)
+    learner = build(learner=regularized, k=k).eval()
+    own = regularized.penalty(regularized.adapt(episode.support))
+    assert torch.equal(learner.penalty(learner.adapt(episode.support)), own)
+    assert float(own.detach().min()) > 0
+    assert torch.equal(build(k=k).penalty(learner.adapt(episode.support)), torch.zeros(3))
+
+
+class _Stopped(Learner[Any]):
+    """A learner that answers after one of its stages."""
+
+    def __init__(self, learner: MAMLPlusPlus, stage: int) -> None:
+        super().__init__(learner.spec)
+        self.learner, self.stage = learner, stage
+
+    def adapt(self, support: Examples) -> Any:
+        return self.learner.adapt_stages(support)[self.stage][1]
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return self.learner.predict(state, x)
+
+
 def test_gradients_reach_the_retriever_and_the_reader() -> None:
     learner = build()
     query_loss(learner, draw()).mean().backward()
@@ -156,9 +215,6 @@ def test_wrong_use_is_refused() -> None:
         learner.remember(draw().support)
     with pytest.raises(ValueError, match="a learner with a memory"):
         build(retriever="none").remember(draw().query)
-    mixed = build(learner=partial(RetrievalAugmented, learner=reader, n_groups=8, k=2))
-    with pytest.raises(TypeError, match="must answer by a Categorical or a diagonal Gaussian"):
-        mixed(draw().support, draw().query.x)
 
 
 @pytest.mark.parametrize("retriever", ["frozen", "random", "none"])

@@ -72,7 +72,7 @@ def test_the_answer_is_the_marginal_over_sets() -> None:
                 features = learner.reader(x[task, query, None], explanations[task, query, None, j : j + 1])
                 by_hand[task, query] += weights[task, query, j] * learner.head(features)[0, 0].softmax(-1)
     answer = learner.predict(x.new_zeros(2, 0), x)
-    assert torch.allclose(answer.probs, by_hand, rtol=1e-9, atol=1e-12)  # type: ignore[attr-defined]
+    assert torch.allclose(answer.probs, by_hand, rtol=1e-9, atol=1e-12)
 
 
 def test_mean_conditioning_averages_features_of_single_explanations() -> None:
@@ -83,7 +83,7 @@ def test_mean_conditioning_averages_features_of_single_explanations() -> None:
     features = torch.stack([learner.reader(rows, said[:, None, i : i + 1])[:, 0] for i in range(3)]).mean(0)
     expected = learner.head(features).softmax(-1).unflatten(0, (2, 12))
     answer = learner.predict(x.new_zeros(2, 0), x)
-    assert torch.allclose(answer.probs, expected, rtol=1e-9, atol=1e-12)  # type: ignore[attr-defined]
+    assert torch.allclose(answer.probs, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("retriever", ["frozen", "learned", "oracle", "random"])
@@ -123,7 +123,7 @@ def test_an_oracle_with_fewer_points_than_places_masks_the_rest() -> None:
     few = build(retriever="oracle", n_sets=5, set_size=2)
     few.load_state_dict(learner.state_dict())  # the sixth set has no point and must not count
     found = few.predict(torch.zeros(2, 0), draw().query.x)
-    assert torch.allclose(found.logits, expected.logits, atol=1e-5)  # type: ignore[attr-defined]
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
 
 
 def test_an_oracle_needs_a_visible_index_and_a_fitting_length() -> None:
@@ -278,7 +278,7 @@ def test_a_float32_state_runs_in_a_float64_learner(retriever: str) -> None:
     learner, x = build(retriever=retriever), draw().query.x
     fresh = ExplanationRetrieval(WORLD.spec, dim=16, depth=2, n_sets=2, retriever=retriever).double().eval()
     fresh.load_state_dict(learner.state_dict())
-    found = fresh.predict(torch.zeros(2, 0), x).logits  # type: ignore[attr-defined]
+    found = fresh.predict(torch.zeros(2, 0), x).logits
     assert found.dtype == fresh.bank.keys.dtype == torch.float64
-    expected = learner.predict(torch.zeros(2, 0), x).logits  # type: ignore[attr-defined]
+    expected = learner.predict(torch.zeros(2, 0), x).logits
     assert torch.allclose(found.float(), expected, atol=1e-4)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Cauchy, Independent, Normal
 
 from metaicl.functional import categorical, gaussian
-from metaicl.learners.retrieval.marginal import marginal
+from metaicl.learners.retrieval.marginal import marginal, rearranged
 
 B, Q, S, C = 2, 3, 4, 5
 
@@ -109,3 +109,21 @@ def test_a_weight_of_zero_takes_the_answer_out(y_dim: int) -> None:
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"batch shape \(2, 3, 4\) of the answers; got \(2, 3\)"):
         marginal(Independent(Normal(draw(B, Q, S, 1), 1.0), 1), draw(B, Q))
+
+
+@pytest.mark.parametrize("y_dim", [0, 1, 2])
+def test_rearranged_answers_are_the_same_answers(y_dim: int) -> None:
+    raw, weights = draw(B * S, Q, 3, y_dim or C), torch.log_softmax(draw(B * S, Q, 3, seed=1), -1)
+    plain = gaussian(raw[:, :, 0], torch.ones((), dtype=torch.float64)) if y_dim else categorical(raw[:, :, 0])
+    y = draw(B * S, Q, y_dim, seed=2) if y_dim else torch.ones(B * S, Q, dtype=torch.long)
+    mixed = marginal(gaussian(raw, raw.exp()) if y_dim else categorical(raw), weights)
+
+    def arrange(value: Tensor) -> Tensor:
+        return value.unflatten(0, (B, S)).movedim(1, 2)
+
+    for answers in (plain, mixed):
+        found = rearranged(answers, arrange)
+        assert found.batch_shape == (B, Q, S)
+        torch.testing.assert_close(found.log_prob(arrange(y)), arrange(answers.log_prob(y)), rtol=1e-12, atol=1e-14)
+    with pytest.raises(TypeError, match="answers must be categorical, Gaussian or mixtures of these; got Cauchy"):
+        rearranged(Independent(Cauchy(raw, 1.0), 1), arrange)

@@ -31,7 +31,7 @@ SWITCHES = {
 
 def build(**settings):
     torch.manual_seed(0)
-    return RAML(TEXTS.spec, **{"k": 3, "encoder": BagOfWords(64, dim=16), "n_passages": 30, **settings})
+    return RAML(TEXTS.spec, **{"k": 3, "encoder": BagOfWords(64, dim=16), "n_items": 30, **settings})
 
 
 def draw(split="train", n_tasks: int = 4) -> Episode:
@@ -40,7 +40,7 @@ def draw(split="train", n_tasks: int = 4) -> Episode:
 
 @parametrize_with_checks(
     {
-        name: lambda spec, settings=settings: RAML(spec, k=2, n_passages=48, **settings)
+        name: lambda spec, settings=settings: RAML(spec, k=2, n_items=48, **settings)
         for name, settings in SWITCHES.items()
     },
     {"tokens": TEXTS},
@@ -50,7 +50,7 @@ def test_every_switch_keeps_the_contract(check) -> None:
 
 
 def test_the_memory_holds_meta_training_rows_once() -> None:
-    learner = build(n_passages=500)
+    learner = build(n_items=500)
     learner.prepare(TEXTS, seed=0)
     bank = learner.retriever.bank
     assert set(bank.class_ids.tolist()) == set(TEXTS.class_splits["train"].tolist())
@@ -62,7 +62,7 @@ def test_the_memory_holds_meta_training_rows_once() -> None:
 
 @pytest.mark.parametrize("mode", ["frozen", "learned", "random"])
 def test_no_query_finds_its_own_classes_or_itself(mode: str) -> None:
-    learner = build(retriever=mode, n_passages=500)
+    learner = build(retriever=mode, n_items=500)
     learner.prepare(TEXTS, seed=0)
     episode = draw(n_tasks=20)
     state = learner.adapt(episode.support)
@@ -79,7 +79,7 @@ def test_no_query_finds_its_own_classes_or_itself(mode: str) -> None:
 
 
 def test_frozen_keys_find_the_nearest_texts() -> None:
-    learner = build(n_passages=500)
+    learner = build(n_items=500)
     learner.prepare(TEXTS, seed=0)
     query = draw("test").query
     found = learner.retriever(query.x, 3)
@@ -161,7 +161,7 @@ def test_wrong_constructions_are_refused() -> None:
 @pytest.mark.parametrize("mode", ["frozen", "learned", "random"])
 def test_a_float32_state_runs_in_a_float64_learner(mode: str) -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RAML(tasks.spec, k=2, n_passages=20, retriever=mode)
+    learner = RAML(tasks.spec, k=2, n_items=20, retriever=mode)
     fresh = copy.deepcopy(learner).double()
     learner.prepare(tasks, seed=0)
     fresh.load_state_dict(learner.state_dict())

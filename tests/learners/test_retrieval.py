@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from training_helpers import assert_resume_is_exact
 
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
 from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.es_maml import ESMAML
@@ -18,15 +21,21 @@ from metaicl.learners.gradient.reptile import Reptile
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.metric.baseline import Baseline, BaselinePlusPlus
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.metric.simple_shot import SimpleShot
+from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
+from metaicl.learners.retrieval.raml import RAML
+from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.tasks.mixture import TaskMixture
 from metaicl.tasks.rows import ArrayClasses
+from metaicl.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def finite_source() -> ArrayClasses:
 
 
 def test_the_memory_holds_meta_training_classes_only(finite_source: ArrayClasses) -> None:
-    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60)
+    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_items=60)
     learner.prepare(finite_source, seed=0)
     classes = set(learner.bank.class_ids.tolist())
     assert classes <= set(range(18))
@@ -51,7 +60,7 @@ def test_the_memory_holds_meta_training_classes_only(finite_source: ArrayClasses
 
 
 def test_a_task_never_retrieves_its_own_classes(finite_source: ArrayClasses) -> None:
-    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60, k=5)
+    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_items=60, k=5)
     learner.prepare(finite_source, seed=0)
     episode = EpisodeStream(finite_source, seed=1, split="train", n_shot=2, n_query=3, chunk_size=20)[0]
     own = (learner.bank.class_ids[None, :, None] == episode.latents["class_ids"][:, None]).any(-1)  # (B, M)
@@ -66,7 +75,7 @@ def test_a_task_never_retrieves_its_own_classes(finite_source: ArrayClasses) -> 
 
 
 def test_rows_are_excluded_where_classes_are_unknown(finite_source: ArrayClasses) -> None:
-    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_groups=60)
+    learner = RetrievalAugmented(finite_source.spec, learner=ProtoNet, n_items=60)
     learner.prepare(finite_source, seed=0)
     learner.sources.classes = torch.empty(0, dtype=torch.long)
     support = EpisodeStream(finite_source, seed=1, split="train", n_shot=2, n_query=1, chunk_size=10)[0].support
@@ -95,7 +104,7 @@ def test_k_zero_is_the_wrapped_learner() -> None:
 def test_retrieving_nothing_with_certainty_is_the_wrapped_learner() -> None:
     tasks = Sinusoid()
     inner = ConditionalNeuralProcess(tasks.spec, dim=8)
-    learner = RetrievalAugmented(tasks.spec, learner=inner, n_groups=16)
+    learner = RetrievalAugmented(tasks.spec, learner=inner, n_items=16)
     learner.prepare(tasks, seed=0)
     torch.nn.init.constant_(learner.nothing, 1e4)
     episode = EpisodeStream(tasks, seed=0, split="test", n_shot=4, n_query=3, chunk_size=5)[0]
@@ -107,7 +116,7 @@ def test_retrieving_nothing_with_certainty_is_the_wrapped_learner() -> None:
 def test_the_marginal_is_the_weighted_sum() -> None:
     tasks = Sinusoid()
     inner = ConditionalNeuralProcess(tasks.spec, dim=8).double()
-    learner = RetrievalAugmented(tasks.spec, learner=inner, n_groups=16, k=2).double()
+    learner = RetrievalAugmented(tasks.spec, learner=inner, n_items=16, k=2).double()
     learner.prepare(tasks, seed=0)
     learner.bank.double()
     episode = EpisodeStream(tasks, seed=0, split="test", n_shot=4, n_query=3, chunk_size=2)[0].to(dtype=torch.float64)
@@ -123,7 +132,7 @@ def test_the_marginal_is_the_weighted_sum() -> None:
 
 def test_the_similarity_is_trained_through_the_marginal() -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=40)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=40)
     learner.prepare(tasks, seed=0)
     episode = EpisodeStream(tasks, seed=0, split="train", n_shot=1, n_query=3, chunk_size=5)[0]
     (-learner(episode.support, episode.query.x).log_prob(episode.query.y).mean()).backward()
@@ -132,7 +141,7 @@ def test_the_similarity_is_trained_through_the_marginal() -> None:
 
 def test_state_dict_carries_the_memory() -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=MAML, n_groups=20)
+    learner = RetrievalAugmented(tasks.spec, learner=MAML, n_items=20)
     fresh = copy.deepcopy(learner)
     learner.prepare(tasks, seed=3)
     fresh.load_state_dict(learner.state_dict())
@@ -166,7 +175,7 @@ def test_training_terms_of_the_wrapped_learner_are_kept() -> None:
                 expected = query_loss(wrapped, episode)
                 torch.manual_seed(0)
                 assert torch.equal(query_loss(learner, episode), expected)
-    learner = RetrievalAugmented(tasks.spec, learner=AmortizedBayes(tasks.spec), k=2, n_groups=20)
+    learner = RetrievalAugmented(tasks.spec, learner=AmortizedBayes(tasks.spec), k=2, n_items=20)
     learner.prepare(tasks, seed=0)
     state = learner.adapt(episode.support)
     assert torch.allclose(learner.penalty(state), learner.learner.penalty(state.inner).view(3, 3).mean(1))
@@ -176,7 +185,7 @@ def test_training_terms_of_the_wrapped_learner_are_kept() -> None:
 @pytest.mark.parametrize("retriever", ["learned", "frozen", "random"])
 def test_a_fixed_weight_is_shared_among_what_is_retrieved(retriever: str) -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20, k=2, retriever=retriever, weight=0.3)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20, k=2, retriever=retriever, weight=0.3)
     learner.prepare(tasks, seed=0)
     episode = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=3, chunk_size=5)[0]
     weights = learner.adapt(episode.support).log_weights.exp()
@@ -194,7 +203,7 @@ def test_a_fixed_weight_is_shared_among_what_is_retrieved(retriever: str) -> Non
 
 def test_random_retrieval_says_nothing_about_the_rows_but_is_repeatable() -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=400, k=1, retriever="random")
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=400, k=1, retriever="random")
     learner.prepare(tasks, seed=0)
     support = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=1, chunk_size=200)[0].support
     asking = learner._asking_groups(support)
@@ -241,33 +250,161 @@ def test_what_is_no_learner_is_refused() -> None:
     spec = GaussianClasses(dim=4).spec
     for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
         with pytest.raises(TypeError, match="learner must be a learner or a factory spec -> learner; got 3"):
-            wrapper(spec, learner=3)  # type: ignore[arg-type]
+            wrapper(spec, learner=3)
         with pytest.raises(TypeError, match="the factory gave None"):
-            wrapper(spec, learner=lambda spec: None)  # type: ignore[arg-type, return-value]
+            wrapper(spec, learner=lambda spec: None)
     with pytest.raises(ValueError, match="an encoder goes with retriever 'learned' alone; got one for 'frozen'"):
         RetrievalAugmented(spec, learner=ProtoNet, retriever="frozen", encoder=torch.nn.Linear(4, 2))
 
 
-def test_a_source_with_few_rows_names_the_setting_to_lower() -> None:
+def test_a_closed_form_reader_has_no_training_term() -> None:
+    tasks = TaskMixture(n_pool=12)
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=1, n_query=2, chunk_size=3)[0]
+    for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
+        learner = wrapper(tasks.spec, learner=partial(Ridge, penalty=0.1), k=2, n_items=12, rows_per_item=2)
+        learner.prepare(tasks, seed=0)
+        assert torch.equal(query_loss(learner.train(), episode), query_loss(learner.eval(), episode))
+
+
+def mixture_learner(tasks: TaskMixture, **options: Any) -> RetrievalAugmented:
+    torch.manual_seed(0)
+    options = {"n_items": 120, "rows_per_item": 6, "k": 6, "weight": 0.9, **options}
+    learner = RetrievalAugmented(tasks.spec, learner=partial(Ridge, penalty=1e-2), **options)
+    learner.prepare(tasks, seed=0)
+    return learner
+
+
+def share_of_the_same_task(learner: RetrievalAugmented, tasks: TaskMixture) -> float:
+    """How many of the groups that a support retrieves are of its own latent task."""
+    episode = EpisodeStream(tasks, seed=1, split="test", n_shot=1, n_query=1, chunk_size=100)[0]
+    x, y = episode.support.x[:, None], episode.support.y[:, None]
+    asking = learner._asking_groups(episode.support)
+    found = learner.bank.search(learner._keys(x, y, asking, learner._code(x, y, asking)), 2).index[:, 0]
+    shown = tasks.codes(learner.bank.values["x"]).sum(1).argmax(-1)[found]
+    return float((shown == episode.latents["task_ids"]).float().mean())
+
+
+def test_a_learned_search_comes_to_find_what_helps() -> None:
+    tasks = TaskMixture(n_pool=20, cue_scale=0.7)
+    fixed = share_of_the_same_task(mixture_learner(tasks), tasks)
+    learner = mixture_learner(tasks, search="learned")
+    before = share_of_the_same_task(learner, tasks)
+    config = TrainConfig(
+        steps=60, meta_batch_size=8, n_shot=1, n_query=8, outer_lr=1e-2, schedule="cosine", validate_every=None
+    )
+    meta_train(learner, tasks, config, progress=False)
+    assert share_of_the_same_task(learner, tasks) > max(before, fixed) + 0.2
+
+
+def test_keys_of_a_learned_search_are_made_anew_in_turns() -> None:
+    learner = mixture_learner(TaskMixture(n_pool=12), n_items=10, search="learned", n_refreshes=2)
+
+    def fresh() -> list[bool]:
+        x, y = learner.bank.values["x"], learner.bank.values["y"]
+        code = learner._code(x, y, torch.ones(x.shape[:2], dtype=torch.bool))
+        return torch.isclose(learner.bank.keys, code, atol=1e-6).all(1).tolist()
+
+    def train() -> None:
+        with torch.no_grad():
+            for value in learner.similarity.parameters():
+                value.add_(torch.randn_like(value))
+
+    assert all(fresh())
+    train()
+    assert not any(fresh())
+    for fraction, new in ((0.1, [0, 1]), (0.14, [0, 1]), (0.3, range(6)), (0.55, range(10))):
+        learner.at(fraction)
+        assert [item for item, is_new in enumerate(fresh()) if is_new] == list(new)
+    train()
+    learner.at(0.6)  # the second turn goes on where the first one ended
+    assert [item for item, is_new in enumerate(fresh()) if is_new] == [1]
+    learner.at(0.0)  # another training run
+    assert all(fresh())
+    train()
+    learner.refresh_keys()
+    assert all(fresh())
+
+
+def test_a_killed_run_with_a_learned_search_goes_on_exactly(tmp_path: Path) -> None:
+    tasks = TaskMixture(n_pool=12)
+
+    def make() -> RetrievalAugmented:
+        torch.manual_seed(0)
+        return RetrievalAugmented(tasks.spec, learner=RidgeHead, n_items=12, k=2, search="learned", n_refreshes=3)
+
+    config = TrainConfig(
+        steps=6, meta_batch_size=2, n_shot=1, n_query=4, validate_every=3, n_validation=2, checkpoint_every=2
+    )
+    assert_resume_is_exact(make, tasks, config, tmp_path, cuts=(3,))
+
+
+def test_a_learned_search_needs_a_learned_similarity() -> None:
+    spec = GaussianClasses(dim=4).spec
+    for retriever in ("frozen", "random", "none"):
+        with pytest.raises(
+            ValueError, match=f"search 'learned' goes with retriever 'learned' alone; got '{retriever}'"
+        ):
+            RetrievalAugmented(spec, learner=ProtoNet, retriever=retriever, search="learned")
+    with pytest.raises(ValueError, match="search must be one of"):
+        RetrievalAugmented(spec, learner=ProtoNet, search="best")
+
+
+def test_a_source_gives_all_its_rows_and_names_the_setting_where_they_are_too_few() -> None:
     spec = TaskSpec("classification", (4,), n_way=2)
     splits = {"train": [0, 1, 2], "validation": [3, 4], "test": [5, 6]}
     tasks = ArrayClasses(
         spec, torch.randn(21, 4), labels=torch.arange(21) // 3, class_splits=splits, class_names=range(7)
     )
-    message = "{0} = 3 draws one row more than that .* has 3; lower {0}"
-    with pytest.raises(ValueError, match=message.format("rows_per_group")):
-        RetrievalAugmented(spec, learner=ProtoNet, n_groups=4, rows_per_group=3).prepare(tasks, seed=0)
-    with pytest.raises(ValueError, match=message.format("rows_per_item")):
-        DemonstrationRetrieval(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=3).prepare(tasks, seed=0)
+    for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
+        with pytest.raises(ValueError, match=r"rows_per_item = 4 needs .* has 3; lower rows_per_item"):
+            wrapper(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=4).prepare(tasks, seed=0)
+    whole = RetrievalAugmented(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=3)  # no row is left for a query
+    whole.prepare(tasks, seed=0)
+    assert sorted(whole.bank.row_ids.sort(1).values.tolist()) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert torch.equal(whole.bank.row_ids[:, 0] // 3, whole.bank.class_ids)
     learner = DemonstrationRetrieval(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=2)
     learner.prepare(tasks, seed=0)
     assert len(learner.retriever.bank) == 3
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(RetrievalAugmented, learner=ProtoNet),
+        partial(RetrievalAugmented, learner=ProtoNet, search="learned"),
+        partial(DemonstrationRetrieval, learner=ProtoNet),
+        partial(RAML, retriever="learned", support_passages=True),
+    ],
+)
+def test_small_memories_no_queries_and_no_tasks(build: Callable[..., Any], finite_source: ArrayClasses) -> None:
+    learner = build(finite_source.spec, k=5, n_items=6)  # own classes excluded, fewer than k are left
+    episode = EpisodeStream(finite_source, seed=0, split="train", n_shot=1, n_query=2, chunk_size=4)[0]
+    with pytest.raises(ValueError, match="memory bank is empty"):
+        learner(episode.support, episode.query.x)
+    learner.prepare(finite_source, seed=0)
+    query_loss(learner, episode).mean().backward()
+    assert all(bool(value.grad.isfinite().all()) for value in learner.parameters() if value.grad is not None)
+    assert learner(episode.support, episode.query.x[:, :0]).probs.shape == (4, 0, 3)
+    assert learner(episode[:0].support, episode[:0].query.x).probs.shape == (0, 6, 3)
+
+
+def test_masked_rows_are_no_content_of_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = GaussianClasses(dim=4)
+    sample = tasks.sample
+
+    def padded(*args: Any, **options: Any) -> Episode:
+        episode = sample(*args, **options)
+        return Episode(episode.support.pad(episode.support.n_rows + 1), episode.query)
+
+    monkeypatch.setattr(tasks, "sample", padded)
+    with pytest.raises(ValueError, match="supports of real rows in split 'train'; these tasks mask some"):
+        RetrievalAugmented(tasks.spec, learner=ProtoNet).prepare(tasks, seed=0)
+
+
 @pytest.mark.parametrize("retriever", ["learned", "frozen", "random"])
 def test_a_float32_state_runs_in_a_float64_learner(retriever: str) -> None:
     tasks = GaussianClasses(dim=4)
-    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_groups=20, k=2, retriever=retriever)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20, k=2, retriever=retriever)
     fresh = copy.deepcopy(learner).double()
     learner.prepare(tasks, seed=3)
     fresh.load_state_dict(learner.state_dict())

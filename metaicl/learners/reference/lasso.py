@@ -25,7 +25,7 @@ class Lasso(MomentLearner):
     def __init__(self, spec: TaskSpec, *, penalty: float = 0.01, steps: int = 500, scale: float = 1.0) -> None:
         """Keep the settings."""
         super().__init__(spec, scale=scale)
-        self.penalty, self.steps = check_positive("penalty", penalty), check_count("steps", steps)
+        self.strength, self.steps = check_positive("penalty", penalty), check_count("steps", steps)
 
     def weights(self, moments: Moments) -> Tensor:
         """The last iterate."""
@@ -37,7 +37,7 @@ class Lasso(MomentLearner):
         pace = 1.0
         for _ in range(self.steps):
             stepped = ahead - rate * (gram @ ahead - cross)
-            after = stepped.sign() * (stepped.abs() - rate * self.penalty).clamp(min=0)
+            after = stepped.sign() * (stepped.abs() - rate * self.strength).clamp(min=0)
             next_pace = (1 + (1 + 4 * pace**2) ** 0.5) / 2
             weights, ahead, pace = after, after + (pace - 1) / next_pace * (after - weights), next_pace
         return weights

@@ -196,12 +196,12 @@ class PreconditionedDescent(MomentLearner):
         super().__init__(spec, scale=scale)
         check_count("steps", steps)
         self.alpha, self.beta = per_step("alpha", alpha, steps - 1), per_step("beta", beta, steps - 1)
-        self.penalty, self.lr = penalty, lr
+        self.strength, self.lr = penalty, lr
 
     def weights(self, moments: Moments) -> Tensor:
         """The preconditioner, applied to the cross moment."""
         eye = torch.eye(moments.gram.shape[-1], dtype=moments.gram.dtype, device=moments.gram.device)
-        system = moments.gram + self.penalty * eye
+        system = moments.gram + self.strength * eye
         before = now = eye.expand_as(system)
         for alpha, beta in zip(self.alpha.to(eye.device), self.beta.to(eye.device), strict=True):
             before, now = now, now + alpha * (eye - system @ now) + beta * (now - before)

@@ -48,7 +48,7 @@ class RecursiveLeastSquares(Learner[Recursion]):
         """Keep the settings; with forgetting the learner declares that order matters."""
         super().__init__(spec)
         check_vectors(spec, type(self).__name__)
-        self.penalty, self.scale = check_positive("penalty", penalty), check_positive("scale", scale)
+        self.strength, self.scale = check_positive("penalty", penalty), check_positive("scale", scale)
         self.forgetting = check_positive("forgetting", forgetting)
         if self.forgetting > 1:
             raise ValueError(f"forgetting must be in (0, 1]; got {forgetting}")
@@ -85,7 +85,7 @@ class RecursiveLeastSquares(Learner[Recursion]):
         n_tasks, dim = len(examples), self.spec.x_shape[0]
         wide = examples.x.new_zeros(n_tasks, dim, self.spec.output_size, dtype=torch.float64)
         eye = torch.eye(dim, dtype=wide.dtype, device=wide.device).expand(n_tasks, dim, dim)
-        return Recursion(wide, eye / self.penalty)
+        return Recursion(wide, eye / self.strength)
 
     def _step(self, state: Recursion, x: Tensor, y: Tensor, real: Tensor) -> Recursion:
         column = (state.inverse @ x[..., None]) * real[:, None, None]  # (B, D, 1)

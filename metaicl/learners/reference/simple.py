@@ -124,7 +124,7 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
     def __init__(self, spec: TaskSpec, *, penalty: float = 1e-3, intercept: bool = True) -> None:
         """Keep the settings."""
         super().__init__(spec)
-        self.penalty, self.intercept = check_positive("penalty", penalty), bool(intercept)
+        self.strength, self.intercept = check_positive("penalty", penalty), bool(intercept)
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim)."""
@@ -133,7 +133,7 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
         if not self.intercept:
             center, middle = torch.zeros_like(center), torch.zeros_like(middle)
         x, y = features - center[:, None], support.y - middle[:, None]
-        weights = ridge_solve(x, y, self.penalty, support.mask)
+        weights = ridge_solve(x, y, self.strength, support.mask)
         bias = middle[:, None] - center[:, None] @ weights
         residual = (y - x @ weights).square() * support.real[..., None]
         n_rows = support.real.sum(1)[:, None, None]
@@ -167,7 +167,7 @@ class Logistic(Learner[tuple[Tensor, Tensor]]):
     def __init__(self, spec: TaskSpec, *, penalty: float = 1e-2, steps: int = 100) -> None:
         """Keep the settings."""
         super().__init__(spec)
-        self.penalty, self.steps = check_positive("penalty", penalty), check_count("steps", steps)
+        self.strength, self.steps = check_positive("penalty", penalty), check_count("steps", steps)
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights (B, D, C) and the support's mean features (B, 1, D); inputs are scaled to unit mean square."""
@@ -178,12 +178,12 @@ class Logistic(Learner[tuple[Tensor, Tensor]]):
         spread = x.square().sum((1, 2), keepdim=True) / count
         x = x * (spread + 1e-12).rsqrt()
         target = class_weights(support.y, self.spec.output_size, support.mask, x.dtype)
-        rate = 1 / (0.5 + self.penalty)  # rows have mean square 1, so the Hessian's norm is below 1/2
-        momentum = (1 - (rate * self.penalty) ** 0.5) / (1 + (rate * self.penalty) ** 0.5)
+        rate = 1 / (0.5 + self.strength)  # rows have mean square 1, so the Hessian's norm is below 1/2
+        momentum = (1 - (rate * self.strength) ** 0.5) / (1 + (rate * self.strength) ** 0.5)
         weights = ahead = x.new_zeros(x.shape[0], x.shape[2], self.spec.output_size)
         for _ in range(self.steps):
             error = (torch.softmax(x @ ahead, -1) - target) * support.real[..., None]
-            after = ahead - rate * (x.mT @ error / count + self.penalty * ahead)
+            after = ahead - rate * (x.mT @ error / count + self.strength * ahead)
             weights, ahead = after, after + momentum * (after - weights)
         return weights * (spread + 1e-12).rsqrt(), center
 

@@ -10,7 +10,7 @@ from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
 from metaicl.learner import Learner, Traits
-from metaicl.learners.retrieval.sources import draw_groups
+from metaicl.learners.retrieval.sources import draw_items
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 
@@ -39,8 +39,9 @@ class ChannelHead(Learner[ChannelState]):
         log p(x | y) = sum over words w of x of g_w log((count_yw + a b_w) / (count_y + a)),
 
     where the strength a, the background b (at first the word frequencies of meta-training texts) and the weight g_w
-    of each word are meta-trained. All labels are equally likely at first sight. Since every label has to explain the
-    whole input, the order and the choice of demonstrations sway a channel less than a direct answer p(y | x).
+    of each word are meta-trained. All labels are equally likely at first sight. Every label has to explain the whole
+    input; Min et al. found that the choice of demonstrations sways language models less this way than when they answer
+    p(y | x) directly. `recipes/demonstration_draws.py` asks that of this head.
 
     It is its own update rule: counts of more rows are added (`update`), and adapting to all rows gives the same.
 
@@ -75,7 +76,7 @@ class ChannelHead(Learner[ChannelState]):
 
     def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
         """Take the background from the words of meta-training texts drawn at the address (seed, "memory")."""
-        texts = draw_groups(tasks, _N_TEXTS, rows_per_group=1, seed=seed, like=self.background).x.flatten()
+        texts = draw_items(tasks, _N_TEXTS, rows_per_item=1, seed=seed, like=self.background).x.flatten()
         counts = torch.bincount(texts[texts != 0], minlength=len(self.background)) + 1.0
         self.background.copy_((counts / counts.mean()).log())
 

@@ -7,18 +7,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from metaicl.checks import check_choice, check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian
-from metaicl.learner import Learner, Prepares, wrapped_learner
+from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.contrastive import pretrain_codes
-from metaicl.learners.retrieval.marginal import marginal
+from metaicl.learners.retrieval.marginal import marginal, rearranged
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
-from metaicl.learners.retrieval.sources import SourceClasses, draw_groups
+from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 
@@ -31,10 +30,12 @@ class DemonstrationState(NamedTuple):
     Attributes:
         support: (B, N) rows.
         classes: long (B, N), source classes that the task may not retrieve; -1 = nothing.
+        stage: Which stage of a reader with `adapt_stages` answers; -1 is the last, and everyone's.
     """
 
     support: Examples
     classes: Tensor
+    stage: int = -1
 
 
 class DemonstrationRetrieval(Learner[DemonstrationState]):
@@ -67,9 +68,9 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
 
     Raises:
         ValueError: If a switch is unknown or without effect, or the learner was built for another spec. By `prepare`,
-            if a class or task has fewer than rows_per_item + 1 rows.
+            if classes or tasks have fewer than rows_per_item rows.
         TypeError: If the learner is none, or is trained by `meta_gradients` of its own, as `Reptile` is. By `predict`,
-            if the reader answers by anything but a Categorical or a diagonal Gaussian.
+            if the reader answers by anything but a Categorical, a Gaussian or a mixture of these.
 
     Reference:
         Mueller et al., 2023, "Meta-training with demonstration retrieval for efficient few-shot learning", Findings of
@@ -120,13 +121,12 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         if not self.k:
             return
         self.sources.read(tasks)
-        items = draw_groups(
+        items = draw_items(
             tasks,
             self.n_items,
-            rows_per_group=self.rows_per_item,
+            rows_per_item=self.rows_per_item,
             seed=seed,
             like=self.retriever.importance,
-            setting="rows_per_item",
         )
         self.retriever.fill(items.x, {"x": items.x, "y": items.y}, classes=self.sources.of(items)[:, 0])
         if self.pretraining_steps and self.retriever.mode == "learned":
@@ -156,11 +156,25 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         """Keep the support; it is read beside each demonstration."""
         return DemonstrationState(support, self.sources.of(support))
 
+    def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, DemonstrationState]]:
+        """The stages of the reader, where it has some; what it reads is adapted to once for every stage."""
+        state = self.adapt(support)
+        if not isinstance(self.learner, AdaptsInStages):
+            return [(1.0, state)]
+        weights = [weight for weight, _ in self.learner.adapt_stages(support)]
+        return [(weight, state._replace(stage=stage)) for stage, weight in enumerate(weights)]
+
+    def penalty(self, state: DemonstrationState) -> Tensor:
+        """The penalty (B,) of the reader for what it learns from the support alone; zero where it has none."""
+        if not isinstance(self.learner, Regularizes):
+            return state.support.x.new_zeros(state.support.n_tasks, dtype=torch.get_default_dtype())
+        return self.learner.penalty(self.learner.adapt(state.support))
+
     def predict(self, state: DemonstrationState, x: Tensor) -> Distribution:
         """The marginal over no demonstration and the k retrieved ones."""
         support = state.support
         if not self.k:
-            return self.learner(support, x)
+            return self._read(support, x, state.stage)
         n_tasks, n_queries = x.shape[:2]
         found = self.retriever(x, self.k, classes=state.classes)
         # An absent demonstration has a finite score, so that its gradient is finite, and no weight.
@@ -168,8 +182,14 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         log_weights = torch.log_softmax(torch.cat([self.nothing.expand_as(scores[..., :1]), scores], -1), -1)
         contexts = self._contexts(support, found.index, found.real)  # axis (B Q S)
         asked = x[:, :, None].expand(-1, -1, self.k + 1, *x.shape[2:]).flatten(0, 2)[:, None]
-        answers = self.learner(contexts, asked)
-        return marginal(_unfolded(answers, (n_tasks, n_queries, self.k + 1)), log_weights)
+        answers = self._read(contexts, asked, state.stage)
+        shape = (n_tasks, n_queries, self.k + 1)
+        return marginal(rearranged(answers, lambda value: value.reshape(*shape, *value.shape[2:])), log_weights)
+
+    def _read(self, contexts: Examples, x: Tensor, stage: int) -> Distribution:
+        if stage < 0 or not isinstance(self.learner, AdaptsInStages):
+            return self.learner(contexts, x)
+        return self.learner.predict(self.learner.adapt_stages(contexts)[stage][1], x)
 
     def _contexts(self, support: Examples, index: Tensor, real: Tensor) -> Examples:
         """The support alone and with each demonstration, axis (B Q S), S = k + 1."""
@@ -182,12 +202,3 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
             *(value.repeat_interleave(n_queries * n_sets, 0) for value in (support.x, support.y, support.real))
         )
         return concatenate(own, Examples(x, y.to(own.y.dtype), read))
-
-
-def _unfolded(answers: Distribution, shape: tuple[int, int, int]) -> Distribution:
-    """Answers of batch shape (B Q S, 1) as (B, Q, S)."""
-    if isinstance(answers, Categorical):
-        return categorical(answers.logits.reshape(*shape, -1))
-    if isinstance(answers, Independent) and isinstance(answers.base_dist, Normal):
-        return gaussian(answers.base_dist.loc.reshape(*shape, -1), answers.base_dist.scale.reshape(*shape, -1))
-    raise TypeError(f"the reader must answer by a Categorical or a diagonal Gaussian; got {type(answers).__name__}")

@@ -93,7 +93,8 @@ class ExplanationRetrieval(Learner[Tensor]):
 
     Reference:
         Hase & Bansal 2021, arXiv:2102.02201, section 5. Differs: reader and retriever are trained from scratch, and
-        the retriever compares weighted bags of tokens in place of sentence embeddings.
+        the retriever compares weighted bags of tokens in place of sentence embeddings; by default fewer explanations
+        (4 sets of 2, there 6 of 6 or 4 of 4) and half as many refreshes (there five in each of 20 epochs).
     """
 
     traits = Traits(kinds=("classification",), instead=(("regression", "RetrievalAugmented"),))

@@ -41,6 +41,7 @@ class FaissIndex:
             self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, n_cells, faiss.METRIC_INNER_PRODUCT)
             self.index.own_fields = False
             self._quantizer = self.index.quantizer  # faiss does not keep it alive
+            self.index.cp.min_points_per_centroid = 1  # a bank may be small; faiss would warn on stderr
             self.index.train(_as_numpy(keys))
             self.index.nprobe = min(breadth, n_cells)
         else:

@@ -103,4 +103,5 @@ def _row_size(spec: TaskSpec) -> int:
 
 def _flat_rows(spec: TaskSpec, x: Tensor) -> Tensor:
     leading = x.shape[: x.ndim - len(spec.x_shape)]
-    return raw_features(x.reshape(-1, *leading[-1:], *spec.x_shape), spec).reshape(*leading, -1)
+    features = raw_features(x.reshape(1, -1, *spec.x_shape), spec)
+    return features.reshape(*leading, features.shape[-1])

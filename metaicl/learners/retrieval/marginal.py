@@ -1,5 +1,7 @@
 """The marginal over what was retrieved: one answer from several answers and their probabilities."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
@@ -48,3 +50,27 @@ def marginal(answers: Distribution, log_weights: Tensor) -> Distribution:
         return Independent(MixtureSameFamily(weights, normals, validate_args=False), 1, validate_args=False)
     weights = Categorical(logits=log_weights, validate_args=False)
     return MixtureSameFamily(weights, answers, validate_args=False)
+
+
+def rearranged(answers: Distribution, arrange: Callable[[Tensor], Tensor]) -> Distribution:
+    """The same answers with other batch axes, for instance one for the sets that they were asked with.
+
+    Args:
+        answers: Classes, Gaussian targets, or mixtures of these.
+        arrange: Changes the batch axes, which come first, of a parameter; event and component axes may follow them.
+
+    Raises:
+        TypeError: If the answers are something else.
+    """
+    if isinstance(answers, Categorical):
+        return categorical(arrange(answers.logits))
+    if isinstance(answers, Normal):
+        return Normal(arrange(answers.loc), arrange(answers.scale), validate_args=False)
+    if isinstance(answers, Independent):
+        base = rearranged(answers.base_dist, arrange)
+        return Independent(base, answers.reinterpreted_batch_ndims, validate_args=False)
+    if isinstance(answers, MixtureSameFamily):
+        weights = categorical(arrange(answers.mixture_distribution.logits))
+        parts = rearranged(answers.component_distribution, arrange)
+        return MixtureSameFamily(weights, parts, validate_args=False)
+    raise TypeError(f"answers must be categorical, Gaussian or mixtures of these; got {type(answers).__name__}")

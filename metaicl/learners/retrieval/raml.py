@@ -12,7 +12,7 @@ from metaicl.functional import categorical, masked_mean, prototypes, squared_dis
 from metaicl.learner import Learner, Traits
 from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Retriever
-from metaicl.learners.retrieval.sources import SourceClasses, draw_groups
+from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.nets.fusion import FusionHead
 from metaicl.nets.text import HasTokenStates
@@ -53,7 +53,7 @@ class RAML(Learner[RAMLState]):
         k: Passages per query; 0 reads the query alone.
         retriever: "frozen" (fixed TF-IDF keys), "learned" (a learned ranking of what the fixed keys propose; its
             log-probability is added to the attention to the passage), "random" or "none" (as k = 0).
-        n_passages: Rows of the memory, at most.
+        n_items: Rows of the memory, at most.
         n_candidates: Passages that the fixed keys propose to a learned ranking.
         heads: Attention heads; must divide D.
         fusion: "attention", or "mean": the reading is the mean token, the same for every prototype.
@@ -82,7 +82,7 @@ class RAML(Learner[RAMLState]):
         encoder: nn.Module | None = None,
         k: int = 5,
         retriever: str = "frozen",
-        n_passages: int = 8192,
+        n_items: int = 8192,
         n_candidates: int = 64,
         heads: int = 1,
         fusion: str = "attention",
@@ -94,7 +94,7 @@ class RAML(Learner[RAMLState]):
         super().__init__(spec)
         check_choice("retriever", retriever, [mode for mode in RETRIEVERS if mode != "oracle"] + ["none"])
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
-        self.n_passages = check_count("n_passages", n_passages, minimum=max(1, self.k))
+        self.n_items = check_count("n_items", n_items, minimum=max(1, self.k))
         check_count("n_candidates", n_candidates)
         check_choice("backend", backend, BACKENDS)
         self.encoder = build_encoder(spec) if encoder is None else encoder
@@ -117,7 +117,7 @@ class RAML(Learner[RAMLState]):
         if not self.k:
             return
         self.sources.read(tasks)
-        rows = draw_groups(tasks, self.n_passages, rows_per_group=1, seed=seed, like=self.retriever.importance)
+        rows = draw_items(tasks, self.n_items, rows_per_item=1, seed=seed, like=self.retriever.importance)
         self.retriever.fill(rows.x, {"x": rows.x[:, 0]}, classes=self.sources.of(rows)[:, 0])
         self.sources.keep(self.retriever.bank.class_ids)  # no other class can be found
 

@@ -147,7 +147,7 @@ class Retriever(nn.Module):
         leading = x.shape[: x.ndim - len(self.spec.x_shape)]
         rows = raw_features(x.reshape(1, -1, *self.spec.x_shape), self.spec, buckets=_BUCKETS)
         rows = unit_rows(rows.to(self.importance.dtype) * self.importance)
-        return unit_rows(rows.reshape(*leading, -1).mean(-2))
+        return unit_rows(rows.reshape(*leading, rows.shape[-1]).mean(-2))
 
     def codes(self, keys: Tensor) -> Tensor:
         """Learned unit codes (..., any) of fixed keys (..., K)."""

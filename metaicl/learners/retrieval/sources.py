@@ -5,8 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaicl.collation import concatenate, join_tasks
 from metaicl.episode import Examples
+from metaicl.row_ids import look_up
 from metaicl.task import TaskDistribution, derive_generator
+
+_ROUNDS = 12
 
 
 class SourceClasses(nn.Module):
@@ -30,10 +34,7 @@ class SourceClasses(nn.Module):
 
     def of(self, rows: Examples) -> Tensor:
         """Class of each row, long (B, N), -1 where it is unknown and where there is no row."""
-        if rows.ids is None or not len(self.classes):
-            return torch.full(rows.real.shape, -1, device=rows.x.device)
-        known = (rows.ids >= 0) & (rows.ids < len(self.classes))
-        return torch.where(known, self.classes[rows.ids.clamp(0, len(self.classes) - 1)], -1)
+        return look_up(self.classes, rows)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "classes")
@@ -42,76 +43,69 @@ class SourceClasses(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def draw_groups(
-    tasks: TaskDistribution,
-    n_groups: int,
-    *,
-    rows_per_group: int,
-    seed: int,
-    like: Tensor,
-    setting: str = "rows_per_group",
-) -> Examples:
-    """Groups of meta-training rows, drawn at the address (seed, "memory"): axis B holds up to `n_groups` groups.
+def draw_items(tasks: TaskDistribution, n_items: int, *, rows_per_item: int, seed: int, like: Tensor) -> Examples:
+    """Items of meta-training rows, drawn at the address (seed, "memory"): axis B holds up to `n_items` of them.
 
-    A group has rows of one class in classification and of one task in regression. Rows that a source names are drawn
-    without repetition over the whole memory; a source with fewer rows gives fewer groups.
+    An item has rows of one class in classification and of one task in regression. Rows that a source names are drawn
+    without repetition over the whole memory; a source with fewer rows gives fewer items.
 
     Args:
         tasks: Their split "train" is sampled, and nothing else.
-        n_groups: How many.
-        rows_per_group: R.
+        n_items: How many.
+        rows_per_item: R.
         seed: Of the draw.
-        like: The groups go to its device, and their floating-point fields to its dtype.
-        setting: What the learner calls `rows_per_group`, for the error message.
+        like: The items go to its device, and their floating-point fields to its dtype.
 
     Raises:
-        ValueError: If the tasks cannot give so many rows and one more, the query that every episode has.
+        ValueError: If the tasks cannot give so many rows of a class or task, or give masked ones.
     """
     n_way = tasks.spec.n_way or 1
     generator, parts, seen, total = derive_generator(seed, "memory"), [], set[int](), 0
-    n_tasks = -(-n_groups // n_way)
+    n_tasks = -(-n_items // n_way)
     for _ in range(_ROUNDS):
-        try:
-            rows = tasks.sample(n_tasks, split="train", n_shot=rows_per_group, n_query=1, generator=generator).support
-        except ValueError as error:
-            if rows_per_group == 1:
-                raise
-            raise ValueError(
-                f"a memory with {setting} = {rows_per_group} draws one row more than that of a class or task: {error}; "
-                f"lower {setting}"
-            ) from error
-        groups = _by_class(rows, n_way) if tasks.spec.kind == "classification" else rows
-        fresh = _unseen(groups, seen)
+        rows = _sample(tasks, n_tasks, rows_per_item, generator)
+        if not bool(rows.real.all()):
+            raise ValueError("a memory needs supports of real rows in split 'train'; these tasks mask some")
+        items = _by_class(rows, n_way) if tasks.spec.kind == "classification" else rows
+        fresh = _unseen(items, seen)
         parts.append(fresh)
         total += len(fresh)
-        if total >= n_groups or len(fresh) * 20 < len(groups):
+        if total >= n_items or len(fresh) * 20 < len(items):
             break
-    return _concatenate(parts)[:n_groups].to(like.device, like.dtype)
+    return join_tasks(parts)[:n_items].to(like.device, like.dtype)
 
 
-_ROUNDS = 12
+def _sample(tasks: TaskDistribution, n_tasks: int, n_rows: int, generator: torch.Generator) -> Examples:
+    """Tasks of `n_rows` rows per class, or per task in regression."""
+    try:
+        return tasks.sample(n_tasks, split="train", n_shot=n_rows, n_query=1, generator=generator).support
+    except ValueError:
+        if n_rows == 1:
+            raise
+    try:  # an episode has a query, and the source may have no row more: then that is one of the rows
+        episode = tasks.sample(n_tasks, split="train", n_shot=n_rows - 1, n_query=1, generator=generator)
+    except ValueError as error:
+        raise ValueError(
+            f"a memory with rows_per_item = {n_rows} needs so many rows of a class or task: {error}; "
+            "lower rows_per_item"
+        ) from error
+    return concatenate(episode.support, episode.query)
 
 
-def _unseen(groups: Examples, seen: set[int]) -> Examples:
-    """The groups none of whose source rows was seen; theirs are noted."""
-    if groups.ids is None:
-        return groups
+def _unseen(items: Examples, seen: set[int]) -> Examples:
+    """The items none of whose source rows was seen; theirs are noted."""
+    if items.ids is None:
+        return items
     keep = []
-    for number, ids in enumerate(groups.ids.tolist()):
+    for number, ids in enumerate(items.ids.tolist()):
         if seen.isdisjoint(ids) or min(ids) < 0:
             keep.append(number)
             seen.update(ids)
-    return groups[torch.tensor(keep, dtype=torch.long)]
-
-
-def _concatenate(parts: list[Examples]) -> Examples:
-    ids = None if any(part.ids is None for part in parts) else torch.cat([part.ids for part in parts])  # type: ignore[misc]
-    mask = None if all(part.mask is None for part in parts) else torch.cat([part.real for part in parts])
-    return Examples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask, ids)
+    return items[torch.tensor(keep, dtype=torch.long)]
 
 
 def _by_class(rows: Examples, n_way: int) -> Examples:
-    """Balanced rows (B, C R) as groups (B C, R) of one class each."""
+    """Balanced rows (B, C R) as items (B C, R) of one class each."""
     order = rows.y.argsort(dim=1, stable=True)
     n_rows = rows.n_rows // n_way
 
