@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from metaicl import MAML, Omniglot, ProtoNet, TaskSpec, TrainConfig, compare
+from metaicl import MAML, Omniglot, ProtoNet, TaskSpec, TrainConfig, compare, evaluate
 from metaicl.learners import RetrievalAugmented
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
@@ -36,14 +36,15 @@ class Config(RecipeConfig):
 
 
 def raw_pixels(spec: TaskSpec) -> ProtoNet:
-    """The nearest mean picture: nothing to train."""
-    return ProtoNet(spec, encoder=nn.Flatten(), learn_temperature=False)
+    """The mean picture with the largest cosine: nothing to train."""
+    return ProtoNet(spec, encoder=nn.Flatten(), distance="cosine", learn_temperature=False)
 
 
 def main(config: Config) -> RecipeResult:
     """Train each learner for as many updates, compare."""
     tune_process()
-    tasks = Omniglot(n_way=20, rotations=True, folder=config.data or None, download=config.download)
+    characters = partial(Omniglot, n_way=20, folder=config.data or None, download=config.download)
+    tasks, upright = characters(rotations=True), characters(rotations=False)
     train = TrainConfig(
         steps=config.steps, outer_lr=2e-3, schedule="cosine", meta_batch_size=1, n_shot=1, n_query=5,
         validate_every=None, select="last",
@@ -51,7 +52,7 @@ def main(config: Config) -> RecipeResult:
     learners = {
         "ProtoNet": ProtoNet,
         "MAML": MAML,
-        "retrieval + ProtoNet": partial(RetrievalAugmented, learner=ProtoNet, k=1, rows_per_group=1),
+        "retrieval + ProtoNet": partial(RetrievalAugmented, learner=ProtoNet, k=1, rows_per_item=1),
         "raw pixels": raw_pixels(tasks.spec),
     }
     report = compare(
@@ -68,9 +69,12 @@ def main(config: Config) -> RecipeResult:
     report.to_html(config.out / "report.html")
     found = {name: report.interval("Omniglot", name) for name in learners}
     ci = {name: (one.low, one.high) if one.low and one.high else None for name, one in found.items()}
+    pixels = evaluate(
+        raw_pixels(upright.spec), upright, n_shot=1, n_query=5, n_episodes=config.n_episodes, batch_size=10
+    ).mean("accuracy")
     criteria = [
         Criterion("ProtoNet accuracy", found["ProtoNet"].mean, ">=", 0.92, ci=ci["ProtoNet"], reference=0.96),
-        Criterion("raw pixels, distance to .269", abs(found["raw pixels"].mean - 0.269), "<=", 0.01, reference=0.269),
+        Criterion("raw pixels, upright characters, distance to .269", abs(pixels - 0.269), "<=", 0.01, reference=0.269),
     ]
     criteria += [
         Criterion(f"{name} accuracy (above raw pixels)", found[name].mean, ">=", found["raw pixels"].mean, ci=ci[name])

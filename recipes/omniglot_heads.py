@@ -6,7 +6,7 @@ Claim    ProtoNet (Conv4-64) reaches 94 % at 20-way 1-shot within 15 CPU minutes
 Run      python recipes/omniglot_heads.py --data FOLDER --out runs/omniglot_heads        (FOLDER holds omniglot.npz)
 Smoke    python recipes/omniglot_heads.py --data FOLDER --smoke --out runs/omniglot_heads
 Method   trained on 60-way episodes, judged in learners built for 5 and 20 ways; once more on the alphabets without
-         trials, for the trials. What is finished is kept in --out. Group norm; learned temperatures.
+         trials, for these; 25 % errors there is a guessed bound. Finished runs stay in --out. Learned temperatures.
 """
 
 import json

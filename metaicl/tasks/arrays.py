@@ -63,7 +63,7 @@ def tasks_from_arrays(
     Raises:
         TypeError: If x is no array of numbers, or labels are floating point.
         ValueError: If lengths differ, a value is NaN or infinite, splits overlap or are empty, shares do not sum to
-            one, or a split has fewer than `n_way` classes.
+            one, or a drawn split, or every chosen one, has fewer than `n_way` classes.
     """
     inputs, shape = _inputs(x)
     if _is_regression(kind, groups, y):
@@ -80,7 +80,7 @@ def tasks_from_arrays(
     labels, names = index_labels(y, "y")
     _check_length(shape[0], len(labels), "y")
     splits = _splits(labels, names, class_splits, fractions=fractions, min_rows=min_rows, seed=seed, what="class")
-    check_ways(check_count("n_way", n_way, minimum=2), splits)
+    check_ways(check_count("n_way", n_way, minimum=2), splits, drawn=class_splits is None)
     rows = torch.from_numpy(_scaled(inputs, labels, splits, standardize and len(shape) == 2))
     spec = TaskSpec("classification", shape[1:], "image" if len(shape) == 4 else "vector", n_way=n_way)
     return ArrayClasses(spec, rows, labels=labels, class_splits=splits, class_names=names)

@@ -14,6 +14,8 @@ from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, Split, TaskDistribution
 
+_FEW_KEYS = 1024
+
 
 class ClassEpisodes(TaskDistribution):
     """N-way tasks over labeled rows, the classes split into meta-train, meta-validation and meta-test.
@@ -48,12 +50,16 @@ class ClassEpisodes(TaskDistribution):
         self.class_names = list(class_names)
         self.class_splits = _check_splits(class_splits, self.class_names)
         self.source_classes = _check_labels(labels, len(self.class_names))
-        self._order = torch.argsort(self.source_classes, stable=True)  # row ids, class by class
-        self._sizes = torch.bincount(self.source_classes, minlength=len(self.class_names))
-        self._starts = self._sizes.cumsum(0) - self._sizes
+        # numpy throughout: an operation on few numbers costs it a fraction of what it costs torch
+        self._order = torch.argsort(self.source_classes, stable=True).numpy()  # row ids, class by class
+        self._sizes = np.bincount(self.source_classes.numpy(), minlength=len(self.class_names))
+        self._starts = self._sizes.cumsum() - self._sizes
         empty = [self.class_names[c] for ids in self.class_splits.values() for c in ids.tolist() if not self._sizes[c]]
         if empty:
             raise ValueError(f"every class of a split needs rows; {empty[:5]} have none")
+        self._smallest: dict[str, int] = {  # of each split, the class with the fewest rows
+            split: int(ids[self._sizes[ids].argmin()]) for split, ids in self.class_splits.items() if len(ids)
+        }
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
@@ -69,29 +75,36 @@ class ClassEpisodes(TaskDistribution):
         n_way = self.spec.output_size
         check_count("n_tasks", n_tasks)
         owned = self._owned(split, n_way, check_count("n_shot", n_shot) + check_count("n_query", n_query))
-        pick = distinct(torch.full((n_tasks,), len(owned)), n_way, generator)
-        class_ids = owned[pick]  # (B, C)
-        within = distinct(self._sizes[class_ids], n_shot + n_query, generator)  # (B, C, rows)
-        row_ids = self._order.numpy()[self._starts[class_ids][..., None] + within]
-        support = self._examples(row_ids[..., :n_shot], generator)
-        query = self._examples(row_ids[..., n_shot:], generator)
-        return Episode(support, query, {"class_ids": class_ids})
+        pick = _distinct(np.full(n_tasks, len(owned)), n_way, generator)
+        class_ids = owned.take(pick)  # (B, C)
+        within = _distinct(self._sizes.take(class_ids), n_shot + n_query, generator)  # (B, C, rows)
+        row_ids = self._order.take(self._starts.take(class_ids)[..., None] + within)
+        support, query = self._examples((row_ids[..., :n_shot], row_ids[..., n_shot:]), generator)
+        return Episode(support, query, {"class_ids": torch.from_numpy(class_ids)})
 
-    def _examples(self, row_ids: np.ndarray, generator: torch.Generator) -> Examples:
-        n_tasks, n_way, n_rows = row_ids.shape
-        order = _order(torch.rand(n_tasks, n_way * n_rows, generator=generator).numpy())
-        ids = torch.from_numpy(np.take_along_axis(row_ids.reshape(n_tasks, -1), order, 1))
-        return Examples(self.rows(ids), torch.from_numpy(order // n_rows), ids=ids)
+    def _examples(self, parts: Sequence[np.ndarray], generator: torch.Generator) -> list[Examples]:
+        """The rows of each part (B, C, rows), shuffled; they are read all together, which costs less than in turn."""
+        n_tasks = len(parts[0])
+        orders = [_order(torch.rand(n_tasks, part[0].size, generator=generator).numpy()) for part in parts]
+        drawn = [_along(part.reshape(n_tasks, -1), order) for part, order in zip(parts, orders, strict=True)]
+        ids = torch.from_numpy(np.concatenate([part.ravel() for part in drawn]))
+        x, examples, start = self.rows(ids), [], 0
+        for part, order in zip(parts, orders, strict=True):
+            own, start = slice(start, start + order.size), start + order.size
+            y = torch.from_numpy(order // part.shape[2])
+            examples.append(Examples(x[own].reshape(*order.shape, *x.shape[1:]), y, ids=ids[own].view(order.shape)))
+        return examples
 
-    def _owned(self, split: Split, n_way: int, n_rows: int) -> Tensor:
-        owned = self.class_splits[check_choice("split", split, SPLITS)]  # type: ignore[index]  # checked just here
+    def _owned(self, split: Split, n_way: int, n_rows: int) -> np.ndarray:
+        owned = self.class_splits[check_choice("split", split, SPLITS)].numpy()  # type: ignore[index]  # checked here
         if len(owned) < n_way:
-            raise ValueError(f"asked for {n_way} ways; split {split!r} has {len(owned)} classes")
-        smallest = int(owned[self._sizes[owned].argmin()])
+            sizes = {name: len(ids) for name, ids in self.class_splits.items()}
+            raise ValueError(f"asked for {n_way} ways; split {split!r} has {len(owned)} classes (all splits: {sizes})")
+        smallest = self._smallest[split]
         if self._sizes[smallest] < n_rows:
             raise ValueError(
                 f"asked for n_shot + n_query = {n_rows} rows per class; class {self.class_names[smallest]!r} "
-                f"of split {split!r} has {int(self._sizes[smallest])}"
+                f"of split {split!r} has {self._sizes[smallest]}"
             )
         return owned
 
@@ -108,32 +121,42 @@ def distinct(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
         Floyd's algorithm in Bentley, 1987, "A sample of brilliance", vectorized over the leading axes. Where k is
         a good part of the sizes, sorting one random key per candidate is faster and is done instead.
     """
-    bounds = sizes.numpy()  # numpy throughout: an operation on few numbers costs it a fraction of what it costs torch
+    return torch.from_numpy(_distinct(sizes.numpy(), k, generator))
+
+
+def _distinct(bounds: np.ndarray, k: int, generator: torch.Generator) -> np.ndarray:
     largest, smallest = (int(bounds.max()), int(bounds.min())) if bounds.size else (k, k)
     if smallest < k:
         raise ValueError(f"distinct needs sizes of at least k = {k}; got {smallest}")
     if largest <= 4 * k:
-        keys = torch.rand(*sizes.shape, largest, generator=generator, dtype=torch.float64).numpy()
+        keys = torch.rand(*bounds.shape, largest, generator=generator, dtype=torch.float64).numpy()
         if smallest < largest:
             keys[np.arange(largest) >= bounds[..., None]] = 1.0  # beyond every real key
-        return torch.from_numpy(_order(keys)[..., :k])
+        return _order(keys)[..., :k]
     draws = torch.rand(2, k, bounds.size, generator=generator, dtype=torch.float64).numpy()
     tops = bounds.ravel() + np.arange(1 - k, 1)[:, None]  # candidates of round i, the newest is the last
     chosen = (draws[0] * tops).astype(np.int64)
-    for i in range(1, k):
-        np.copyto(chosen[i], tops[i] - 1, where=(chosen[:i] == chosen[i]).any(0))
-    return torch.from_numpy(np.take_along_axis(chosen.T, _order(draws[1].T), 1)).view(*sizes.shape, k)
+    ranked = np.sort(chosen, 0)
+    if (ranked[1:] == ranked[:-1]).any():  # seldom among many candidates, and then there is nothing to do
+        for i in range(1, k):
+            np.copyto(chosen[i], tops[i] - 1, where=(chosen[:i] == chosen[i]).any(0))
+    return _along(chosen.T, _order(draws[1].T)).reshape(*bounds.shape, k)
+
+
+def _along(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Each row of values (rows, n) in its order (rows, n); quicker than `np.take_along_axis`."""
+    return values.ravel().take(order + np.arange(0, values.size, values.shape[1])[:, None])
 
 
 def _order(keys: np.ndarray) -> np.ndarray:
     """The order that sorts uniform keys (..., n) as `torch.rand` draws them, ties by position: int64 (..., n).
 
     Such keys are multiples of 2^-24 (2^-53 in double precision), so a key and its position fit into one integer.
-    Sorting integers costs a fraction of an argsort, and no machine breaks ties in a way of its own.
+    Sorting many integers costs a fraction of an argsort; few keys are not worth the packing.
     """
     n, bits = keys.shape[-1], 24 if keys.dtype == np.float32 else 53
     shift = max(n - 1, 1).bit_length()
-    if bits + shift > 62:
+    if keys.size <= _FEW_KEYS or bits + shift > 62:
         return keys.argsort(-1, kind="stable")
     packed = (keys * (1 << bits)).astype(np.int64)
     packed <<= shift

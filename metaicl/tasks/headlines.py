@@ -2,21 +2,26 @@
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from metaicl.task import Split
-from metaicl.tasks.sources import cache_folder
-from metaicl.tasks.sources import download as fetch
+from metaicl.tasks.published import Published, Rows
 from metaicl.tasks.text import TextClasses
 
-_PREPARED, _ORIGINAL = "huffpost.jsonl.gz", "huffpost.json"
-_URL = (
-    "https://raw.githubusercontent.com/ws-jiang/MetaPrompter_public/"
-    "dea17d573a5eb4f31b3366ba1fe88b1beb865c50/data/huffpost.json"
+_SOURCE = Published(
+    name="HuffPost",
+    prepared="huffpost.jsonl.gz",
+    originals={
+        "huffpost.json": (
+            "https://raw.githubusercontent.com/ws-jiang/MetaPrompter_public/"
+            "dea17d573a5eb4f31b3366ba1fe88b1beb865c50/data/huffpost.json",
+            "2485569669dd7ec5bf1e2f7468568a1d019faeb9941205bc9fb7edae93c488d6",
+        )
+    },
+    megabytes=3.2,
+    cache="huffpost",
 )
-_CHECKSUM = "2485569669dd7ec5bf1e2f7468568a1d019faeb9941205bc9fb7edae93c488d6"
 _N_ROWS, _N_CLASSES = 36_900, 41
 _SPLITS: dict[Split, range] = {"train": range(20), "validation": range(20, 25), "test": range(25, 41)}
 
@@ -58,12 +63,13 @@ class HuffPost(TextClasses):
         words: str = "hashed",
     ) -> None:
         """Read the rows and apply the published split."""
-        texts, labels = _load(cache_folder() / "huffpost" if folder is None else Path(folder), download)
-        if len(texts) != _N_ROWS or len(set(labels)) != _N_CLASSES:
-            raise ValueError(
-                f"HuffPost must have {_N_ROWS} rows of {_N_CLASSES} classes; got {len(texts)} of {len(set(labels))}. "
-                "Is the file complete?"
-            )
+        texts, labels = _SOURCE.read_texts(
+            _SOURCE.find(folder, fetch=download),
+            prepared=_read,
+            original=_read,
+            n_rows=_N_ROWS,
+            n_classes=_N_CLASSES,
+        )
         super().__init__(
             texts,
             labels,
@@ -76,29 +82,13 @@ class HuffPost(TextClasses):
         )
 
 
-def _load(place: Path, download: bool) -> tuple[list[str], list[int]]:
-    prepared, original = place / _PREPARED, place / _ORIGINAL
-    if prepared.is_file():
-        return _read(prepared)
-    if not original.is_file():
-        if not download:
-            raise FileNotFoundError(
-                f"HuffPost needs {_PREPARED} or {_ORIGINAL} in {place}; download=True fetches the original"
-            )
-        original = fetch(_URL, checksum=_CHECKSUM, folder=place)
-    return _read(original)
-
-
-def _read(path: Path) -> tuple[list[str], list[int]]:
+def _read(path: Path) -> Rows:
     reader = gzip.open if path.suffix == ".gz" else open
-    try:
-        with reader(path, "rt", encoding="utf-8") as file:
-            return read_headlines(file)
-    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise OSError(f"{path} is damaged, or no HuffPost file: {type(error).__name__}: {error}") from error
+    with reader(path, "rt", encoding="utf-8") as file:
+        return read_headlines(file)
 
 
-def read_headlines(lines: Iterable[str]) -> tuple[list[str], list[int]]:
+def read_headlines(lines: Iterable[str]) -> Rows:
     """Texts and labels of JSON lines, each with a label and a text called "text" or, in the original, "raw"."""
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines if line.strip()]
     return [row["text"] if "text" in row else row["raw"] for row in rows], [int(row["label"]) for row in rows]

@@ -89,7 +89,8 @@ class ImageClasses(ClassEpisodes):
     ) -> "ImageClasses":
         """Read a folder of one subfolder per class, or of train, validation (or val) and test with those inside.
 
-        Names that start with a dot are ignored; everything else in a class folder must be an image.
+        Names that start with a dot are ignored; everything else in a class folder must be an image. Transparent
+        pixels become white.
 
         Args:
             path: The folder.
@@ -240,4 +241,8 @@ def _read_image(file: Path, size: int, mode: str) -> np.ndarray:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of type {image.mode}; convert them to 8 bits per channel")
             upright = ImageOps.exif_transpose(image)
+            if "A" in upright.getbands() or "transparency" in upright.info:
+                # what a transparent pixel hides is arbitrary, and often black beside black ink
+                colors = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors)
             return np.asarray(upright.convert(mode).resize((size, size), Image.Resampling.BILINEAR))

@@ -3,18 +3,14 @@
 import csv
 import gzip
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 from metaicl.checks import check_choice
 from metaicl.task import Split
-from metaicl.tasks.sources import cache_folder
-from metaicl.tasks.sources import download as fetch
+from metaicl.tasks.published import Published, Rows
 from metaicl.tasks.text import TextClasses
-
-Rows = tuple[list[str], list[str]]
 
 _OWNERS: dict[str, Split] = {"r": "train", "v": "validation", "t": "test"}
 
@@ -49,9 +45,7 @@ _BANKING_URL = (
 class _Intents(TextClasses):
     """What the two sets share: find the rows, verify them, split the classes as published."""
 
-    _folder: ClassVar[str]
-    _prepared: ClassVar[str]
-    _originals: ClassVar[dict[str, tuple[str, str]]]  # file name: (URL, SHA-256)
+    _source: ClassVar[Published]
     _splits: ClassVar[dict[str, str]]
     _n_rows: ClassVar[int]
     _read: ClassVar[Callable[[Path], Rows]]
@@ -69,13 +63,14 @@ class _Intents(TextClasses):
     ) -> None:
         """Read the rows and apply the published split."""
         owners = self._splits[check_choice("split", split, self._splits)]
-        texts, labels = self._load(folder, download)
+        texts, labels = self._source.read_texts(
+            self._source.find(folder, fetch=download),
+            prepared=read_prepared,
+            original=type(self)._read,
+            n_rows=self._n_rows,
+            n_classes=len(owners),
+        )
         names = sorted(set(labels))
-        if len(texts) != self._n_rows or len(names) != len(owners):
-            raise ValueError(
-                f"{type(self).__name__} must have {self._n_rows} rows of {len(owners)} classes; "
-                f"got {len(texts)} of {len(names)}. Is the file complete?"
-            )
         class_splits: dict[Split, list[str]] = {
             owner: [name for name, letter in zip(names, owners, strict=True) if letter == key]
             for key, owner in _OWNERS.items()
@@ -90,21 +85,6 @@ class _Intents(TextClasses):
             words=words,
             duplicates="drop",
         )
-
-    def _load(self, folder: str | Path | None, download: bool) -> Rows:
-        place = cache_folder() / self._folder if folder is None else Path(folder)
-        prepared, originals = place / self._prepared, [place / name for name in self._originals]
-        if prepared.is_file():
-            return _read_sound(read_prepared, prepared)
-        if not all(path.is_file() for path in originals):
-            if not download:
-                raise FileNotFoundError(
-                    f"{type(self).__name__} needs {self._prepared} or {' and '.join(self._originals)} in {place}; "
-                    "download=True fetches the originals"
-                )
-            originals = [fetch(url, checksum=sha, folder=place) for url, sha in self._originals.values()]
-        parts = [_read_sound(type(self)._read, path) for path in originals]
-        return [text for texts, _ in parts for text in texts], [label for _, labels in parts for label in labels]
 
 
 class CLINC150(_Intents):
@@ -134,14 +114,18 @@ class CLINC150(_Intents):
         arXiv:2105.12995. Differs: repeated utterances (62) and those with two labels (9 rows) are left out.
     """
 
-    _folder = "clinc150"
-    _prepared = "clinc150.jsonl.gz"
-    _originals: ClassVar[dict[str, tuple[str, str]]] = {
-        "data_full.json": (
-            _CLINC_URL + "data_full.json",
-            "36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0",
-        )
-    }
+    _source = Published(
+        name="CLINC150",
+        prepared="clinc150.jsonl.gz",
+        originals={
+            "data_full.json": (
+                _CLINC_URL + "data_full.json",
+                "36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0",
+            )
+        },
+        megabytes=2.5,
+        cache="clinc150",
+    )
     _splits = _CLINC_SPLITS
     _n_rows = 22_500
 
@@ -174,12 +158,22 @@ class Banking77(_Intents):
         arXiv:2105.12995. Differs: repeated questions and those with two labels are left out.
     """
 
-    _folder = "banking77"
-    _prepared = "banking77.jsonl.gz"
-    _originals: ClassVar[dict[str, tuple[str, str]]] = {
-        "train.csv": (_BANKING_URL + "train.csv", "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
-        "test.csv": (_BANKING_URL + "test.csv", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"),
-    }
+    _source = Published(
+        name="Banking77",
+        prepared="banking77.jsonl.gz",
+        originals={
+            "train.csv": (
+                _BANKING_URL + "train.csv",
+                "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
+            ),
+            "test.csv": (
+                _BANKING_URL + "test.csv",
+                "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
+            ),
+        },
+        megabytes=1.1,
+        cache="banking77",
+    )
     _splits = _BANKING_SPLITS
     _n_rows = 13_083
 
@@ -188,17 +182,10 @@ class Banking77(_Intents):
         return read_banking(path)
 
 
-def _read_sound(read: Callable[[Path], Rows], path: Path) -> Rows:
-    try:
-        return read(path)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise OSError(f"{path} is damaged, or another file: {type(error).__name__}: {error}") from error
-
-
 def read_prepared(path: Path) -> Rows:
     """Texts and labels of a gzipped JSON-lines file; rows labeled "oos" are left out."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file if line.strip()]
     return _columns([(row["text"], row["label"]) for row in rows])
 
 

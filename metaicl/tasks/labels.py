@@ -77,19 +77,25 @@ def splits_by_name(
     return {split: sorted({index[label] for label in owned[split]}) for split in SPLITS}
 
 
-def check_ways(n_way: int, class_splits: Mapping[Split, Sequence[int]]) -> None:
-    """Check that every split can serve `n_way` classes, at construction and not at the first validation.
+def check_ways(n_way: int, class_splits: Mapping[Split, Sequence[int]], *, drawn: bool) -> None:
+    """Check that the splits can serve `n_way` classes, at construction and not at the first validation.
+
+    Args:
+        n_way: Classes per task.
+        class_splits: For each split the classes it owns.
+        drawn: Whether they were drawn at random, as then every one must serve. Who chose them may mean to judge alone:
+            one of them must serve, and the others raise when a task is asked of them.
 
     Raises:
-        ValueError: If one has fewer.
+        ValueError: If too few of them can.
     """
-    for split, ids in class_splits.items():
-        if len(ids) < n_way:
-            sizes = {name: len(owned) for name, owned in class_splits.items()}
-            raise ValueError(
-                f"asked for {n_way} ways; split {split!r} has {len(ids)} classes (all splits: {sizes}). "
-                "Ask for fewer ways, or set class_splits or fractions"
-            )
+    sizes = {name: len(owned) for name, owned in class_splits.items()}
+    small = [name for name, size in sizes.items() if size < n_way]
+    if small and (drawn or len(small) == len(sizes)):
+        raise ValueError(
+            f"asked for {n_way} ways; split {small[0]!r} has {sizes[small[0]]} classes (all splits: {sizes}). "
+            "Ask for fewer ways, or set class_splits or fractions"
+        )
 
 
 def row_splits(labels: Tensor, class_splits: Mapping[Split, Sequence[int]]) -> dict[Split, Tensor]:

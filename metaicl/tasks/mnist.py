@@ -12,15 +12,21 @@ from torch import Tensor
 from metaicl.checks import check_count
 from metaicl.spec import TaskSpec
 from metaicl.tasks.classes import ClassEpisodes
-from metaicl.tasks.sources import cache_folder
-from metaicl.tasks.sources import download as fetch
+from metaicl.tasks.published import Published
 
-_PREPARED = "mnist_test10k.npz"
 _ORIGIN = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_ORIGINALS = {  # file name: (checksum, bytes before the numbers begin)
-    "t10k-images-idx3-ubyte.gz": ("md5:9fb629c4189551a2d022fa330f9573f3", 16),
-    "t10k-labels-idx1-ubyte.gz": ("md5:ec29112dd5afa0611ce80d1b7f02629c", 8),
-}
+_IMAGES, _LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
+_HEADS = {_IMAGES: 16, _LABELS: 8}  # bytes before the numbers begin
+_SOURCE = Published(
+    name="MNIST",
+    prepared="mnist_test10k.npz",
+    originals={
+        _IMAGES: (_ORIGIN + _IMAGES, "md5:9fb629c4189551a2d022fa330f9573f3"),
+        _LABELS: (_ORIGIN + _LABELS, "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+    },
+    megabytes=1.7,
+    cache="mnist",
+)
 _N_IMAGES, _SIZE = 10_000, 28
 
 
@@ -50,7 +56,7 @@ class MNIST(ClassEpisodes):
         """Read the images."""
         if check_count("n_way", n_way, minimum=2) > 10:
             raise ValueError(f"n_way must be at most 10, the number of digits; got {n_way}")
-        images, labels = _load(cache_folder() / "mnist" if folder is None else Path(folder), download)
+        images, labels = _read(_SOURCE.find(folder, fetch=download))
         self._pixels = torch.from_numpy(images)
         super().__init__(
             TaskSpec("classification", (1, _SIZE, _SIZE), "image", n_way=n_way),
@@ -64,31 +70,27 @@ class MNIST(ClassEpisodes):
         return self._pixels[ids].unsqueeze(-3).to(torch.float32).mul_(1 / 255)
 
 
-def _load(folder: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (10000, 28, 28) and labels (10000,)."""
-    prepared, paths = folder / _PREPARED, [folder / name for name in _ORIGINALS]
+    places = ", ".join(map(str, paths))
     try:
-        if prepared.is_file():
-            with np.load(prepared, allow_pickle=False) as file:
+        if paths[0].name == _SOURCE.prepared:
+            with np.load(paths[0], allow_pickle=False) as file:
                 images, labels = file["images"], file["labels"]
         else:
-            if not all(path.is_file() for path in paths):
-                if not download:
-                    raise FileNotFoundError(
-                        f"MNIST needs {_PREPARED}, or the originals {' and '.join(_ORIGINALS)}, in {folder}. Name the "
-                        "folder with folder=..., or fetch them with download=True (1.7 MB)"
-                    )
-                paths = [fetch(_ORIGIN + name, checksum=md5, folder=folder) for name, (md5, _) in _ORIGINALS.items()]
             images, labels = (
-                np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=offset).copy()
-                for path, (_, offset) in zip(paths, _ORIGINALS.values(), strict=True)
+                np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=_HEADS[path.name]).copy()
+                for path in paths
             )
             images = images.reshape(-1, _SIZE, _SIZE)
-    except (ValueError, KeyError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        raise OSError(f"{folder} holds a damaged MNIST file: {error}") from error
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise OSError(f"{places} must be MNIST; found damage: {type(error).__name__}: {error}") from error
     if images.shape != (_N_IMAGES, _SIZE, _SIZE) or labels.shape != (_N_IMAGES,) or images.dtype != np.uint8:
         raise OSError(
-            f"{folder} must hold uint8 images ({_N_IMAGES}, {_SIZE}, {_SIZE}) and as many labels; "
+            f"{places} must hold uint8 images ({_N_IMAGES}, {_SIZE}, {_SIZE}) and as many labels; "
             f"got {images.dtype} {images.shape} and {labels.shape}"
         )
+    found = np.unique(labels).tolist()
+    if found != list(range(10)):
+        raise OSError(f"{places} must hold the labels 0 to 9; got {found[:12]}")
     return images, labels

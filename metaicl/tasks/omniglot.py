@@ -16,21 +16,28 @@ from metaicl.checks import check_choice
 from metaicl.episode import Episode, Examples
 from metaicl.task import Split
 from metaicl.tasks.images import ImageClasses
-from metaicl.tasks.sources import atomic_file, cache_folder, download, open_zip
+from metaicl.tasks.published import Published
+from metaicl.tasks.sources import atomic_file, open_zip
 
 Arrays = dict[str, np.ndarray]
 
-_PREPARED = "omniglot.npz"
 _ORIGIN = "https://raw.githubusercontent.com/brendenlake/omniglot/057f034baf2ecb8530bc5710e5a23584d2a519cc/python/"
 _BACKGROUND, _EVALUATION, _TRIALS = "images_background.zip", "images_evaluation.zip", "all_runs.zip"
-_ORIGINALS = {  # file name: (URL, checksum)
-    _BACKGROUND: (_ORIGIN + _BACKGROUND, "md5:68d2efa1b9178cc56df9314c21c6e718"),
-    _EVALUATION: (_ORIGIN + _EVALUATION, "md5:6b91aef0f799c5bb55b94e3f2daec811"),
-    _TRIALS: (
-        _ORIGIN + "one-shot-classification/" + _TRIALS,
-        "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
-    ),
-}
+_SOURCE = Published(
+    name="Omniglot",
+    prepared="omniglot.npz",
+    originals={
+        _BACKGROUND: (_ORIGIN + _BACKGROUND, "md5:68d2efa1b9178cc56df9314c21c6e718"),
+        _EVALUATION: (_ORIGIN + _EVALUATION, "md5:6b91aef0f799c5bb55b94e3f2daec811"),
+        _TRIALS: (
+            _ORIGIN + "one-shot-classification/" + _TRIALS,
+            "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
+        ),
+    },
+    megabytes=16,
+    cache="omniglot",
+    instead=". Glyphs needs no data",
+)
 _SIZE = 28  # pixels of a side; the originals have 105
 _DRAWERS = 20
 _N_CHARACTERS = 1623
@@ -84,7 +91,7 @@ class Omniglot(ImageClasses):
     ) -> None:
         """Read or build the arrays and apply the split."""
         check_choice("split", split, ("vinyals", "lake"))
-        arrays = _load(cache_folder() / "omniglot" if folder is None else Path(folder), download)
+        arrays = _load(_SOURCE.find(folder, fetch=download))
         self.alphabets = [str(arrays["alphabet_names"][i]) for i in arrays["alphabet"]]
         names = [f"{a}/character{c:02d}" for a, c in zip(self.alphabets, arrays["char_in_alphabet"], strict=True)]
         validation = np.isin(self.alphabets, _VALIDATION)
@@ -130,19 +137,11 @@ class Omniglot(ImageClasses):
         return self.source_classes[ids]
 
 
-def _load(folder: Path, fetch: bool) -> Arrays:
-    prepared = folder / _PREPARED
-    if prepared.is_file():
-        return _read_prepared(prepared)
-    originals = [folder / name for name in _ORIGINALS]
-    if not all(path.is_file() for path in originals):
-        if not fetch:
-            raise FileNotFoundError(
-                f"Omniglot needs {_PREPARED}, or the originals {', '.join(_ORIGINALS)}, in {folder}. Name the folder "
-                "with folder=..., or fetch them with download=True (16 MB). Glyphs needs no data"
-            )
-        originals = [download(url, checksum=checksum, folder=folder) for url, checksum in _ORIGINALS.values()]
-    arrays = _build(*originals)
+def _load(paths: list[Path]) -> Arrays:
+    if paths[0].name == _SOURCE.prepared:
+        return _read_prepared(paths[0])
+    arrays = _build(*paths)
+    prepared = paths[0].with_name(_SOURCE.prepared)
     with suppress(OSError), atomic_file(prepared) as file:  # a folder that cannot be written costs time, not answers
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # arrays, and no allow_pickle among the names
     return arrays
@@ -155,11 +154,21 @@ def _read_prepared(path: Path) -> Arrays:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*shapes, "alphabet_names")}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OSError(f"{path} is no sound Omniglot file: {error}") from error
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise OSError(f"{path}: {name} must be {shape}; got {arrays[name].shape}")
+    n_images, n_alphabets = _N_CHARACTERS * _DRAWERS, len(arrays["alphabet_names"])
+    ends = {"alphabet": n_alphabets, "lake_train": n_images, "lake_test": n_images, "lake_label": 20}
+    bad = [name for name, end in ends.items() if not np.isin(arrays[name], np.arange(end)).all()]
+    if not np.array_equal(arrays["char_id"], np.arange(1, _N_CHARACTERS + 1)):
+        bad.append("char_id")
+    if bad or arrays["images"].dtype != np.uint8:
+        raise OSError(
+            f"{path} must hold uint8 images, characters 1 to {_N_CHARACTERS} in order and indices of what it holds; "
+            f"got {arrays['images'].dtype} images, and {bad} are wrong"
+        )
     return arrays
 
 

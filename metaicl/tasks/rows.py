@@ -25,7 +25,7 @@ class ArrayClasses(ClassEpisodes):
         class_names: One per class.
 
     Raises:
-        ValueError: If a split has fewer classes than the spec has ways, or splits or labels do not fit.
+        ValueError: If every split has fewer classes than the spec has ways, or splits or labels do not fit.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ArrayClasses(ClassEpisodes):
         class_names: Sequence[Hashable],
     ) -> None:
         """Keep the rows."""
-        check_ways(spec.output_size, class_splits)
+        check_ways(spec.output_size, class_splits, drawn=False)
         super().__init__(spec, labels=labels, class_splits=class_splits, class_names=class_names)
         self._x = x
 

@@ -27,7 +27,7 @@ class TextClasses(ClassEpisodes):
     Args:
         texts: (rows,) strings.
         labels: (rows,) class of each text, integers or strings.
-        n_way: Classes per task.
+        n_way: Classes per task. A chosen split with fewer classes can be kept, but gives no tasks.
         class_splits: For each split the labels it owns; labels in no split are left out.
             None draws a random split of the classes.
         fractions: Shares of the random split, by default 64 : 16 : 20 %.
@@ -68,12 +68,14 @@ class TextClasses(ClassEpisodes):
         check_count("max_tokens", max_tokens)
         check_choice("words", words, ("hashed", "fitted"))
         check_choice("duplicates", duplicates, ("raise", "drop"))
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a sequence of strings; got one string, {texts[:40]!r}")
         texts = list(texts)
         classes, names = index_labels(labels)
         if len(texts) != len(classes):
             raise ValueError(f"texts and labels must have one entry per row; got {len(texts)} and {len(classes)}")
         splits = splits_by_name(names, class_splits, fractions=fractions, seed=seed)
-        check_ways(n_way, splits)
+        check_ways(n_way, splits, drawn=class_splits is None)
         rows = _split_texts(texts, splitter, max_tokens)
         used = torch.stack(list(row_splits(classes, splits).values())).any(0)
         kept = self._without_duplicates(rows, classes, used, names, duplicates)

@@ -36,7 +36,7 @@ class Pool(Dataset[tuple[Tensor, int]]):
 
 
 def learn2learn_sampler(tasks: ImageClasses, pool: Pool, *, n_rows: int) -> Callable[[], Any]:
-    """A task set with the fused transform, learn2learn's faster one; its tasks come unsplit, (X, y)."""
+    """A task set with the fused transform, learn2learn's faster one; tasks come unsplit: (X, y), y in [0, n_way)."""
     learn2learn = import_learn2learn()
     transforms = learn2learn.data.transforms
     meta = learn2learn.data.MetaDataset(pool)
@@ -44,6 +44,7 @@ def learn2learn_sampler(tasks: ImageClasses, pool: Pool, *, n_rows: int) -> Call
     chain = [
         transforms.FusedNWaysKShots(meta, n=tasks.spec.output_size, k=n_rows, filter_labels=owned),
         transforms.LoadData(meta),
+        transforms.RemapLabels(meta),
         transforms.ConsecutiveLabels(meta),
     ]
     return learn2learn.data.Taskset(meta, chain, num_tasks=-1).sample

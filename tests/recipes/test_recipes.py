@@ -20,12 +20,15 @@ NEEDS_DATA = (
     "federated_reconnaissance",
     "susana_losses",
     "omniglot_heads",
+    "omniglot_gradient",
     "benchmark_metric_retrieval",
 )
 NEEDS_JAX = ("benchmark_gradient", "benchmark_in_context")  # its threads forbid other tests of the process to fork
 
 
 def load(path: Path) -> ModuleType:
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

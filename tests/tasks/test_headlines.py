@@ -12,7 +12,7 @@ from metaicl.checks import check_episode
 from metaicl.evaluation import evaluate
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.task import SPLITS
-from metaicl.tasks import headlines
+from metaicl.tasks import published
 from metaicl.tasks.headlines import HuffPost, read_headlines
 from metaicl.tasks.text_features import fit_tfidf
 
@@ -58,9 +58,9 @@ def test_the_original_layout_and_download(
         (folder / "huffpost.json").write_text("".join(lines), encoding="utf-8")
         return folder / "huffpost.json"
 
-    with pytest.raises(FileNotFoundError, match=r"huffpost.jsonl.gz or huffpost.json in .*; download=True fetches"):
+    with pytest.raises(FileNotFoundError, match=r"originals huffpost.json, in .*download=True \(3.2 MB\)"):
         HuffPost(folder=original.parent)
-    monkeypatch.setattr(headlines, "fetch", fetch)
+    monkeypatch.setattr(published, "download", fetch)
     assert HuffPost(folder=original.parent, download=True, vocabulary=8192).texts == tasks.texts
     original.write_text('{"raw": "one headline", "label": 3}\n')
     with pytest.raises(ValueError, match="HuffPost must have 36900 rows of 41 classes; got 1 of 1"):
@@ -79,5 +79,5 @@ def test_damaged_files_are_named(name: str, shared_data: Path, tmp_path: Path) -
     for content in damaged if name.endswith(".gz") else damaged[1:]:
         packed = content if content in damaged[:2] or name.endswith(".json") else gzip.compress(content)
         (tmp_path / name).write_bytes(packed)
-        with pytest.raises(OSError, match=f"{name} is damaged, or no HuffPost file"):
+        with pytest.raises(OSError, match=f"{name} is damaged, or no file of HuffPost"):
             HuffPost(folder=tmp_path)

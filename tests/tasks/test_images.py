@@ -197,3 +197,17 @@ def test_folders_without_images(tmp_path):
     (tmp_path / "b" / ".hidden.png").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"1 have none: \['.*b'\]"):
         ImageClasses.from_folder(tmp_path, n_way=2)
+
+
+@pytest.mark.parametrize("grayscale", [True, False])
+def test_folders_may_mix_modes_and_sizes_and_transparency_is_white(tmp_path, grayscale):
+    ink = Image.fromarray(np.tile(np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8), (4, 1, 1)), "RGBA")
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+        for i, mode in enumerate(("RGBA", "P", "LA", "L", "RGB", "1", "CMYK")):
+            image = Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink) if i > 2 else ink
+            image.convert(mode).resize((2 + 2 * i, 4)).save(tmp_path / name / f"{i}.{'tiff' if i == 6 else 'png'}")
+    tasks = ImageClasses.from_folder(tmp_path, n_way=2, size=2, grayscale=grayscale)
+    rows = tasks.rows(torch.arange(42)).unflatten(0, (6, 7))
+    assert bool((rows[..., 0] > 0.8).all())
+    assert bool((rows[..., 1] < 0.2).all())

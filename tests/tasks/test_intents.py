@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 from metaicl.checks import check_episode
 from metaicl.task import SPLITS, EpisodeStream
 from metaicl.tasks.intents import CLINC150, Banking77, read_banking, read_clinc, read_prepared
+from metaicl.tasks.published import Published
 from metaicl.tasks.text import TextClasses
 
 PUBLISHED = {"train": "train", "validation": "valid", "test": "test"}
@@ -91,6 +93,10 @@ def test_small_files_of_each_layout(tmp_path: Path) -> None:
     assert read_prepared(tmp_path / "c.jsonl.gz") == (["x y"], ["a"])
 
 
+def served_by(url: str, checksum: str) -> Published:
+    return replace(CLINC150._source, originals={"data_full.json": (url, checksum)})
+
+
 def test_download_verifies_keeps_and_reuses(
     clinc: CLINC150, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,12 +109,12 @@ def test_download_verifies_keeps_and_reuses(
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}/data_full.json"
         monkeypatch.setenv("METAICL_DATA", str(tmp_path / "cache"))
-        monkeypatch.setattr(CLINC150, "_originals", {"data_full.json": (url, "0" * 64)})
-        with pytest.raises(FileNotFoundError, match="download=True fetches"):
+        monkeypatch.setattr(CLINC150, "_source", served_by(url, "0" * 64))
+        with pytest.raises(FileNotFoundError, match="with download=True"):
             CLINC150()
         with pytest.raises(OSError, match="must have the sha256 0000"):
             CLINC150(download=True)
-        monkeypatch.setattr(CLINC150, "_originals", {"data_full.json": (url, checksum)})
+        monkeypatch.setattr(CLINC150, "_source", served_by(url, checksum))
         assert CLINC150(download=True).texts == clinc.texts
         server.shutdown()
     assert CLINC150().texts == clinc.texts
@@ -117,7 +123,7 @@ def test_download_verifies_keeps_and_reuses(
 def test_bad_files_and_options_are_named(tmp_path: Path, shared_data: Path) -> None:
     with pytest.raises(ValueError, match=r"split must be one of .*'05'.*; got '06'"):
         CLINC150(folder=shared_data, split="06")
-    with pytest.raises(FileNotFoundError, match=r"banking77.jsonl.gz or train.csv and test.csv in .*; download=True"):
+    with pytest.raises(FileNotFoundError, match=r"or the originals train.csv, test.csv, in .*download=True"):
         Banking77(folder=tmp_path)
     (tmp_path / "data_full.json").write_text('{"train": [["play it", "music"]]}')
     with pytest.raises(ValueError, match="CLINC150 must have 22500 rows of 150 classes; got 1 of 1"):
@@ -165,5 +171,5 @@ def test_damaged_files_are_named(loader: type[CLINC150], key: str, shared_data: 
     whole = (shared_data / path.name).read_bytes()
     for content in (whole[:1000], b"a page of a proxy", gzip.compress(b"[1]\n"), gzip.compress(b'{"text": "a"}\n')):
         path.write_bytes(content)
-        with pytest.raises(OSError, match=f"{path.name} is damaged, or another file"):
+        with pytest.raises(OSError, match=f"{path.name} is damaged, or no file of"):
             loader(folder=tmp_path)

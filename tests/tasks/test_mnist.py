@@ -20,7 +20,7 @@ def write_originals(folder, arrays) -> None:
     """The two files as they are published: magic numbers and sizes, then bytes."""
     images, labels = arrays["images"], arrays["labels"]
     heads = (np.array([2051, *images.shape], ">i4"), np.array([2049, len(labels)], ">i4"))
-    for name, head, values in zip(mnist._ORIGINALS, heads, (images, labels), strict=True):
+    for name, head, values in zip(mnist._SOURCE.originals, heads, (images, labels), strict=True):
         (folder / name).write_bytes(gzip.compress(head.tobytes() + values.astype(np.uint8).tobytes(), 1))
 
 
@@ -60,11 +60,15 @@ def test_what_is_refused(digits, shared_data, tmp_path):
             digits.sample(1, split=split, n_shot=1, n_query=1, generator=derive_generator(0))
     with pytest.raises(ValueError, match="n_way must be at most 10"):
         MNIST(n_way=11, folder=shared_data)
-    with pytest.raises(FileNotFoundError, match=r"fetch them with download=True \(1\.7 MB\)"):
+    with pytest.raises(FileNotFoundError, match=r"originals with download=True \(1\.7 MB\)"):
         MNIST(folder=tmp_path)
     (tmp_path / "mnist_test10k.npz").write_bytes(b"PK no archive")
-    with pytest.raises(OSError, match="damaged MNIST file"):
+    with pytest.raises(OSError, match="must be MNIST; found damage"):
         MNIST(folder=tmp_path)
     np.savez(tmp_path / "mnist_test10k.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3, np.uint8))
     with pytest.raises(OSError, match=r"must hold uint8 images \(10000, 28, 28\)"):
         MNIST(folder=tmp_path)
+    for labels in (np.full(10_000, 7, np.uint8), np.array(["a"] * 10_000), np.full(10_000, np.nan)):
+        np.savez(tmp_path / "mnist_test10k.npz", images=np.zeros((10_000, 28, 28), np.uint8), labels=labels)
+        with pytest.raises(OSError, match="must hold the labels 0 to 9; got"):
+            MNIST(folder=tmp_path)

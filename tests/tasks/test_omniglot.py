@@ -1,5 +1,6 @@
 """Omniglot: the real file, and the originals in miniature, made here and served from this machine."""
 
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -171,6 +172,23 @@ def test_the_originals_are_read_and_kept(originals):
     assert again.lake_trials().fingerprint() == trials.fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lake_test", lambda a: a + 10_000, r"\['lake_test'\] are wrong"),
+        ("char_id", lambda a: a[::-1], r"\['char_id'\] are wrong"),
+        ("images", lambda a: a / 255, "got float64 images"),
+    ],
+)
+def test_a_prepared_file_of_other_content(originals, name, change, message):
+    Omniglot(n_way=2, split="lake", rotations=False, folder=originals)
+    with np.load(originals / "omniglot.npz") as file:
+        arrays = dict(file)
+    np.savez(originals / "omniglot.npz", **{**arrays, name: change(arrays[name])})
+    with pytest.raises(OSError, match=message):
+        Omniglot(n_way=2, folder=originals)
+
+
 def test_the_vinyals_rule_holds_for_the_originals_too(originals):
     tasks = Omniglot(n_way=2, rotations=False, folder=originals)
     assert tasks.class_splits["test"].tolist() == list(range(30, 40))
@@ -215,11 +233,12 @@ def test_the_originals_are_downloaded_and_verified(originals, tmp_path, monkeypa
         base = f"http://127.0.0.1:{server.server_port}/"
         files = {p.name: (base + p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in sorted(originals.iterdir())}
         names = ("images_background.zip", "images_evaluation.zip", "all_runs.zip")
-        monkeypatch.setattr(omniglot, "_ORIGINALS", {name: files[name] for name in names})
+        served = dataclasses.replace(omniglot._SOURCE, originals={name: files[name] for name in names})
+        monkeypatch.setattr(omniglot, "_SOURCE", served)
         monkeypatch.setenv("METAICL_DATA", str(tmp_path / "cache"))
         tasks = Omniglot(n_way=2, download=True)
-        wrong = {**omniglot._ORIGINALS, "all_runs.zip": (base + "all_runs.zip", "0" * 32)}
-        monkeypatch.setattr(omniglot, "_ORIGINALS", wrong)
+        wrong = {**served.originals, "all_runs.zip": (base + "all_runs.zip", "0" * 32)}
+        monkeypatch.setattr(omniglot, "_SOURCE", dataclasses.replace(served, originals=wrong))
         with pytest.raises(OSError, match="must have the md5 0000"):
             Omniglot(n_way=2, download=True, folder=tmp_path / "other")
         server.shutdown()
@@ -230,8 +249,8 @@ def test_the_originals_are_downloaded_and_verified(originals, tmp_path, monkeypa
 
 
 def test_the_origin_is_pinned():
-    assert len(omniglot._ORIGINALS) == 3
-    for url, checksum in omniglot._ORIGINALS.values():
+    assert len(omniglot._SOURCE.originals) == 3
+    for url, checksum in omniglot._SOURCE.originals.values():
         assert url.startswith("https://")
         assert "/057f034baf2ecb8530bc5710e5a23584d2a519cc/" in url
         assert checksum.split(":")[0] in ("md5", "sha256")

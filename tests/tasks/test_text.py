@@ -152,10 +152,27 @@ def test_a_random_split_is_a_partition_that_depends_on_the_seed_only() -> None:
     assert sorted(c for part in parts[0] for c in part) == list(range(20))
 
 
+def test_chosen_splits_serve_the_ways_they_can() -> None:
+    texts, labels = make_rows()
+    chosen: dict[Split, list[int]] = {"train": [0, 1], "validation": [2], "test": [3, 4, 5]}
+    tasks = TextClasses(texts, labels, n_way=3, class_splits=chosen)
+    assert tasks.sample(1, split="test", n_shot=1, n_query=1, generator=generator()).query.y.unique().tolist() == [
+        0,
+        1,
+        2,
+    ]
+    for split, size in (("train", 2), ("validation", 1)):
+        with pytest.raises(ValueError, match=rf"asked for 3 ways; split '{split}' has {size} classes \(all splits: "):
+            tasks.sample(1, split=split, n_shot=1, n_query=1, generator=generator())
+    with pytest.raises(ValueError, match="asked for 3 ways; split 'validation' has 1 classes"):
+        TextClasses(texts, labels, n_way=3, fractions={"train": 0.5, "validation": 0.17, "test": 0.33})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"texts": ["one"]}, ValueError, "texts and labels must have one entry per row; got 1 and 48"),
+        ({"texts": "x" * 48}, TypeError, "texts must be a sequence of strings; got one string"),
         ({"texts": [None] * 48}, TypeError, r"texts must be strings; row 0 is None \(NoneType\)"),
         ({"texts": ["..."] + ["word"] * 47}, ValueError, "1 hold none, the first is row 0: '...'"),
         ({"labels": [0.5] * 48}, TypeError, r"labels must be integers or strings; got float64.*astype\(int\)"),
