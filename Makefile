@@ -51,9 +51,10 @@ CLAIMS         := gaussian_bayes finn_2017_sinusoid gradient_family gradient_cal
                   von_oswald_2022_gd von_oswald_2023_mesa zhang_2023_trained_lsa gatmiry_2024_looped \
                   huang_2023_softmax_convergence dai_2022_dual_form fast_weight_ladder associative_recall \
                   garg_2022_linear akyurek_2022_which_algorithm icl_vs_gradient explanations_world \
-                  demonstration_retrieval benchmark_meta_step benchmark_gradient benchmark_memory benchmark_in_context
-CLAIMS_ON_DATA := few_shot_intents few_shot_headlines omniglot omniglot_heads federated_reconnaissance susana_losses \
-                  raml_text benchmark_metric_retrieval
+                  demonstration_retrieval demonstration_draws benchmark_meta_step benchmark_gradient benchmark_memory \
+                  benchmark_in_context
+CLAIMS_ON_DATA := few_shot_intents few_shot_headlines omniglot omniglot_heads omniglot_gradient \
+                  federated_reconnaissance susana_losses raml_text benchmark_metric_retrieval
 DATA           ?= --download
 reproduce: install
 	@for recipe in $(CLAIMS); do \

@@ -182,7 +182,7 @@ class Episode:
         for name, leaf in _named_leaves(self):
             array = leaf.detach().cpu().contiguous()
             digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-            digest.update(array.view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+            digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
         return digest.hexdigest()
 
     def _map(self, examples: Callable[[Examples], Examples], leaf: Callable[[Tensor], Tensor]) -> "Episode":

@@ -81,7 +81,8 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     Written with a matrix product, never with a (N, M, D) intermediate; unlike `torch.cdist` it has a second
     derivative, and both derivatives are right at coincident points.
     """
-    center = b.mean(-2, keepdim=True)  # distances do not change, but large common offsets would cancel badly
+    # Distances do not change, but large common offsets would cancel badly.
+    center = b.mean(-2, keepdim=True) if b.shape[-2] else a.new_zeros(())
     a, b = a - center, b - center
     product = a @ b.transpose(-1, -2)
     squared = a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * product

@@ -57,7 +57,7 @@ def incremental_accuracy(
     checkpoints: Sequence[int],
     orders: Sequence[int] = (0, 1, 2),
     n_clients: int = 1,
-    holders: int = 2,
+    n_holders: int = 2,
     classes_per_round: int = 1,
 ) -> IncrementalCurve:
     """Stream classes to a learner with `update`, and ask about all of them at every checkpoint.
@@ -76,7 +76,7 @@ def incremental_accuracy(
         checkpoints: Numbers of classes, increasing, at most K.
         orders: A seed for each stream order.
         n_clients: Clients.
-        holders: How many clients hold rows of a class, where there are so many.
+        n_holders: How many clients hold rows of a class, where there are so many.
         classes_per_round: Classes that arrive together.
 
     Raises:
@@ -88,7 +88,7 @@ def incremental_accuracy(
         raise TypeError(f"a stream of classes needs a learner with update; {type(learner).__name__} has none")
     if check_count("n_clients", n_clients) > 1 and not isinstance(learner, Merges):
         raise TypeError(f"{n_clients} clients need a learner with merge; {type(learner).__name__} has none")
-    check_count("holders", holders)
+    check_count("n_holders", n_holders)
     check_count("classes_per_round", classes_per_round)
     found = _checked_checkpoints(checkpoints, train, test)
     if not orders:
@@ -97,7 +97,7 @@ def incremental_accuracy(
     for seed in orders:
         draws = isolated_randomness(derive_seed(seed, "incremental"), device_of(learner))
         with training_mode(learner, False), draws, torch.no_grad():
-            stream = _Stream(learner, train, test, seed=seed, n_clients=n_clients, holders=min(holders, n_clients))
+            stream = _Stream(learner, train, test, seed=seed, n_clients=n_clients, n_holders=min(n_holders, n_clients))
             rows.append(list(stream.accuracies(found, classes_per_round)))
     return IncrementalCurve(found, np.array(rows), n_clients)
 
@@ -128,8 +128,9 @@ def rows_by_class(tasks: ClassEpisodes, *, split: Split, n_rows: int, seed: int 
         ValueError: If a class has fewer rows.
     """
     check_count("n_rows", n_rows)
+    check_choice("split", split, SPLITS)
     picked = []
-    for label in tasks.class_splits[check_choice("split", split, SPLITS)].tolist():  # type: ignore[index]  # checked
+    for label in tasks.class_splits[split].tolist():
         ids = (tasks.source_classes == label).nonzero()[:, 0]
         if len(ids) < n_rows:
             name = tasks.class_names[label]
@@ -141,12 +142,12 @@ def rows_by_class(tasks: ClassEpisodes, *, split: Split, n_rows: int, seed: int 
 class _Stream:
     """One stream order: who gets which rows when, and the states of the clients."""
 
-    def __init__(self, learner: Any, train: Tensor, test: Tensor, *, seed: int, n_clients: int, holders: int) -> None:
+    def __init__(self, learner: Any, train: Tensor, test: Tensor, *, seed: int, n_clients: int, n_holders: int) -> None:
         self.generator = derive_generator(seed, "stream of classes")
         order = torch.randperm(len(train), generator=self.generator)
         device, dtype = device_of(learner), dtype_of(learner) if train.is_floating_point() else None
         self.train, self.test = (rows[order].to(device=device, dtype=dtype) for rows in (train, test))
-        self.learner, self.holders = learner, holders
+        self.learner, self.n_holders = learner, n_holders
         nothing = Examples(
             self.train[:1, :1], self._labels(0, 1)[:, :1], torch.zeros(1, 1, dtype=torch.bool).to(device)
         )
@@ -174,8 +175,8 @@ class _Stream:
     def _owners(self, n_classes: int) -> Tensor:
         """The client of every row of a round, long (rows,)."""
         n_rows, clients = self.train.shape[1], len(self.states)
-        chosen = torch.rand(n_classes, clients, generator=self.generator).argsort(1)[:, : self.holders]
-        which = torch.randint(self.holders, (n_classes, n_rows), generator=self.generator)
+        chosen = torch.rand(n_classes, clients, generator=self.generator).argsort(1)[:, : self.n_holders]
+        which = torch.randint(self.n_holders, (n_classes, n_rows), generator=self.generator)
         return chosen.gather(1, which).flatten()
 
     def _judge(self, seen: int) -> float:

@@ -36,6 +36,12 @@ class Traits:
     approximate: bool = False
 
 
+_METHODS = (
+    "adapt", "predict", "update", "merge", "predict_prefixes", "prepare", "meta_gradients", "penalty", "at",
+    "adapt_stages", "prefix_stages",
+)  # fmt: skip
+
+
 class Learner(nn.Module, ABC, Generic[State]):
     """A learner that learns to learn. A subclass writes `adapt` and `predict`, nothing else.
 
@@ -62,6 +68,17 @@ class Learner(nn.Module, ABC, Generic[State]):
             hint = f"; use {other} instead" if other else ""
             raise ValueError(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
         self.spec = spec
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a number or a module under the name of a method of the contract: having the name declares it."""
+        super().__init_subclass__(**options)
+        for name, value in vars(cls).items():
+            _check_method(cls, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Likewise for attributes of one learner."""
+        _check_method(type(self), name, value)
+        super().__setattr__(name, value)
 
     def declare_approximate(self, approximate: bool = True) -> None:
         """Declare that the meta-gradient is not the slope of the query loss, if it is not."""
@@ -99,6 +116,14 @@ class Learner(nn.Module, ABC, Generic[State]):
     def forward(self, support: Examples, x: Tensor) -> Distribution:
         """Adapt and predict in one call."""
         return self.predict(self.adapt(support), x)
+
+
+def _check_method(owner: type, name: str, value: Any) -> None:
+    if name in _METHODS and (isinstance(value, (nn.Module, Tensor)) or not callable(value)):
+        raise TypeError(
+            f"{name} is a method of the contract of learners; {owner.__name__} has a {type(value).__name__} of that "
+            "name. Give it another one"
+        )
 
 
 @runtime_checkable

@@ -86,6 +86,30 @@ def largest_tensor():
         yield found
 
 
+def solution_slope_gaps(
+    solve: Callable[[Tensor, Tensor | float], Tensor], features: Tensor, penalty: float, *, steps: tuple[float, float]
+) -> tuple[float, float]:
+    """Gaps of the gradients of weights `solve(features, penalty)` from central differences of the two step sizes.
+
+    The first is that of the features along a random direction, relative to the sum of the sizes of its terms; the
+    second that of the logarithm of the penalty, relative to one plus its size.
+    """
+    source = torch.Generator().manual_seed(1)
+    way = torch.randn(features.shape, generator=source, dtype=torch.float64)
+    at, price = features.clone().requires_grad_(), torch.tensor(penalty, dtype=torch.float64, requires_grad=True)
+    weights = solve(at, price)
+    pull = torch.randn(weights.shape, generator=source, dtype=torch.float64)
+    slope, price_slope = torch.autograd.grad((weights * pull).sum(), (at, price))
+
+    def measured(moved: Callable[[float], Tensor], step: float) -> float:
+        return float(((moved(step) - moved(-step)) * pull).sum()) / (2 * step)
+
+    by_features = measured(lambda step: solve(features + step * way, penalty), steps[0])
+    by_penalty = measured(lambda step: solve(features, penalty * (1 + step)), steps[1])
+    first = abs(by_features - float((slope * way).sum())) / float((slope * way).abs().sum())
+    return first, abs(by_penalty - penalty * float(price_slope)) / (1 + abs(by_penalty))
+
+
 def scores_of(learner: Learner, score: Callable[[int], Tensor], n_tasks: int = 3) -> Tensor:
     """Log-probabilities (B, Q, C) from a reference that scores one task at a time, (Q, C)."""
     return torch.stack([score(task) for task in range(n_tasks)]).log_softmax(-1).detach()

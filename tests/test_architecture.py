@@ -22,6 +22,8 @@ LAYERS = {
         "second_order",
         "nets",
         "files",
+        "sealed_files",
+        "row_ids",
     },
     1: {"learner", "task"},
     2: {"tasks", "learners", "objectives"},

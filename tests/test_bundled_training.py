@@ -84,7 +84,7 @@ FACTORIES: dict[str, Callable[[TaskSpec], Learner]] = {
     "InContextTransformer": partial(InContextTransformer, dim=16, depth=2),
     "CausalInContextTransformer": partial(CausalInContextTransformer, dim=16, depth=2),
     "ConditionalNeuralProcess": partial(ConditionalNeuralProcess, dim=16),
-    "RetrievalAugmented": partial(RetrievalAugmented, learner=RidgeHead, n_groups=30),
+    "RetrievalAugmented": partial(RetrievalAugmented, learner=RidgeHead, n_items=30),
 }
 SERVED = [
     (name, factory, tasks)

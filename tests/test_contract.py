@@ -65,7 +65,7 @@ from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.tasks.text import TextClasses
 from metaicl.testing import parametrize_with_checks
 
-retrieve = partial(RetrievalAugmented, n_groups=24, rows_per_group=2, k=2)
+retrieve = partial(RetrievalAugmented, n_items=24, rows_per_item=2, k=2)
 
 LEARNERS = {
     "MAML": MAML,
@@ -134,7 +134,7 @@ CLASSIFIERS = {
     "SoftKMeansProtoNet": SoftKMeansProtoNet,
     "LaplacianShot": partial(LaplacianShot, steps=5),
     "Retrieval(ProtoNet)": partial(retrieve, learner=ProtoNet),
-    "RAML": partial(RAML, k=2, n_passages=48, retriever="learned"),
+    "RAML": partial(RAML, k=2, n_items=48, retriever="learned"),
     "sklearn logistic": partial(SklearnLearner, estimator=LogisticRegression()),
     "sklearn k-NN": partial(SklearnLearner, estimator=KNeighborsClassifier(1)),
 }

@@ -61,6 +61,14 @@ def test_fingerprints_see_every_value_shape_and_type() -> None:
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 6
 
 
+def test_a_fingerprint_does_not_see_strides() -> None:
+    x, y = torch.arange(6.0).view(1, 2, 3), torch.arange(2.0).view(1, 2, 1)
+    column = torch.arange(2.0).view(1, 1, 2).mT  # contiguous, and yet its last stride is 2
+    assert column.stride(-1) == 2
+    part, other = Examples(x, y), Examples(x.mT.contiguous().mT, column)
+    assert Episode(part, part).fingerprint() == Episode(other, other).fingerprint()
+
+
 def test_a_fingerprint_is_the_same_for_ever() -> None:
     part = Examples(torch.tensor([[[1.0, -2.5]]]), torch.tensor([[1]]))
     assert Episode(part, part).fingerprint().startswith("e6461e5423970eba")

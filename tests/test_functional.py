@@ -97,6 +97,14 @@ def test_squared_distances_of_any_size(n, m, dim, seed):
     assert float(found.min()) >= 0
 
 
+def test_squared_distances_to_no_rows():
+    a = randn(2, 3, 4).requires_grad_()
+    found = functional.squared_distances(a, randn(2, 0, 4))
+    assert found.shape == (2, 3, 0)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
+    assert not gradient.any()
+
+
 def test_squared_distances_with_large_offsets():
     a, b = randn(5, 3), randn(4, 3)
     expected = euclidean_distances(a.numpy(), b.numpy(), squared=True)

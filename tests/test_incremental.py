@@ -72,7 +72,7 @@ def test_clients_and_rounds_change_nothing_and_orders_do():
     train, test = class_rows()
     options: dict[str, Any] = {"checkpoints": (2, 5, 8), "orders": (0, 1, 2)}
     alone = incremental_accuracy(nearest_mean(), train, test, **options)
-    for more in ({"n_clients": 5}, {"n_clients": 5, "holders": 1}, {"n_clients": 3, "classes_per_round": 4}):
+    for more in ({"n_clients": 5}, {"n_clients": 5, "n_holders": 1}, {"n_clients": 3, "classes_per_round": 4}):
         found = incremental_accuracy(nearest_mean(), train, test, **more, **options)
         assert np.array_equal(found.accuracy, alone.accuracy)
     assert len({tuple(row) for row in alone.accuracy}) > 1
@@ -84,7 +84,7 @@ def test_every_row_reaches_the_clients_once_and_classes_overlap():
     train, test = class_rows()
     recorder = Recorder().train()
     curve = incremental_accuracy(
-        recorder, train, test, checkpoints=(3, 12), orders=[1], n_clients=4, holders=3, classes_per_round=2
+        recorder, train, test, checkpoints=(3, 12), orders=[1], n_clients=4, n_holders=3, classes_per_round=2
     )
     assert recorder.training
     given = torch.cat([x[0] for x, _ in recorder.batches])

@@ -1,12 +1,13 @@
 """The linear systems of multi-class problems: one kernel for every class, coupled by a sum over classes in each row."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class CoupledInverse(NamedTuple):
+@dataclass(frozen=True)
+class CoupledInverse:
     """The symmetric operator P = E - E R (R' E R)^-1 R' E on tables (B, N, C), in parts.
 
     E is block-diagonal with one block E_c = (K + W_c^-1)^-1 for each class, and R sums each row over its classes. P r
@@ -23,10 +24,9 @@ class CoupledInverse(NamedTuple):
     blocks: Tensor
     factor: Tensor
 
-    def __matmul__(self, table: Tensor) -> Tensor:  # type: ignore[override]  # tuples have no product
+    def __matmul__(self, table: Tensor) -> Tensor:
         """P applied to a table (B, N, C)."""
-        columns = table.mT[..., None]  # (B, C, N, 1)
-        single = self.blocks @ columns
+        single = self.blocks @ table.mT[..., None]  # (B, C, N, 1)
         shared = torch.cholesky_solve(single.sum(1), self.factor)  # (B, N, 1)
         return (single - self.blocks @ shared[:, None])[..., 0].mT
 

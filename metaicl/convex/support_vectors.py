@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from metaicl.convex.coupled import CoupledInverse, coupled_inverse
+from metaicl.convex.coupled import coupled_inverse
 from metaicl.functional import class_weights
 
 _GAP = 1e-13  # product of a share and its multiplier where the solver stops, for a kernel up to one; less for larger
 _ITERATIONS = 50  # it takes 10 to 20
 _TO_BOUNDARY = 0.995
 _FLOOR = 1e-7  # of the diagonal in linear systems, relative to the kernel: classes with more rows than D are singular
-_REFINEMENTS = 3
 
 
 def support_vector_weights(
@@ -19,7 +18,8 @@ def support_vector_weights(
     """Weights W (B, D, C) of linear multi-class support vector machines without bias.
 
     They minimize |W|^2 / 2 + slack_penalty * sum_n max_c (f_n'w_c - f_n'w_y + [c != y]). Solved in float64, to about
-    1e-10 relative, whatever N, D and the rank of the features.
+    1e-10 relative, whatever N, D and the rank of the features; each of 10 to 20 steps takes O(C N^3) operations and
+    C N^2 numbers.
 
     The gradient is that of the solution, by implicit differentiation of its optimality conditions; it is exact where
     the solution is smooth, which is where no row sits on the edge of being a support vector. There is no second
@@ -37,6 +37,8 @@ def support_vector_weights(
         Mehrotra, 1992, "On the implementation of a primal-dual interior point method", with one step length for both
         sides; differentiated as Amos & Kolter, 2017, arXiv:1703.00443, equation 6.
     """
+    if not features.shape[1]:  # nothing to fit
+        return features.new_zeros(*features.shape[::2], n_way)
     wide = features.double() if mask is None else features.double() * mask[..., None]
     target = class_weights(y, n_way, mask, torch.float64)
     kernel = wide @ wide.mT * slack_penalty
@@ -45,7 +47,7 @@ def support_vector_weights(
     system = _NewtonSystem(kernel.detach(), share, multiplier)
     # One Newton step that knows where the kernel came from: its value is rounding, its derivative that of the solution.
     residual = (target - kernel @ (target - share) - multiplier - offset) * real[..., None]
-    dual = (target - share + system.solve(residual)) * real[..., None]
+    dual = (target - share + system.solve(residual, refinements=3)) * real[..., None]
     return (wide.mT @ dual * slack_penalty).to(features.dtype)
 
 
@@ -54,15 +56,20 @@ class _NewtonSystem:
 
     def __init__(self, kernel: Tensor, share: Tensor, multiplier: Tensor) -> None:
         floor = _FLOOR * kernel.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1)
-        self.kernel, self.diagonal = kernel, multiplier / share
-        self.inverse: CoupledInverse = coupled_inverse(kernel, 1 / (self.diagonal + floor[:, None, None]))
+        self.kernel, self.share, self.multiplier, self.diagonal = kernel, share, multiplier, multiplier / share
+        self.inverse = coupled_inverse(kernel, 1 / (self.diagonal + floor[:, None, None]))
 
-    def solve(self, table: Tensor) -> Tensor:
-        """The u (B, N, C) for r = `table`."""
+    def solve(self, table: Tensor, *, refinements: int) -> Tensor:
+        """The u (B, N, C) for r = `table`; each refinement takes back some of what the floor has changed."""
         found = self.inverse @ table
-        for _ in range(_REFINEMENTS):  # take back what the floor has changed, and rounding
+        for _ in range(refinements):
             found = found + self.inverse @ (table - self.kernel @ found - self.diagonal * found)
         return found
+
+    def direction(self, product: Tensor, residual: Tensor, rows: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
+        """The Newton step of shares and multipliers towards products of the two that are changed by `product`."""
+        move = self.solve((product / self.share - residual) * rows, refinements=refinements) * rows
+        return move, (product - self.multiplier * move) / self.share * rows
 
 
 # An operator of its own, so that a compiled graph calls the loop, which stops when it is done, instead of unrolling it.
@@ -90,18 +97,13 @@ def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor
         residual = target - kernel @ (target - share) - multiplier - offset
         gap = (products * rows).sum((1, 2), keepdim=True) / counts
         system = _NewtonSystem(kernel, share, multiplier)
-
-        def direction(product: Tensor) -> tuple[Tensor, Tensor]:
-            """The Newton step towards products of shares and multipliers changed by `product`."""
-            move = system.solve((product / share - residual) * rows) * rows  # noqa: B023  # called right here
-            return move, (product - multiplier * move) / share * rows  # noqa: B023
-
-        predicted = direction(-products)
+        predicted = system.direction(-products, residual, rows, refinements=0)
         length = _step_length(share, multiplier, predicted, 1.0)
         reached = (share + length * predicted[0]) * (multiplier + length * predicted[1])
         centering = ((reached * rows).sum((1, 2), keepdim=True) / counts / gap).clamp(min=0) ** 3
         aim = torch.maximum(centering * gap, end)
-        corrected = direction(aim - products - predicted[0] * predicted[1])
+        change = aim - products - predicted[0] * predicted[1]
+        corrected = system.direction(change, residual, rows, refinements=3)
         length = _step_length(share, multiplier, corrected, _TO_BOUNDARY)
         share = torch.where(active & rows, share + length * corrected[0], share)
         multiplier = torch.where(active & rows, multiplier + length * corrected[1], multiplier)

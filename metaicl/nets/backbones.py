@@ -53,30 +53,42 @@ class Conv4(nn.Module):
         channels: Filters per block; 64 in Snell et al. 2017, 32 in Finn et al. 2017.
         norm: Makes a normalization layer for a number of channels. The papers use batch norm; the default is
             group norm, which looks at one row at a time.
+        n_pools: Blocks that pool, the first ones; 2 in Sung et al. 2018 (`RelationNet`).
+        flatten: Give vectors; False gives maps (rows, channels, height, width).
+
+    Raises:
+        ValueError: If `n_pools` is not 0 to 4.
 
     Reference:
         Vinyals et al. 2016, arXiv:1606.04080, section 4.1.
     """
 
     def __init__(
-        self, in_channels: int = 1, *, channels: int = 64, norm: Callable[[int], nn.Module] = group_norm
+        self,
+        in_channels: int = 1,
+        *,
+        channels: int = 64,
+        norm: Callable[[int], nn.Module] = group_norm,
+        n_pools: int = 4,
+        flatten: bool = True,
     ) -> None:
         """Build the blocks."""
         super().__init__()
+        if check_count("n_pools", n_pools, minimum=0) > 4:
+            raise ValueError(f"n_pools must be at most 4, the number of blocks; got {n_pools}")
+        self.flatten = flatten
         blocks: list[nn.Module] = []
-        for n_in in (in_channels, channels, channels, channels):
-            # ceil_mode keeps images smaller than 16 pixels alive
-            blocks += [
-                nn.Conv2d(n_in, channels, 3, padding=1),
-                norm(channels),
-                nn.MaxPool2d(2, ceil_mode=True),
-                nn.ReLU(),  # the same numbers and slopes as before pooling, for a quarter of the places
-            ]
+        for i, n_in in enumerate((in_channels, channels, channels, channels)):
+            blocks += [nn.Conv2d(n_in, channels, 3, padding=1), norm(channels)]
+            if i < n_pools:
+                blocks.append(nn.MaxPool2d(2, ceil_mode=True))  # keeps images smaller than 16 pixels alive
+            blocks.append(nn.ReLU())  # the same numbers and slopes as before pooling, for a quarter of the places
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed images (rows, channels, height, width) as (rows, D)."""
-        return self.blocks(channels_last(x)).flatten(1)
+        """Embed images (rows, channels, height, width) as (rows, D), or as maps."""
+        maps = self.blocks(channels_last(x))
+        return maps.flatten(1) if self.flatten else maps
 
 
 _WORD_GAIN = 10.0  # a word is met rarely, so its vector has to move further in an update than shared layers do
@@ -155,10 +167,22 @@ def raw_or_encoded(spec: TaskSpec, encoder: nn.Module | None) -> nn.Module:
 
 
 def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
-    """D, the size of the encoder's output, found by one forward pass on zeros that leaves the encoder as it was.
+    """D, the size of the encoder's output; see `encoder_shape`.
 
     Raises:
         ValueError: If the encoder does not turn (rows, *x_shape) into (rows, D).
+    """
+    shape = encoder_shape(encoder, spec)
+    if len(shape) != 1:
+        raise ValueError(f"an encoder must turn {(2, *spec.x_shape)} into (2, D); got {(2, *shape)}")
+    return shape[0]
+
+
+def encoder_shape(encoder: nn.Module, spec: TaskSpec) -> tuple[int, ...]:
+    """Shape of one embedded row, found by one forward pass on zeros that leaves the encoder as it was.
+
+    Raises:
+        ValueError: If the encoder does not turn (rows, *x_shape) into (rows, ...).
     """
     parameter = next(encoder.parameters(), torch.empty(0))
     dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
@@ -173,9 +197,9 @@ def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if out.ndim != 2 or out.shape[0] != 2:
+    if out.ndim < 2 or out.shape[0] != 2:
         raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got {tuple(out.shape)}")
-    return out.shape[1]
+    return tuple(out.shape[1:])
 
 
 def encoder_norm(encoder: nn.Module, size: int) -> nn.Module:

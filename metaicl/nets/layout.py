@@ -14,7 +14,8 @@ def channels_last(x: Tensor) -> Tensor:
     if (
         x.device.type != "cpu"
         or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # has no stub
+        # torch has no public way to ask whether a transform of torch.func is at work, and this one has no stub
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
     ):
         return x
     rows, channels, height, width = x.shape

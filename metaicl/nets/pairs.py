@@ -4,11 +4,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaicl.checks import check_count
+from metaicl.nets.norm import mixes_rows
 
 _CONTRAST = 2.0  # of the start of a pair module, over torch's default: distances then tell a few classes apart at once
+_SHARPNESS = 10.0  # of the start of a neural tensor layer, as that of cosines in `Similarity`
+SLOW = 0.02
+"""What matrices between embeddings are multiples of where they start in the right place, as the identity does."""
 _PAIR_NUMBERS = 2**22  # hidden numbers of pairs worked on at a time: 16 MiB in float32
 
 
@@ -66,6 +71,92 @@ class PairMLP(nn.Module):
         return in_chunks(score, queries @ of_query.mT, classes.shape[0] * classes.shape[2] * self._width)
 
 
+class PairConv(nn.Module):
+    """A convolutional net on concatenated pairs (class, query) of feature maps with one output.
+
+    Twice 3 x 3 convolution, norm, ReLU and 2 x 2 max-pooling, then an MLP. The first convolution is linear in the
+    concatenation, as in `PairMLP`, so its two parts are computed once per class and once per query. Pairs need
+    O(Q C F h w) numbers; without autograd only for some queries at a time, unless the norm mixes rows.
+
+    A fresh module without norm is minus a random distance, largest where class and query coincide. The output has no
+    bias: a constant common to all classes changes no softmax over them.
+
+    Args:
+        shape: (channels, h, w) of a map.
+        filters: F of both convolutions; None takes the channels of the maps.
+        hidden: Widths of the hidden layers of the MLP.
+        norm: Makes a normalization layer for a number of channels; None leaves it out. The paper has batch norm, which
+            mixes pairs; group norm would take from a pair by how much its members differ.
+
+    Raises:
+        ValueError: If the shape is not that of a map, or a width is below one.
+
+    Reference:
+        Sung et al. 2018, arXiv:1711.06025, figure 2. Differs: no norm unless asked for; odd sides are rounded up in
+        pooling; a padding of one throughout.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        filters: int | None = None,
+        hidden: Sequence[int] = (8,),
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"shape must be (channels, h, w) of a feature map; got {tuple(shape)}")
+        channels, height, width = shape
+        filters = check_count("filters", channels if filters is None else filters)
+        norm = _no_norm if norm is None else norm
+        self.channels, self.first = channels, nn.Conv2d(2 * channels, filters, 3, padding=1)
+        second = nn.Conv2d(filters, filters, 3, padding=1)
+        layers = [norm(filters), *_pooled(), second, norm(filters), *_pooled(), nn.Flatten()]
+        n_in = filters * (-(-height // 4)) * (-(-width // 4))
+        for n_out in hidden:
+            layers += [nn.Linear(n_in, check_count("hidden", n_out)), nn.ReLU()]
+            n_in = n_out
+        last = nn.Linear(n_in, 1, bias=False)
+        self.rest = nn.Sequential(*layers, last)
+        self._numbers = filters * height * width
+        with torch.no_grad():
+            of_class, of_query = self.first.weight.split(channels, 1)
+            of_class *= _CONTRAST
+            of_query.copy_(-of_class)
+            last.weight.copy_(-last.weight.abs())
+            for layer in (self.first, *self.rest):
+                if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
+        """Scores (B, Q, C) of classes (B, C, channels, h, w) and queries (B, Q, channels, h, w)."""
+        of_class, of_query = self.first.weight.split(self.channels, 1)
+        parts = []
+        for maps, weight, bias in ((classes, of_class, self.first.bias), (queries, of_query, None)):
+            convolved = F.conv2d(maps.flatten(0, 1), weight, bias, padding=1)
+            parts.append(convolved.unflatten(0, maps.shape[:2]))
+        here, asked = parts[0][:, None], parts[1]
+
+        def score(some: Tensor) -> Tensor:
+            pairs = here + some[:, :, None]  # (B, some, C, F, h, w)
+            return self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3])
+
+        if mixes_rows(self.rest):
+            return score(asked)
+        return in_chunks(score, asked, classes.shape[0] * classes.shape[1] * self._numbers)
+
+
+def _pooled() -> tuple[nn.Module, nn.Module]:
+    return nn.MaxPool2d(2, ceil_mode=True), nn.ReLU()  # in this order, the same for a quarter of the places
+
+
+def _no_norm(channels: int) -> nn.Module:
+    """What stands where a norm would."""
+    return nn.Identity()
+
+
 class NeuralTensor(nn.Module):
     """A neural tensor layer: w . ReLU(c' M^[1:h] q), h bilinear forms of a class c and a query q.
 
@@ -78,23 +169,34 @@ class NeuralTensor(nn.Module):
 
     Reference:
         Socher et al. 2013, "Reasoning with neural tensor networks for knowledge base completion", equation 1, its
-        bilinear part. A slice starts as u u' + noise for a random u, and w starts positive: a fresh layer finds a
-        query more like a class the more random projections of the two agree, and training starts from there.
+        bilinear part. The slices start as a partition of the identity plus noise, and w positive: a fresh layer is
+        about 10 c'q / sqrt(D), and training starts from there. The slices are small multiples of what is trained: in
+        steps of a common size, h D^2 numbers that start in the right place would be lost before an encoder has moved.
     """
 
     def __init__(self, dim: int, *, n_slices: int = 100) -> None:
         """Draw the slices."""
         super().__init__()
         n_slices = check_count("n_slices", n_slices)
-        directions = torch.randn(n_slices, dim)
-        noise = torch.randn(n_slices, dim, dim)
-        self.slices = nn.Parameter((directions[:, :, None] * directions[:, None] + 0.1 * noise) / dim**0.5)
-        self.weight = nn.Parameter((1 + 0.1 * torch.randn(n_slices)) / n_slices)
+        places = torch.arange(max(n_slices, dim))
+        forms = 0.1 / dim * torch.randn(n_slices, dim, dim)
+        forms[places % n_slices, places % dim, places % dim] += 1
+        self.raw_slices = nn.Parameter(forms / SLOW)
+        size = (
+            _SHARPNESS * dim**-0.5 * min(1.0, dim / n_slices)
+        )  # where there are more slices than features, they recur
+        self.weight = nn.Parameter(size * (1 + 0.1 * torch.randn(n_slices)))
+
+    @property
+    def slices(self) -> Tensor:
+        """M (h, D, D)."""
+        return SLOW * self.raw_slices
 
     def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
         """Scores (B, Q, C) of classes (B, C, D) and queries (B, Q, D)."""
-        n_slices, dim = self.slices.shape[:2]
-        projected = classes @ self.slices.transpose(0, 1).flatten(1)  # (B, C, h D)
+        slices = self.slices
+        n_slices, dim = slices.shape[:2]
+        projected = classes @ slices.transpose(0, 1).flatten(1)  # (B, C, h D)
         projected = projected.unflatten(-1, (n_slices, dim)).flatten(1, 2).mT  # (B, D, C h)
 
         def score(rows: Tensor) -> Tensor:

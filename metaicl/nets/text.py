@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metaicl.checks import check_count
 from metaicl.functional import masked_mean
 from metaicl.nets.context import ContextBlock
+from metaicl.nets.lstm import BidirectionalLSTM
 
 _FAR = -1e9  # instead of minus infinity, so that a text without a token gets a finite answer
 
@@ -47,10 +48,11 @@ class TextCNN(nn.Module):
         """Build vectors and filters."""
         super().__init__()
         self.vectors = token_vectors(vocabulary, dim)
+        self.widths = tuple(widths)
         self.filters = nn.ModuleList(
-            nn.Conv1d(dim, check_count("filters", filters), check_count("widths", width)) for width in widths
+            nn.Conv1d(dim, check_count("filters", filters), check_count("widths", width)) for width in self.widths
         )
-        if not self.filters:
+        if not self.widths:
             raise ValueError("widths must name at least one width; got none")
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -58,8 +60,8 @@ class TextCNN(nn.Module):
         real = tokens != 0
         h = (self.vectors(tokens) * real[..., None]).mT  # (rows, dim, T)
         pooled = []
-        for one in self.filters:
-            answers = F.relu(one(F.pad(h, (0, one.kernel_size[0] - 1))))  # type: ignore[index]  # a convolution's
+        for width, one in zip(self.widths, self.filters, strict=True):
+            answers = F.relu(one(F.pad(h, (0, width - 1))))
             pooled.append((answers * real[:, None]).amax(-1))
         return torch.cat(pooled, -1)
 
@@ -67,8 +69,7 @@ class TextCNN(nn.Module):
 class BiLSTM(nn.Module):
     """A forward and a backward LSTM over the tokens, and the mean of their states weighted by learned attention.
 
-    The cells are written out: padding is passed over wherever it stands, everything has a second derivative, works
-    under `vmap`, and compiles.
+    Padding is passed over wherever it stands.
 
     Args:
         vocabulary: Token ids, padding (0) included.
@@ -95,45 +96,6 @@ class BiLSTM(nn.Module):
         """Embed token ids (rows, T) as (rows, D); a text without a token is the origin."""
         h, real = self.states(tokens), tokens != 0
         return (h * masked_softmax(self.attention(h)[..., 0], real)[..., None]).sum(-2)
-
-
-class BidirectionalLSTM(nn.Module):
-    """One layer of LSTM cells in both directions over sequences with gaps.
-
-    Args:
-        n_in: Size of the inputs.
-        hidden: Size of each direction's state; forget gates start at sigmoid(1).
-    """
-
-    def __init__(self, n_in: int, hidden: int) -> None:
-        """Draw the weights of both directions as torch does; the gates are new, enter, keep, leave."""
-        super().__init__()
-        self.hidden = check_count("hidden", hidden)
-        bound = hidden**-0.5
-        self.from_input = nn.Parameter(torch.empty(2, n_in, 4 * hidden).uniform_(-bound, bound))
-        self.from_state = nn.Parameter(torch.empty(2, hidden, 4 * hidden).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(2, 1, 4 * hidden))
-        with torch.no_grad():
-            self.bias[..., 2 * hidden : 3 * hidden] = 1.0
-
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """States (rows, T, 2 hidden) of inputs x (rows, T, n_in); a place that is not real is skipped, and zero."""
-        (n_rows, n_tokens), hidden = real.shape, self.hidden
-        drive = (x.flatten(0, 1) @ self.from_input).unflatten(1, (n_rows, n_tokens)) + self.bias[:, None]
-        drive = torch.stack([drive[0], drive[1].flip(1)])  # both directions step together
-        here = torch.stack([real, real.flip(1)])[..., None]
-        state = memory = drive.new_zeros(2, n_rows, hidden)
-        course = []
-        for t in range(n_tokens):
-            gates = drive[:, :, t] + state @ self.from_state
-            enter, keep, leave = torch.sigmoid(gates[..., hidden:]).chunk(3, -1)
-            next_memory = keep * memory + enter * torch.tanh(gates[..., :hidden])
-            next_state = leave * torch.tanh(next_memory)
-            memory = torch.where(here[:, :, t], next_memory, memory)
-            state = torch.where(here[:, :, t], next_state, state)
-            course.append(state)
-        forward, backward = torch.stack(course, 2)
-        return torch.cat([forward, backward.flip(1)], -1) * real[..., None]
 
 
 class WordTransformer(nn.Module):
@@ -166,7 +128,8 @@ class WordTransformer(nn.Module):
         h = vectors + sinusoids(tokens.shape[1], vectors.shape[-1], like=vectors)
         visible = (real | ~real.any(1, keepdim=True))[:, None, None]  # attention needs something to look at
         for block in self.blocks:
-            h = block(h, *block.keys_values(h), visible)  # type: ignore[operator]  # a ContextBlock's
+            assert isinstance(block, ContextBlock)  # nn.ModuleList does not know its element type
+            h = block(h, *block.keys_values(h), visible)
         return self.norm(h) * real[..., None]
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from metric_helpers import solution_slope_gaps
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from metaicl.convex import logistic
+from metaicl.convex.coupled import coupled_inverse
 from metaicl.convex.logistic import logistic_weights
 from metaicl.functional import class_weights
 
@@ -33,21 +36,11 @@ def test_equals_scikit_learn(n_way: int, n_shot: int, dim: int, penalty: float) 
 @pytest.mark.parametrize(("n_way", "n_shot", "dim", "penalty"), CASES)
 def test_gradient_is_the_slope_of_the_solution(n_way: int, n_shot: int, dim: int, penalty: float) -> None:
     features, y = rows(n_way, n_shot, dim)
-    source = torch.Generator().manual_seed(1)
-    way = torch.randn(features.shape, generator=source, dtype=torch.float64)
-    pull = torch.randn(2, dim, n_way, generator=source, dtype=torch.float64)
-
-    def value(at: Tensor, price: Tensor | float) -> Tensor:
-        return (logistic_weights(at, y, n_way, penalty=price) * pull).sum()
-
-    at, price = features.clone().requires_grad_(), torch.tensor(penalty, dtype=torch.float64, requires_grad=True)
-    slope, price_slope = torch.autograd.grad(value(at, price), (at, price))
-    step = 1e-5
-    measured = float(value(features + step * way, penalty) - value(features - step * way, penalty)) / (2 * step)
-    assert abs(measured - float((slope * way).sum())) <= 1e-7 * float((slope * way).abs().sum())
-    step = 1e-4
-    measured = float(value(features, penalty * (1 + step)) - value(features, penalty * (1 - step))) / (2 * step)
-    assert abs(measured - penalty * float(price_slope)) <= 1e-6 * (1 + abs(measured))
+    gaps = solution_slope_gaps(
+        lambda at, price: logistic_weights(at, y, n_way, penalty=price), features, penalty, steps=(1e-5, 1e-4)
+    )
+    assert gaps[0] <= 1e-7
+    assert gaps[1] <= 1e-6
 
 
 def test_masked_rows_are_absent_and_repeated_rows_are_fine() -> None:
@@ -70,3 +63,19 @@ def test_converges_where_undamped_newton_steps_diverge() -> None:
         rest = (x.mT @ error + penalty * found).abs().max() / scale
         assert float(rest) < 1e-7
         assert bool(logistic_weights(x.float(), y, 3, penalty=penalty).isfinite().all())
+
+
+def test_tasks_do_not_meet_and_few_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task alone needs damping; at usual sizes and penalties seven factorizations are enough."""
+    source, calls = torch.Generator().manual_seed(0), []
+    hard = torch.randn(1, 20, 8, generator=source, dtype=torch.float64)
+    features, y = torch.cat([hard, 0.1 * hard.flip(1)]), torch.arange(20).expand(2, -1)
+    both = logistic_weights(features, y, 20, penalty=1e-3)
+    single = torch.cat([logistic_weights(features[i : i + 1], y[:1], 20, penalty=1e-3) for i in range(2)])
+    assert float((single - both).abs().max()) <= 1e-12 * float(both.abs().max())
+    error = torch.softmax(features @ both, -1) - class_weights(y, 20, None, torch.float64)
+    assert float((features.mT @ error + 1e-3 * both).abs().max()) <= 1e-10
+    monkeypatch.setattr(logistic, "coupled_inverse", lambda *table: calls.append(1) or coupled_inverse(*table))
+    features, y = rows(5, 5, 64)
+    logistic_weights(features, y, 5, penalty=0.1)
+    assert len(calls) <= 7

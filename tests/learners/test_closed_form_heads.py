@@ -155,6 +155,7 @@ def test_repeated_and_contradictory_rows_are_finite_in_float32(name: str) -> Non
     [
         (lambda: SVMHead(CLASSES.spec, slack_penalty=0), "slack_penalty must be a finite number > 0; got 0"),
         (lambda: SVMHead(CLASSES.spec, temperature=-1), "temperature must be a finite number > 0; got -1"),
+        (lambda: RidgeHead(SINES.spec, temperature=0), "temperature must be a finite number > 0; got 0"),
         (lambda: LogisticHead(CLASSES.spec, penalty=0), "penalty must be a finite number > 0; got 0"),
         (lambda: SVMHead(SINES.spec), "SVMHead serves classification, not regression; use RidgeHead instead"),
         (lambda: LogisticHead(SINES.spec), "LogisticHead serves classification, not regression; use RidgeHead instead"),

@@ -73,7 +73,7 @@ def test_without_its_attention_it_is_a_prototypical_network() -> None:
         nn.init.zeros_(parameter)
     protonet = ProtoNet(CLASSES.spec, encoder=learner.encoder).double()
     with torch.no_grad():
-        protonet.log_temperature.copy_(learner.similarity.log_temperature)
+        protonet.similarity.log_temperature.copy_(learner.similarity.log_temperature)
     torch.testing.assert_close(
         log_probabilities(learner, episode), log_probabilities(protonet, episode), rtol=0, atol=1e-12
     )

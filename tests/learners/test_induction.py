@@ -26,11 +26,11 @@ def routed(rows: Tensor, steps: int) -> Tensor:
 
 def scores_by_loops(learner: InductionNet, episode: Episode, task: int) -> Tensor:
     rows, y = real_rows(episode.support, learner.encoder, task)
-    rows = torch.stack([squashed(learner.transform(row)) for row in rows])
+    rows = torch.stack([squashed(row + 0.02 * learner.transform(row)) for row in rows])
     scores = torch.zeros(episode.query.n_rows, 3, dtype=torch.float64)
     for q, query in enumerate(learner.encoder(episode.query.x[task])):
         for label in range(3):
-            vector = routed(rows[y == label], learner.routing_steps)
+            vector = routed(rows[y == label], learner.steps)
             slices = [(vector @ one @ query).clamp(min=0) for one in learner.relation.slices]
             scores[q, label] = sum(w * s for w, s in zip(learner.relation.weight, slices, strict=True))
     return scores
@@ -39,7 +39,7 @@ def scores_by_loops(learner: InductionNet, episode: Episode, task: int) -> Tenso
 @pytest.mark.parametrize("steps", [1, 3])
 def test_equals_plain_loops(steps: int) -> None:
     encoder = smooth()
-    settings = {"encoder": encoder, "routing_steps": steps, "n_slices": 5}
+    settings = {"encoder": encoder, "steps": steps, "n_slices": 5}
     learner, episode = seeded(lambda: InductionNet(CLASSES.spec, **settings)), uneven()
     assert isinstance(learner, InductionNet)
     expected = scores_of(learner, lambda task: scores_by_loops(learner, episode, task))

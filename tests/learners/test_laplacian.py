@@ -1,14 +1,12 @@
-"""Laplacian-regularized assignments: plain loops, the objective that falls, and that it helps."""
+"""Laplacian-regularized assignments: plain loops, and who is a neighbor. See also test_transductive.py."""
 
 import pytest
 import torch
 from gradient_helpers import CLASSES, seeded
 from metric_helpers import log_probabilities, real_rows, scores_of, smooth, uneven
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaicl.learners.metric.laplacian import LaplacianShot, nearest_neighbors
-from metaicl.learners.metric.protonet import ProtoNet
-from metaicl.tasks.gaussians import GaussianClasses
 
 
 def neighbors_by_sorting(rows: Tensor, k: int) -> list[list[int]]:
@@ -19,9 +17,9 @@ def neighbors_by_sorting(rows: Tensor, k: int) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("neighbors", "steps"), [(2, 5), (99, 1)])
-def test_equals_plain_loops(neighbors: int, steps: int) -> None:
-    settings = {"encoder": smooth(), "neighbors": neighbors, "steps": steps, "strength": 0.6}
+@pytest.mark.parametrize(("k", "steps"), [(2, 5), (99, 1)])
+def test_equals_plain_loops(k: int, steps: int) -> None:
+    settings = {"encoder": smooth(), "k": k, "steps": steps, "strength": 0.6}
     learner, episode = seeded(lambda: LaplacianShot(CLASSES.spec, **settings)), uneven()
     factor, strength = learner.similarity.log_temperature.exp(), learner.log_strength.exp()
 
@@ -30,30 +28,13 @@ def test_equals_plain_loops(neighbors: int, steps: int) -> None:
         centers = [rows[y == label].mean(0) for label in range(3)]
         queries = learner.encoder(episode.query.x[task])
         alone = torch.stack([torch.stack([-factor * ((q - c) ** 2).sum() for c in centers]) for q in queries])
-        near, logits = neighbors_by_sorting(queries, neighbors), alone
+        near, logits = neighbors_by_sorting(queries, k), alone
         for _ in range(steps):
             shares = logits.softmax(-1)
             logits = torch.stack([alone[q] + strength * shares[near[q]].sum(0) for q in range(len(queries))])
         return logits
 
     torch.testing.assert_close(log_probabilities(learner, episode), scores_of(learner, score), rtol=0, atol=1e-10)
-
-
-def test_without_steps_it_is_a_prototypical_network() -> None:
-    encoder, episode = smooth().double(), uneven()
-    ours = LaplacianShot(CLASSES.spec, encoder=encoder, steps=0).double()
-    theirs = ProtoNet(CLASSES.spec, encoder=encoder).double()
-    torch.testing.assert_close(log_probabilities(ours, episode), log_probabilities(theirs, episode), rtol=0, atol=1e-12)
-
-
-def test_masked_queries_are_nobodys_neighbors() -> None:
-    learner, episode = seeded(lambda: LaplacianShot(CLASSES.spec, encoder=smooth())), uneven()
-    assert learner.traits.transductive
-    alone = learner(episode.support, episode.query.x).logits.detach()
-    padded = learner(episode.support, episode.query.pad(9).x).logits.detach()
-    torch.testing.assert_close(padded[:, : alone.shape[1]], alone, rtol=0, atol=1e-12)
-    one = learner(episode.support, episode.query.x[:, :1]).logits.detach()  # no neighbors at all
-    assert float((one - alone[:, :1]).abs().max()) > 1e-3
 
 
 def test_neighborhoods_are_constants_of_the_right_size() -> None:
@@ -65,14 +46,3 @@ def test_neighborhoods_are_constants_of_the_right_size() -> None:
     assert found[0].sum(-1).tolist() == [3.0] * 7
     assert found[1].sum(-1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]  # of two filled rows, itself left out
     assert float(found.diagonal(dim1=1, dim2=2).sum()) == 0
-
-
-def test_queries_help_where_classes_are_clusters() -> None:
-    tasks = GaussianClasses(n_way=5, dim=16, radius=1.0)
-    settings = {"encoder": nn.Identity(), "temperature": 0.25}
-    learners = [ProtoNet(tasks.spec, **settings), LaplacianShot(tasks.spec, neighbors=5, **settings)]
-    generator = torch.Generator().manual_seed(0)
-    episode = tasks.sample(200, split="test", n_shot=1, n_query=15, generator=generator)
-    found = [(one(episode.support, episode.query.x).probs.argmax(-1) == episode.query.y).float() for one in learners]
-    gain = (found[1] - found[0]).mean(1)
-    assert float(gain.mean() - 2 * gain.std() / len(gain) ** 0.5) > 0.02

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metaicl.episode import Examples
 from metaicl.learners.metric.matching import MatchingNet, sum_by_class
 from metaicl.learners.metric.protonet import ProtoNet
-from metaicl.nets.full_context import AttentionalLSTM, BidirectionalLSTM
+from metaicl.nets.full_context import AttentionalLSTM, SupportLSTM
 
 
 def attention_by_loops(queries: Tensor, rows: Tensor, y: Tensor, distance: str, temperature: float) -> Tensor:
@@ -41,23 +41,29 @@ def test_equals_attention_by_loops(distance) -> None:
     torch.testing.assert_close(log_probabilities(learner, episode), scores_of(learner, score), rtol=0, atol=1e-10)
 
 
+def as_torch(gates: Tensor) -> Tensor:
+    """Gates (4H, ...) in torch's order: enter, keep, new, leave."""
+    new, enter, keep, leave = gates.chunk(4)
+    return torch.cat([enter, keep, new, leave])
+
+
 def test_full_context_equals_torch_lstms() -> None:
     learner = seeded(lambda: MatchingNet(CLASSES.spec, encoder=smooth(), full_context=True, reading_steps=2))
     episode, dim = uneven(), 6
     both = nn.LSTM(dim, dim, batch_first=True, bidirectional=True).double()
     support, query = learner.read_support, learner.read_query
-    assert isinstance(support, BidirectionalLSTM)
+    assert isinstance(support, SupportLSTM)
     assert isinstance(query, AttentionalLSTM)
-    with torch.no_grad():
-        for which, suffix in enumerate(("l0", "l0_reverse")):
-            getattr(both, f"weight_ih_{suffix}").copy_(support.from_row[which].weight)
-            getattr(both, f"bias_ih_{suffix}").copy_(support.from_row[which].bias)
-            getattr(both, f"weight_hh_{suffix}").copy_(support.from_hidden[which].weight)
-            getattr(both, f"bias_hh_{suffix}").zero_()
+    cells = support.cells
     cell_of = nn.LSTMCell(3 * dim, dim).double()  # on [query, hidden, read], without a recurrent part of its own
     with torch.no_grad():
-        cell_of.weight_ih.copy_(torch.cat([query.from_query.weight, query.from_read.weight], 1))
-        cell_of.bias_ih.copy_(query.from_query.bias)
+        for which, suffix in enumerate(("l0", "l0_reverse")):
+            getattr(both, f"weight_ih_{suffix}").copy_(as_torch(cells.from_input[which].T))
+            getattr(both, f"weight_hh_{suffix}").copy_(as_torch(cells.from_state[which].T))
+            getattr(both, f"bias_ih_{suffix}").copy_(as_torch(cells.bias[which, 0]))
+            getattr(both, f"bias_hh_{suffix}").zero_()
+        cell_of.weight_ih.copy_(as_torch(torch.cat([query.from_query.weight, query.from_read.weight], 1)))
+        cell_of.bias_ih.copy_(as_torch(query.from_query.bias))
         cell_of.weight_hh.zero_()
         cell_of.bias_hh.zero_()
 

@@ -1,21 +1,30 @@
 """What all metric heads share: masks, missing classes, coincident points, large episodes, inputs of every kind."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
 import torch
 from gradient_helpers import CLASSES, SINES, draw, masking_gap, pictures, seeded, worst_slope_error
 from metric_helpers import coincident, largest_tensor, many_classes, smooth
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from metaicl.episode import Examples
+from metaicl.learners.metric.baseline import Baseline, BaselinePlusPlus
+from metaicl.learners.metric.deep_kernel import DeepKernel
 from metaicl.learners.metric.feat import FEAT
 from metaicl.learners.metric.induction import InductionNet
 from metaicl.learners.metric.laplacian import LaplacianShot
+from metaicl.learners.metric.logistic_head import LogisticHead
 from metaicl.learners.metric.matching import MatchingNet
+from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.metric.relation import RelationNet
 from metaicl.learners.metric.ridge_head import RidgeHead
+from metaicl.learners.metric.simple_shot import SimpleShot
 from metaicl.learners.metric.soft_kmeans import SoftKMeansProtoNet
+from metaicl.learners.metric.svm_head import SVMHead
 from metaicl.learners.reference.simple import NearestNeighbors
 from metaicl.nets.backbones import Conv4
 from metaicl.objectives import query_loss
@@ -31,10 +40,21 @@ HEADS = {
     "InductionNet": partial(InductionNet, n_slices=6),
     "FEAT": FEAT,
     "FEAT by cosine": partial(FEAT, distance="cosine"),
-    "SoftKMeansProtoNet": partial(SoftKMeansProtoNet, refinements=2),
+    "SoftKMeansProtoNet": partial(SoftKMeansProtoNet, steps=2),
     "LaplacianShot": partial(LaplacianShot, steps=4),
 }
 EACH = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+OTHERS = {
+    "ProtoNet": ProtoNet,
+    "RidgeHead": RidgeHead,
+    "LogisticHead": LogisticHead,
+    "SVMHead": SVMHead,
+    "DeepKernel": DeepKernel,
+    "Baseline": partial(Baseline, steps=5),
+    "BaselinePlusPlus": partial(BaselinePlusPlus, steps=5),
+    "SimpleShot": partial(SimpleShot, features="L2N"),
+}
+EVERY = pytest.mark.parametrize("head", (HEADS | OTHERS).values(), ids=HEADS | OTHERS)
 
 
 @EACH
@@ -126,13 +146,13 @@ def test_regression_is_refused_and_says_who_serves_it(head) -> None:
     [
         (partial(MatchingNet, distance="euclidian"), "did you mean 'euclidean'"),
         (partial(MatchingNet, temperature=0.0), "temperature must be a finite number > 0; got 0.0"),
-        (partial(MatchingNet, full_context=True, reading_steps=0), "steps must be an int >= 1; got 0"),
+        (partial(MatchingNet, full_context=True, reading_steps=0), "reading_steps must be an int >= 1; got 0"),
         (partial(RelationNet, hidden=()), "at least one layer"),
         (partial(RelationNet, hidden=(0,)), "hidden must be an int >= 1; got 0"),
-        (partial(InductionNet, routing_steps=0), "routing_steps must be an int >= 1; got 0"),
+        (partial(InductionNet, steps=0), "steps must be an int >= 1; got 0"),
         (partial(InductionNet, n_slices=0), "n_slices must be an int >= 1; got 0"),
-        (partial(SoftKMeansProtoNet, refinements=-1), "refinements must be an int >= 0; got -1"),
-        (partial(LaplacianShot, neighbors=0), "neighbors must be an int >= 1; got 0"),
+        (partial(SoftKMeansProtoNet, steps=-1), "steps must be an int >= 0; got -1"),
+        (partial(LaplacianShot, k=0), "k must be an int >= 1; got 0"),
         (partial(LaplacianShot, steps=-1), "steps must be an int >= 0; got -1"),
         (partial(LaplacianShot, strength=-1.0), "strength must be a finite number > 0; got -1.0"),
     ],
@@ -170,6 +190,37 @@ def test_a_little_training_beats_the_nearest_neighbor(name: str) -> None:
             for one in (learner, NearestNeighbors(tasks.spec, k=1))
         )
     assert float(found) > float(nearest) + 0.02
+
+
+@EVERY
+def test_copies_and_other_layouts_in_memory_give_the_same_answer(head) -> None:
+    learner, episode = seeded(lambda: head(CLASSES.spec, encoder=smooth())), draw(CLASSES)
+    support, x = episode.support, episode.query.x
+    expected = learner(support, x).logits.detach()
+    loaded = head(CLASSES.spec, encoder=smooth()).double().eval()
+    loaded.load_state_dict(learner.state_dict())
+    copies = (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner)), loaded)
+    assert all(torch.equal(one(support, x).logits, expected) for one in copies)
+    state = copy.deepcopy(tree_map(Tensor.detach, learner.adapt(support)))
+    assert torch.equal(learner.predict(state, x).logits, expected)
+    turned = [leaf.transpose(0, 1).contiguous().transpose(0, 1) for leaf in (support.x, support.y, x)]
+    assert not turned[0].is_contiguous()
+    again = learner(Examples(turned[0], turned[1]), turned[2]).logits.detach()
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-12)
+
+
+@EVERY
+def test_half_precision_and_empty_parts_are_served(head) -> None:
+    learner, episode = seeded(lambda: head(CLASSES.spec, encoder=smooth())).bfloat16(), draw(CLASSES)
+    episode = episode.to(dtype=torch.bfloat16)
+    support, x = episode.support, episode.query.x
+    assert learner(support, x[:, :0]).logits.shape == (3, 0, 3)
+    answers = [learner(support, x), learner(support.rows(slice(0)), x)]
+    assert all(bool(answer.probs.isfinite().all()) for answer in answers)
+    slopes = torch.autograd.grad(
+        answers[0].log_prob(episode.query.y).sum(), list(learner.parameters()), allow_unused=True
+    )
+    assert all(bool(slope.isfinite().all()) for slope in slopes if slope is not None)
 
 
 @EACH

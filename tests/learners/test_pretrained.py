@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_helpers import CLASSES, SINES, draw, seeded
-from metric_helpers import uneven
+from metric_helpers import real_rows, uneven
 from torch import Tensor, nn
 from training_helpers import assert_resume_is_exact
 
@@ -58,10 +58,10 @@ def losses_by_hand(learner: PretrainedLearner, episode: Episode, classes: Tensor
             for x, row, real in zip(part.x[task], part.ids[task], part.real[task], strict=True):
                 if real:
                     features, weight = learner.encoder(x[None])[0], learner.classifier.weight
-                    if learner.class_scale is None:
+                    if learner.class_temperature is None:
                         scores = weight @ features + learner.classifier.bias
                     else:
-                        scores = learner.class_scale * F.cosine_similarity(weight, features[None])
+                        scores = learner.class_temperature * F.cosine_similarity(weight, features[None])
                     true = int((split == classes[row]).nonzero())
                     rows.append(-scores.log_softmax(0)[true])
         total.append(torch.stack(rows).mean())
@@ -176,14 +176,18 @@ def head_by_sgd(rows: Tensor, y: Tensor, lr: float, steps: int) -> tuple[Tensor,
     return weight.detach(), bias.detach()
 
 
+def embedded(learner: Learner, episode: Episode, task: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The embedded real support rows of a task, their labels, and its embedded queries."""
+    with torch.no_grad():
+        return *real_rows(episode.support, learner.encoder, task), learner.encoder(episode.query.x[task])
+
+
 def test_baseline_head_equals_a_loop_over_tasks() -> None:
     learner, episode = seeded(lambda: Baseline(CLASSES.spec, encoder=smooth(), steps=25)), uneven()
     found = learner(episode.support, episode.query.x).logits
     for task in range(3):
-        keep = episode.support.real[task]
-        with torch.no_grad():
-            rows, queries = learner.encoder(episode.support.x[task, keep]), learner.encoder(episode.query.x[task])
-        weight, bias = head_by_sgd(rows, episode.support.y[task, keep], 1.0, 25)
+        rows, y, queries = embedded(learner, episode, task)
+        weight, bias = head_by_sgd(rows, y, 1.0, 25)
         expected = (queries @ weight.T + bias).log_softmax(-1)
         assert float((found[task] - expected).detach().abs().max()) <= 1e-10
 
@@ -192,10 +196,8 @@ def test_cosine_head_equals_a_loop_over_tasks() -> None:
     learner, episode = seeded(lambda: BaselinePlusPlus(CLASSES.spec, encoder=smooth(), steps=25)), uneven()
     found = learner(episode.support, episode.query.x).logits
     for task in range(3):
-        keep = episode.support.real[task]
-        with torch.no_grad():
-            rows, queries = learner.encoder(episode.support.x[task, keep]), learner.encoder(episode.query.x[task])
-        rows, queries, y = F.normalize(rows), F.normalize(queries), episode.support.y[task, keep]
+        rows, y, queries = embedded(learner, episode, task)
+        rows, queries = F.normalize(rows), F.normalize(queries)
         weight = F.normalize(torch.stack([rows[y == label].mean(0) for label in range(3)])).requires_grad_()
         speed = torch.zeros_like(weight)
         for _ in range(25):
@@ -251,7 +253,7 @@ def test_a_class_without_rows_gives_finite_answers(kind: type[PretrainedLearner]
     ("make", "message"),
     [
         (lambda: Baseline(CLASSES.spec, steps=0), "steps must be an int >= 1; got 0"),
-        (lambda: BaselinePlusPlus(CLASSES.spec, scale=0), "scale must be a finite number > 0; got 0"),
+        (lambda: BaselinePlusPlus(CLASSES.spec, temperature=0), "temperature must be a finite number > 0; got 0"),
         (lambda: Baseline(SINES.spec), "Baseline serves classification, not regression; use RidgeHead instead"),
         (lambda: SimpleShot(CLASSES.spec, features="CL2"), "features must be one of"),
         (lambda: ask(SimpleShot(CLASSES.spec)), r"call prepare\(tasks, seed=...\) first"),

@@ -54,13 +54,13 @@ def test_the_answer_is_the_softmax_of_distances_to_the_means():
                 gaps = 1 - torch.nn.functional.cosine_similarity(query.x[b][:, None], means[None], dim=-1)
             else:
                 gaps = torch.cdist(query.x[b], means).square()
-            expected = torch.log_softmax(-learner.log_temperature.exp() * gaps, -1)
+            expected = torch.log_softmax(-learner.similarity.log_temperature.exp() * gaps, -1)
             assert float((found[b] - expected).detach().abs().max()) < 1e-10
 
 
 def test_a_scale_suits_each_distance():
     for distance, scale in (("euclidean", 3**-0.5), ("cosine", 10.0)):
-        assert nearest_mean(distance=distance).log_temperature.exp().item() == pytest.approx(scale)
+        assert nearest_mean(distance=distance).similarity.log_temperature.exp().item() == pytest.approx(scale)
     with pytest.raises(ValueError, match=r"distance must be one of .*; got 'cosin'; did you mean 'cosine'\?"):
         nearest_mean(distance="cosin")
     with pytest.raises(ValueError, match="use RidgeHead instead"):

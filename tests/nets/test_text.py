@@ -6,8 +6,8 @@ from torch import nn
 
 from metaicl.learners.gradient.maml import MAML
 from metaicl.nets.backbones import BagOfWords, EncoderWithHead
+from metaicl.nets.lstm import BidirectionalLSTM
 from metaicl.nets.text import (
-    BidirectionalLSTM,
     BiLSTM,
     HasTokenStates,
     TextCNN,

@@ -109,7 +109,7 @@ def test_any_function_is_an_encoder() -> None:
     encoder = FrozenFeatures(lambda x: x.numpy() ** 2, 4)
     learner = ProtoNet(TaskSpec("classification", (4,), n_way=2), encoder=encoder)
     assert encoder(torch.full((2, 4), 3.0)).eq(9).all()
-    assert [name for name, _ in learner.named_parameters()] == ["log_temperature"]
+    assert [name for name, _ in learner.named_parameters()] == ["similarity.log_temperature"]
 
 
 def test_a_frozen_module_stays_outside_but_moves_along() -> None:

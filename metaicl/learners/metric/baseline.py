@@ -11,7 +11,6 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, masked_mean, prototypes, unit_rows
 from metaicl.learners.metric.pretraining import PretrainedLearner
-from metaicl.nets.backbones import encode
 from metaicl.spec import TaskSpec
 
 _MOMENTUM = 0.9
@@ -45,7 +44,7 @@ class Baseline(PretrainedLearner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Weights (B, D + 1, C), the bias last."""
-        features = _with_bias(encode(self.encoder, support.x)) * support.real[..., None]
+        features = _with_bias(self.embed(support.x)) * support.real[..., None]
         targets = class_weights(support.y, self.spec.output_size, support.mask, features.dtype)
         count = support.real.sum(1).clamp(min=1)[:, None, None]
         size = features.square().sum((1, 2), keepdim=True) / count
@@ -59,7 +58,7 @@ class Baseline(PretrainedLearner[Tensor]):
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """Softmax of linear scores."""
-        return categorical(_with_bias(encode(self.encoder, x)) @ state)
+        return categorical(_with_bias(self.embed(x)) @ state)
 
 
 class BaselinePlusPlus(PretrainedLearner[Tensor]):
@@ -69,8 +68,8 @@ class BaselinePlusPlus(PretrainedLearner[Tensor]):
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
         steps: Updates of the head.
-        lr: Step size, in units of the inverse square of the scale.
-        scale: Factor on the cosines; the authors' code has 2 for up to 200 classes and 10 for more.
+        lr: Step size, in units of the inverse square of the temperature.
+        temperature: Factor on the cosines, not learned; the authors' code has 2 for up to 200 classes and 10 for more.
 
     Raises:
         TypeError: If a count is no int.
@@ -88,34 +87,35 @@ class BaselinePlusPlus(PretrainedLearner[Tensor]):
         encoder: nn.Module | None = None,
         steps: int = 100,
         lr: float = 1.0,
-        scale: float = 10.0,
+        temperature: float = 10.0,
     ) -> None:
         """Check the settings."""
-        super().__init__(spec, encoder=encoder, class_scale=check_positive("scale", scale))
-        self.steps, self.lr, self.scale = check_count("steps", steps), check_positive("lr", lr), float(scale)
+        super().__init__(spec, encoder=encoder, class_temperature=check_positive("temperature", temperature))
+        self.steps, self.lr = check_count("steps", steps), check_positive("lr", lr)
+        self.temperature = float(temperature)
 
     def adapt(self, support: Examples) -> Tensor:
         """Directions (B, C, D)."""
-        features = unit_rows(encode(self.encoder, support.x))
+        features = unit_rows(self.embed(support.x))
         targets = class_weights(support.y, self.spec.output_size, support.mask, features.dtype)
         count = support.real.sum(1).clamp(min=1)[:, None, None]
 
         def slope(weights: Tensor) -> Tensor:
             length = (weights.square().sum(-1, keepdim=True) + 1e-12).sqrt()
             directions = weights / length
-            error = torch.softmax(self.scale * features @ directions.mT, -1) - targets
-            pull = (error * support.real[..., None]).mT @ features / count / self.scale
+            error = torch.softmax(self.temperature * features @ directions.mT, -1) - targets
+            pull = (error * support.real[..., None]).mT @ features / count / self.temperature
             across = pull - directions * (directions * pull).sum(-1, keepdim=True)
-            return across / length + _WEIGHT_DECAY * weights / self.scale**2
+            return across / length + _WEIGHT_DECAY * weights / self.temperature**2
 
         means = prototypes(features, support.y, self.spec.output_size, support.mask)
         present = targets.sum(1)[..., None] > 0
-        start = torch.where(present, means, masked_mean(features, support.mask, 1)[:, None])
+        start = torch.where(present, means, masked_mean(features, support.real, 1)[:, None])
         return unit_rows(_descend(slope, unit_rows(start), self.lr, self.steps))
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """Softmax of scaled cosines."""
-        return categorical(self.scale * unit_rows(encode(self.encoder, x)) @ state.mT)
+        return categorical(self.temperature * unit_rows(self.embed(x)) @ state.mT)
 
 
 def _descend(slope: Callable[[Tensor], Tensor], start: Tensor, lr: float, steps: int) -> Tensor:

@@ -19,8 +19,7 @@ from metaicl.functional import (
     squared_distances,
     unit_rows,
 )
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import EmbeddingLearner, solvable
 from metaicl.objectives import stream_of
 from metaicl.spec import TaskSpec
 
@@ -43,7 +42,7 @@ class ProcessState(NamedTuple):
     whitened: Tensor
 
 
-class DeepKernel(Learner[ProcessState]):
+class DeepKernel(EmbeddingLearner[ProcessState]):
     """Exact Gaussian process regression with zero mean on embeddings; labels are regressed as +1 against -1.
 
     Regression answers with the posterior predictive, noise included. Classification fits one process for each class
@@ -69,8 +68,6 @@ class DeepKernel(Learner[ProcessState]):
         the means; one kernel and one noise for all classes, or outputs; "cosine" has no batch normalization before it.
     """
 
-    traits = Traits()
-
     def __init__(
         self,
         spec: TaskSpec,
@@ -81,10 +78,7 @@ class DeepKernel(Learner[ProcessState]):
         temperature: float = 4.0,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        encoder_dim(self.encoder, spec)  # for its check
+        super().__init__(spec, encoder)
         default = "cosine" if spec.kind == "classification" else "rbf"
         self.kernel = check_choice("kernel", default if kernel is None else kernel, KERNELS)
         self.raw_noise = nn.Parameter(torch.tensor(inverse_positive(check_positive("noise", noise), name="noise")))
@@ -127,7 +121,7 @@ class DeepKernel(Learner[ProcessState]):
         return 0.5 * (state.whitened.square().sum((-1, -2)) + outputs * (log_determinant + constant))
 
     def _features(self, x: Tensor) -> Tensor:
-        embedded = encode(self.encoder, x)
+        embedded = solvable(self.embed(x))
         return embedded / embedded.shape[-1] ** 0.5
 
     def _targets(self, examples: Examples, dtype: torch.dtype) -> Tensor:

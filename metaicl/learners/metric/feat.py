@@ -8,8 +8,8 @@ from metaicl.checks import check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, class_weights, masked_mean, prototypes
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learner import Learner
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.similarity import Distance, Similarity
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
@@ -41,7 +41,7 @@ class SetAttention(nn.Module):
         return rows + self.project(weights @ self.to_value(rows))
 
 
-class FEAT(Learner[Tensor]):
+class FEAT(EmbeddingLearner[Tensor]):
     """A prototypical network whose prototypes are adapted to the task by self-attention among them.
 
     A 1,000-way episode needs O(C^2 + Q C) numbers beside the embeddings.
@@ -50,7 +50,7 @@ class FEAT(Learner[Tensor]):
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
         distance: "euclidean" (squared distances) or "cosine", of queries and adapted prototypes.
-        temperature: Start of the learned factor on the distance; None takes 1 / sqrt(D) for distances, 10 for cosines.
+        temperature: Start of the learned factor on the scores; None takes 1 / sqrt(D) for distances, 10 for cosines.
         learn_temperature: Train the factor.
 
     Raises:
@@ -64,7 +64,7 @@ class FEAT(Learner[Tensor]):
         queries' labels, so it is an objective, `ContrastedLoss`.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
@@ -76,25 +76,22 @@ class FEAT(Learner[Tensor]):
         learn_temperature: bool = True,
     ) -> None:
         """Build the encoder where none is given, and the attention."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        dim = encoder_dim(self.encoder, spec)
-        self.attend = SetAttention(dim)
+        super().__init__(spec, encoder)
+        self.attend = SetAttention(self.feature_dim)
         self.similarity = Similarity(
-            dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
+            self.feature_dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
         )
 
     def adapt(self, support: Examples) -> Tensor:
         """Adapted prototypes (B, C, D). Classes without a real row are seen by none."""
         n_way = self.spec.output_size
-        rows = encode(self.encoder, support.x)
+        rows = self.embed(support.x)
         present = class_weights(support.y, n_way, support.mask, rows.dtype).sum(1) > 0
         return self.attend(prototypes(rows, support.y, n_way, support.mask), present[:, None])
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """Softmax over the similarities to the adapted prototypes."""
-        return categorical(self.similarity(encode(self.encoder, x), state))
+        return categorical(self.similarity(self.embed(x), state))
 
 
 class ContrastedLoss:
@@ -130,7 +127,7 @@ class ContrastedLoss:
 
 def _contrast(learner: FEAT, episode: Episode) -> Tensor:
     everything, n_way = concatenate(episode.support, episode.query), learner.spec.output_size
-    rows, real = encode(learner.encoder, everything.x), everything.real
+    rows, real = learner.embed(everything.x), everything.real
     alike = (everything.y[:, :, None] == everything.y[:, None]) & real[:, None]
     centers = prototypes(learner.attend(rows, alike), everything.y, n_way, everything.mask)
     return masked_mean(-categorical(learner.similarity(rows, centers)).log_prob(everything.y), real, 1)

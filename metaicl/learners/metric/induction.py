@@ -7,13 +7,12 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
-from metaicl.nets.pairs import NeuralTensor
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
+from metaicl.nets.pairs import SLOW, NeuralTensor
 from metaicl.spec import TaskSpec
 
 
-class InductionNet(Learner[Tensor]):
+class InductionNet(EmbeddingLearner[Tensor]):
     """Induce a class vector from its rows by dynamic routing, compare it with queries by a neural tensor layer.
 
     Large episodes need O(Q C h) numbers, because every pair passes through the tensor layer, and O(C h D) for its
@@ -22,7 +21,7 @@ class InductionNet(Learner[Tensor]):
     Args:
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
-        routing_steps: Iterations of dynamic routing. After one, all rows of a class have had equal weight.
+        steps: Iterations of dynamic routing. After one, all rows of a class have had equal weight.
         n_slices: h, slices of the neural tensor layer.
 
     Raises:
@@ -31,34 +30,37 @@ class InductionNet(Learner[Tensor]):
     Reference:
         Geng et al. 2019, arXiv:1902.10482, induction and relation module. Differs: the answer is a softmax over the
         relation scores, trained by its log-likelihood, where the paper regresses sigmoids of the scores on one-hot
-        labels; the transformation of the rows starts as the identity, and the tensor layer as `NeuralTensor` says; the
-        encoder is any, where the paper has a self-attentive bidirectional LSTM.
+        labels, for which there is `relation_error`; the transformation of the rows is the identity plus a small
+        multiple of what is trained, and the tensor layer starts as `NeuralTensor` says; the encoder is any, where the
+        paper has a self-attentive bidirectional LSTM.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
-        self, spec: TaskSpec, *, encoder: nn.Module | None = None, routing_steps: int = 3, n_slices: int = 100
+        self, spec: TaskSpec, *, encoder: nn.Module | None = None, steps: int = 3, n_slices: int = 100
     ) -> None:
         """Build the encoder where none is given, the transformation and the tensor layer."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        dim = encoder_dim(self.encoder, spec)
-        self.routing_steps = check_count("routing_steps", routing_steps)
-        self.transform = nn.Linear(dim, dim)
-        nn.init.eye_(self.transform.weight)
-        nn.init.zeros_(self.transform.bias)
-        self.relation = NeuralTensor(dim, n_slices=n_slices)
+        super().__init__(spec, encoder)
+        self.steps = check_count("steps", steps)
+        self.transform = nn.Linear(self.feature_dim, self.feature_dim)
+        for parameter in self.transform.parameters():
+            nn.init.zeros_(parameter)
+        self.relation = NeuralTensor(self.feature_dim, n_slices=n_slices)
 
     def adapt(self, support: Examples) -> Tensor:
         """Class vectors (B, C, D), of length below one; the origin for a class without a real row."""
-        rows = squash(self.transform(encode(self.encoder, support.x)))
-        return route(rows, support.y, support.real, self.spec.output_size, steps=self.routing_steps)
+        rows = self.embed(support.x)
+        rows = squash(rows + SLOW * self.transform(rows))
+        return route(rows, support.y, support.real, self.spec.output_size, steps=self.steps)
+
+    def scores(self, state: Tensor, x: Tensor) -> Tensor:
+        """Relation scores (B, Q, C) before the sigmoid."""
+        return self.relation(state, self.embed(x))
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
-        """Softmax over the scores of the tensor layer."""
-        return categorical(self.relation(state, encode(self.encoder, x)))
+        """Softmax over the relation scores."""
+        return categorical(self.scores(state, x))
 
 
 def squash(rows: Tensor) -> Tensor:

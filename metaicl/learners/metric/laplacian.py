@@ -1,5 +1,7 @@
 """Nearest prototypes under which neighboring queries agree."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -7,14 +9,13 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, prototypes, squared_distances
-from metaicl.learner import Learner, Traits
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.learners.metric.soft_kmeans import filled_rows
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.nets.similarity import Similarity
 from metaicl.spec import TaskSpec
 
 
-class LaplacianShot(Learner[Tensor]):
+class LaplacianShot(EmbeddingLearner[Tensor]):
     """A prototypical network whose answers for queries that are neighbors are drawn together. Transductive.
 
     The assignments z minimize sum_q z_q . d_q + strength / 2 sum_qp w(q, p) |z_q - z_p|^2 - entropy(z), with d the
@@ -25,11 +26,12 @@ class LaplacianShot(Learner[Tensor]):
     Args:
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
-        neighbors: Nearest neighbors of each query; all others where there are fewer.
+        k: Nearest neighbors of each query; all others where there are fewer.
         strength: Start of the learned strength of agreement, in nats per neighbor.
         steps: Bound-optimization steps; 0 is a prototypical network.
-        temperature: Start of the learned factor on the distances; None takes 1 / sqrt(D).
-        learn_scales: Train strength and temperature.
+        temperature: Start of the learned factor on the scores; None takes 1 / sqrt(D).
+        learn_strength: Train the strength.
+        learn_temperature: Train the factor.
 
     Raises:
         ValueError: If the spec is a regression spec; RidgeHead serves those.
@@ -41,38 +43,36 @@ class LaplacianShot(Learner[Tensor]):
         rectification of the prototypes and no centering of features.
     """
 
-    traits = Traits(transductive=True, kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = replace(CLASSIFIER, transductive=True)
 
     def __init__(
         self,
         spec: TaskSpec,
         *,
         encoder: nn.Module | None = None,
-        neighbors: int = 3,
+        k: int = 3,
         strength: float = 1.0,
         steps: int = 10,
         temperature: float | None = None,
-        learn_scales: bool = True,
+        learn_strength: bool = True,
+        learn_temperature: bool = True,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        self.neighbors, self.steps = check_count("neighbors", neighbors), check_count("steps", steps, minimum=0)
-        dim = encoder_dim(self.encoder, spec)
-        self.similarity = Similarity(dim, temperature=temperature, learn_temperature=learn_scales)
+        super().__init__(spec, encoder)
+        self.k, self.steps = check_count("k", k), check_count("steps", steps, minimum=0)
+        self.similarity = Similarity(self.feature_dim, temperature=temperature, learn_temperature=learn_temperature)
         log_strength = torch.tensor(check_positive("strength", strength)).log()
-        self.log_strength = nn.Parameter(log_strength, requires_grad=learn_scales)
+        self.log_strength = nn.Parameter(log_strength, requires_grad=learn_strength)
 
     def adapt(self, support: Examples) -> Tensor:
         """Prototypes (B, C, D)."""
-        return prototypes(encode(self.encoder, support.x), support.y, self.spec.output_size, support.mask)
+        return prototypes(self.embed(support.x), support.y, self.spec.output_size, support.mask)
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """The assignments after the last step."""
-        queries = encode(self.encoder, x)
+        queries = self.embed(x)
         alone = self.similarity(queries, state)
-        pull = self.log_strength.exp() * nearest_neighbors(queries, filled_rows(x), self.neighbors)
+        pull = self.log_strength.exp() * nearest_neighbors(queries, filled_rows(x), self.k)
         logits = alone
         for _ in range(self.steps):
             logits = alone + pull @ logits.softmax(-1)

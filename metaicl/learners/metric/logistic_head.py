@@ -9,13 +9,14 @@ from metaicl.checks import check_positive
 from metaicl.convex.logistic import logistic_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical, inverse_positive, positive
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.spec import TaskSpec
 
 
-class LogisticHead(Learner[Tensor]):
+class LogisticHead(EmbeddingLearner[Tensor]):
     """Multinomial logistic regression fitted to each support, trained end to end through its solution.
+
+    Solved in float64 with C N^2 numbers for each task, so not for episodes of a thousand classes.
 
     Args:
         spec: A classification spec.
@@ -32,7 +33,7 @@ class LogisticHead(Learner[Tensor]):
         constant feature for the bias.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
@@ -43,10 +44,7 @@ class LogisticHead(Learner[Tensor]):
         temperature: float = 2.0,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        encoder_dim(self.encoder, spec)  # for its check
+        super().__init__(spec, encoder)
         self.raw_penalty = nn.Parameter(
             torch.tensor(inverse_positive(check_positive("penalty", penalty), name="penalty"))
         )
@@ -62,5 +60,5 @@ class LogisticHead(Learner[Tensor]):
         return categorical(self._features(x) @ state * self.log_temperature.exp())
 
     def _features(self, x: Tensor) -> Tensor:
-        embedded = encode(self.encoder, x)
+        embedded = self.embed(x)
         return F.pad(embedded / embedded.shape[-1] ** 0.5, (0, 1), value=1.0)

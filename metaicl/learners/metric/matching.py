@@ -10,9 +10,8 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
-from metaicl.nets.full_context import AttentionalLSTM, BidirectionalLSTM
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
+from metaicl.nets.full_context import AttentionalLSTM, SupportLSTM
 from metaicl.nets.similarity import Distance, Similarity
 from metaicl.spec import TaskSpec
 
@@ -33,7 +32,7 @@ class MatchingState(NamedTuple):
     real: Tensor
 
 
-class MatchingNet(Learner[MatchingState]):
+class MatchingNet(EmbeddingLearner[MatchingState]):
     """Attend to the embedded support rows; a class is as probable as the attention that its rows get.
 
     Cosines without a factor, as published, lie in [-1, 1], so no softmax over 20 of them can be sharp: at 20-way 1-shot
@@ -48,7 +47,7 @@ class MatchingNet(Learner[MatchingState]):
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
         distance: "cosine" or "euclidean" (squared distances).
-        temperature: Start of the factor on the distance; None takes 10 for cosines, 1 / sqrt(D) for distances.
+        temperature: Start of the learned factor on the scores; None takes 1 / sqrt(D) for distances, 10 for cosines.
         learn_temperature: Train the factor.
         full_context: Let a bidirectional LSTM embed the support as a sequence, and an attentional LSTM the query in
             view of it. The answer then depends on the order of the support.
@@ -63,7 +62,7 @@ class MatchingNet(Learner[MatchingState]):
         without a real row has a probability of about 1e-30 instead of zero.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
@@ -77,29 +76,26 @@ class MatchingNet(Learner[MatchingState]):
         reading_steps: int = 3,
     ) -> None:
         """Build the encoder where none is given, and the LSTMs where asked for."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        dim = encoder_dim(self.encoder, spec)
+        super().__init__(spec, encoder)
         self.similarity = Similarity(
-            dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
+            self.feature_dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
         )
-        self.read_support = BidirectionalLSTM(dim) if full_context else None
+        self.read_support = SupportLSTM(self.feature_dim) if full_context else None
         steps = check_count("reading_steps", reading_steps)
-        self.read_query = AttentionalLSTM(dim, steps=steps) if full_context else None
+        self.read_query = AttentionalLSTM(self.feature_dim, steps=steps) if full_context else None
         if full_context:
             self.traits = replace(self.traits, order_sensitive=True)
 
     def adapt(self, support: Examples) -> MatchingState:
         """Embed the support."""
-        rows = encode(self.encoder, support.x)
+        rows = self.embed(support.x)
         if self.read_support is not None:
             rows = self.read_support(rows, support.real)
         return MatchingState(rows, support.y, support.real)
 
     def predict(self, state: MatchingState, x: Tensor) -> Distribution:
         """Logits are log-sums, over the rows of a class, of their exponentiated scores."""
-        queries = encode(self.encoder, x)
+        queries = self.embed(x)
         if self.read_query is not None:
             queries = self.read_query(queries, state.rows, state.real)
         scores = self.similarity(queries, state.rows)

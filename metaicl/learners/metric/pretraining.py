@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaicl.episode import Episode, Examples
+from metaicl.episode import Episode
 from metaicl.functional import masked_mean, unit_rows
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.objectives import query_loss, stream_of
+from metaicl.row_ids import look_up
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
@@ -18,20 +18,20 @@ State = TypeVar("State")
 
 
 class ClassScores(nn.Module):
-    """Scores of G classes from features (..., D): linear with a bias, or cosines times a fixed scale.
+    """Scores of G classes from features (..., D): linear with a bias, or cosines times a fixed factor.
 
     Args:
         n_classes: G.
         dim: D.
-        scale: None for linear scores, else the factor on the cosines.
+        temperature: None for linear scores, else the factor on the cosines.
     """
 
-    def __init__(self, n_classes: int, dim: int, *, scale: float | None = None) -> None:
+    def __init__(self, n_classes: int, dim: int, *, temperature: float | None = None) -> None:
         """Start from zeros; `draw` gives random weights."""
         super().__init__()
-        self.scale = scale
+        self.temperature = temperature
         self.weight = nn.Parameter(torch.zeros(n_classes, dim))
-        self.bias = nn.Parameter(torch.zeros(n_classes)) if scale is None else None
+        self.bias = nn.Parameter(torch.zeros(n_classes)) if temperature is None else None
 
     def draw(self, generator: torch.Generator) -> "ClassScores":
         """Itself, with weights of a random direction for each class and about unit length."""
@@ -41,12 +41,12 @@ class ClassScores(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores (..., G)."""
-        if self.scale is None:
+        if self.temperature is None:
             return F.linear(features, self.weight, self.bias)
-        return self.scale * unit_rows(features) @ unit_rows(self.weight).mT
+        return self.temperature * unit_rows(features) @ unit_rows(self.weight).mT
 
 
-class PretrainedLearner(Learner[State]):
+class PretrainedLearner(EmbeddingLearner[State]):
     """A learner whose encoder is trained by ordinary classification over all meta-training classes.
 
     `prepare` notes which source row is of which meta-training class. A meta-training update then classifies every row
@@ -59,23 +59,20 @@ class PretrainedLearner(Learner[State]):
     Args:
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
-        class_scale: None for a linear classifier of meta-training classes, else the factor on cosines.
+        class_temperature: None for a linear classifier of meta-training classes, else the factor on cosines.
 
     Raises:
         ValueError: If the spec is a regression spec; RidgeHead serves those.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     row_classes: Tensor
 
-    def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None, class_scale: float | None = None) -> None:
+    def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None, class_temperature: float | None = None) -> None:
         """Build the encoder where none is given; the classifier waits for `prepare`."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        self.feature_dim = encoder_dim(self.encoder, spec)
-        self.class_scale = class_scale
+        super().__init__(spec, encoder)
+        self.class_temperature = class_temperature
         self.classifier: ClassScores | None = None
         # Only training needs it, and `prepare` fills it again: no label of a source belongs into a checkpoint.
         self.register_buffer("row_classes", torch.empty(0, dtype=torch.long), persistent=False)
@@ -108,20 +105,13 @@ class PretrainedLearner(Learner[State]):
         if self.classifier is None or episode.support.ids is None or episode.query.ids is None:
             return query_loss(self, episode)
         rows = stream_of(episode)
-        classes = self._classes_of(rows)
-        scores = self.classifier(encode(self.encoder, rows.x))
+        classes = look_up(self.row_classes, rows)  # -1 for what is of no meta-training class
+        scores = self.classifier(self.embed(rows.x))
         losses = F.cross_entropy(scores.flatten(0, 1), classes.clamp(min=0).flatten(), reduction="none")
         return masked_mean(losses.view_as(classes), classes >= 0, 1)
 
-    def _classes_of(self, rows: Examples) -> Tensor:
-        """The number of the meta-training class of each row (B, N), -1 where it has none."""
-        assert rows.ids is not None  # checked by the caller
-        known = rows.real & (rows.ids >= 0) & (rows.ids < len(self.row_classes))
-        found = self.row_classes[rows.ids.clamp(0, len(self.row_classes) - 1)]
-        return torch.where(known, found, -1)
-
     def _new_classifier(self, n_classes: int) -> ClassScores:
-        return ClassScores(n_classes, self.feature_dim, scale=self.class_scale)
+        return ClassScores(n_classes, self.feature_dim, temperature=self.class_temperature)
 
     def _parameter(self) -> Tensor:
         """A tensor with the device and the dtype of the encoder."""

@@ -1,22 +1,19 @@
 """Prototypical networks, in episodes and in streams."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_choice, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, cosine_similarities, squared_distances
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.functional import categorical
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.exact_sums import ClassSums, add_class_sums, class_sums
+from metaicl.nets.similarity import Distance, Similarity
 from metaicl.spec import TaskSpec
 
 
-class ProtoNet(Learner[ClassSums]):
+class ProtoNet(EmbeddingLearner[ClassSums]):
     """Classify by the distance to the class means of the embedded support.
 
     The state is the sum and the number of the embedded rows of each class, kept such that a state does not depend on
@@ -28,10 +25,9 @@ class ProtoNet(Learner[ClassSums]):
         spec: A classification spec. `adapt` answers over its n_way classes; streams may go beyond.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec. `nn.Identity()` (for vectors) gives
             the nearest class mean.
-        distance: "euclidean" (squared) or "cosine" (one minus the cosine).
-        temperature: Start of the learned factor on the distances; None takes 1 / sqrt(D), at which the softmax of a
-            fresh encoder is not saturated, and 10 for cosines, which lie in [-1, 1]. The paper has none (1.0,
-            `learn_temperature=False`).
+        distance: "euclidean" (squared distances) or "cosine".
+        temperature: Start of the learned factor on the scores; None takes 1 / sqrt(D) for distances and 10 for cosines
+            (see `Similarity`). The paper has none (1.0, `learn_temperature=False`).
         learn_temperature: Train the factor; without it the scale of the encoder's output has to do.
 
     Raises:
@@ -42,40 +38,31 @@ class ProtoNet(Learner[ClassSums]):
         built here; the learned temperature (Oreshkin et al. 2018, arXiv:1805.10123, equation 2).
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
         spec: TaskSpec,
         *,
         encoder: nn.Module | None = None,
-        distance: Literal["euclidean", "cosine"] = "euclidean",
+        distance: Distance = "euclidean",
         temperature: float | None = None,
         learn_temperature: bool = True,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        self.distance = check_choice("distance", distance, ("euclidean", "cosine"))
-        dim = encoder_dim(self.encoder, spec)
-        default = 10.0 if self.distance == "cosine" else dim**-0.5
-        log_temperature = torch.tensor(check_positive("temperature", default if temperature is None else temperature))
-        self.log_temperature = nn.Parameter(log_temperature.log(), requires_grad=learn_temperature)
+        super().__init__(spec, encoder)
+        self.similarity = Similarity(
+            self.feature_dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
+        )
 
     def adapt(self, support: Examples) -> ClassSums:
         """The sums of each class, C = n_way."""
         return self._sums(support, self.spec.output_size)
 
     def predict(self, state: ClassSums, x: Tensor) -> Distribution:
-        """Softmax over negative distances to the prototypes, over all classes of the state."""
-        embeddings = encode(self.encoder, x)
-        centers = state.means().to(embeddings.dtype)
-        if self.distance == "cosine":
-            distances = 1 - cosine_similarities(embeddings, centers)
-        else:
-            distances = squared_distances(embeddings, centers)
-        return categorical(-distances * self.log_temperature.exp())
+        """Softmax over the similarities to the prototypes, over all classes of the state."""
+        queries = self.embed(x)
+        return categorical(self.similarity(queries, state.means().to(queries.dtype)))
 
     def update(self, state: ClassSums, examples: Examples) -> ClassSums:
         """The state after these rows too; a label that no row had so far adds classes up to it."""
@@ -92,4 +79,4 @@ class ProtoNet(Learner[ClassSums]):
         return add_class_sums(states)
 
     def _sums(self, rows: Examples, n_classes: int) -> ClassSums:
-        return class_sums(encode(self.encoder, rows.x), rows.y, n_classes, rows.mask)
+        return class_sums(self.embed(rows.x), rows.y, n_classes, rows.mask)

@@ -1,52 +1,87 @@
 """Relation networks."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, class_weights, masked_mean, prototypes
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
-from metaicl.nets.pairs import PairMLP
+from metaicl.learner import Learner
+from metaicl.learners.metric.embedding import CLASSIFIER
+from metaicl.nets.backbones import build_encoder, encode, encoder_shape
+from metaicl.nets.pairs import PairConv, PairMLP
 from metaicl.spec import TaskSpec
 
 
 class RelationNet(Learner[Tensor]):
     """Compare class feature and query feature by a learned module instead of a fixed distance.
 
-    Large episodes need O(Q C H) numbers, H the widest hidden layer, because every pair passes through the module;
-    never O(Q C D). Without autograd the pairs are worked off a few queries at a time, in O(Q C) + 16 MiB.
+    The module is an MLP on vectors, and a convolutional net where the encoder gives feature maps, as published for
+    images:
+
+        RelationNet(spec, encoder=Conv4(1, n_pools=2, flatten=False))
+
+    Large episodes need O(Q C H) numbers, H the widest hidden layer (for maps, all numbers of one), because every pair
+    passes through the module; for vectors never O(Q C D). Without autograd the pairs are worked off a few queries at a
+    time, in O(Q C) + 16 MiB.
 
     Args:
         spec: A classification spec.
-        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
-        hidden: Widths H of the hidden layers of the relation module.
+        encoder: (rows, *x_shape) -> (rows, D), or maps (rows, channels, h, w); None builds one of vectors from the
+            spec.
+        hidden: Widths H of the hidden layers of the relation module; None takes (128,) for vectors and, behind the
+            convolutions, (8,) for maps.
+        relation: Another relation module: classes (B, C, ...) and queries (B, Q, ...) to scores (B, Q, C), each pair by
+            itself.
 
     Raises:
-        ValueError: If the spec is a regression spec; RidgeHead serves those.
+        ValueError: If the encoder gives neither vectors nor maps, `hidden` is given beside a module of your own, or the
+            spec is a regression spec; RidgeHead serves those.
 
     Reference:
         Sung et al. 2018, arXiv:1711.06025, section 3. Differs: the answer is a softmax over the relation scores,
         trained by its log-likelihood; the paper squashes each score by a sigmoid and regresses it on one-hot labels,
         for which there is `relation_error`. Class features are means, not sums, so that their scale does not grow with
-        the shots; a class without a real row has the origin. The module is an MLP on vectors, as in the paper's
-        zero-shot experiments, also for images.
+        the shots; a class without a real row has the origin. By default the module is an MLP on vectors, as in the
+        paper's zero-shot experiments, also for images; see `PairMLP` and `PairConv` for how they start.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
-    def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None = None, hidden: Sequence[int] = (128,)) -> None:
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        encoder: nn.Module | None = None,
+        hidden: Sequence[int] | None = None,
+        relation: nn.Module | None = None,
+    ) -> None:
         """Build the encoder where none is given, and the relation module."""
         super().__init__(spec)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)
-        self.relation = PairMLP(encoder_dim(self.encoder, spec), hidden=hidden)
+        shape = encoder_shape(self.encoder, spec)
+        if len(shape) not in (1, 3):
+            raise ValueError(
+                f"an encoder must give vectors (rows, D) or maps (rows, channels, h, w); got (2, *{shape})"
+            )
+        if relation is not None and hidden is not None:
+            raise ValueError(f"hidden is for the built relation module, and relation was given; got hidden {hidden}")
+        if relation is not None:
+            self.relation = relation
+        elif len(shape) == 1:
+            self.relation = PairMLP(shape[0], hidden=(128,) if hidden is None else hidden)
+        else:
+            self.relation = PairConv(shape, hidden=(8,) if hidden is None else hidden)
+        self.declare_nets(self.encoder, self.relation)
 
     def adapt(self, support: Examples) -> Tensor:
-        """Class features (B, C, D)."""
-        return prototypes(encode(self.encoder, support.x), support.y, self.spec.output_size, support.mask)
+        """Class features (B, C, D), or maps (B, C, channels, h, w)."""
+        rows = encode(self.encoder, support.x)
+        means = prototypes(rows.flatten(2), support.y, self.spec.output_size, support.mask)
+        return means.unflatten(2, rows.shape[2:])
 
     def scores(self, state: Tensor, x: Tensor) -> Tensor:
         """Relation scores (B, Q, C) before the sigmoid."""
@@ -57,19 +92,29 @@ class RelationNet(Learner[Tensor]):
         return categorical(self.scores(state, x))
 
 
+@runtime_checkable
+class ScoresPairs(Protocol):
+    """A learner that scores pairs of class and query one by one, such as RelationNet and InductionNet."""
+
+    def scores(self, state: Any, x: Tensor) -> Tensor:
+        """Scores (B, Q, C) before the sigmoid."""
+        ...
+
+
 def relation_error(learner: Learner, episode: Episode) -> Tensor:
     """Squared error of sigmoid relation scores against one-hot labels, summed over classes, mean over rows: (B,).
 
-    The published objective; the module of `RelationNet` has no output bias, its hidden layers have to make one.
+    The published objective of RelationNet and InductionNet; their modules have no output bias, hidden layers have to
+    make one.
 
     Raises:
-        TypeError: If the learner is not a RelationNet.
+        TypeError: If the learner gives no relation scores.
 
     Reference:
-        Sung et al. 2018, arXiv:1711.06025, equation 2.
+        Sung et al. 2018, arXiv:1711.06025, equation 2; Geng et al. 2019, arXiv:1902.10482, section 3.
     """
-    if not isinstance(learner, RelationNet):
-        raise TypeError(f"relation_error needs a RelationNet; got {type(learner).__name__}")
+    if not isinstance(learner, ScoresPairs):
+        raise TypeError(f"relation_error needs a RelationNet or an InductionNet; got {type(learner).__name__}")
     query = episode.query
     found = learner.scores(learner.adapt(episode.support), query.x).sigmoid()
     wanted = class_weights(query.y, learner.spec.output_size, None, found.dtype)

@@ -1,5 +1,6 @@
 """A ridge regression head on a learned encoder: the metric family's learner for both kinds of task."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch.distributions import Distribution
 from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import MLP, build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import EmbeddingLearner, solvable
+from metaicl.nets.backbones import MLP
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
 
@@ -51,7 +52,7 @@ class SumState(NamedTuple):
 RidgeState = RowState | SumState
 
 
-class RidgeHead(Learner[RidgeState]):
+class RidgeHead(EmbeddingLearner[RidgeState]):
     """Closed-form ridge regression from embeddings to targets (one-hot for classification), trained end to end.
 
     Regression answers with the posterior predictive of Bayesian linear regression on the embeddings.
@@ -60,6 +61,10 @@ class RidgeHead(Learner[RidgeState]):
         spec: The tasks.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
         penalty: Start of the learned ridge penalty.
+        temperature: Start of the learned factor on the scores of a classification.
+
+    Raises:
+        ValueError: If a number is out of range.
 
     Reference:
         Bertinetto et al. 2019, arXiv:1805.08136 (R2D2), equations 4 to 6, for classification; Harrison, Sharma &
@@ -69,21 +74,24 @@ class RidgeHead(Learner[RidgeState]):
         isotropic instead of a learned prior; a constant feature for the bias.
     """
 
-    traits = Traits()
-
-    def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None = None, penalty: float = 1.0) -> None:
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        encoder: nn.Module | None = None,
+        penalty: float = 1.0,
+        temperature: float = math.exp(2),
+    ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        if encoder is None and spec.x_kind == "vector":
+        if encoder is None and getattr(spec, "x_kind", None) == "vector":
             encoder = MLP((spec.x_shape[0], 64, 64, 64))  # a linear head needs one hidden layer more than prototypes
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        encoder_dim(self.encoder, spec)  # for its check
+        super().__init__(spec, encoder)
         self.raw_penalty = nn.Parameter(
             torch.tensor(inverse_positive(check_positive("penalty", penalty), name="penalty"))
         )
+        start = math.log(check_positive("temperature", temperature))
         if spec.kind == "classification":
-            self.log_temperature = nn.Parameter(torch.tensor(2.0))
+            self.log_temperature = nn.Parameter(torch.tensor(start))
         else:
             self.raw_noise = nn.Parameter(torch.zeros(spec.output_size))
 
@@ -137,7 +145,7 @@ class RidgeHead(Learner[RidgeState]):
         return torch.linalg.cholesky(gram + penalty * identity)
 
     def _features(self, x: Tensor) -> Tensor:
-        embedded = encode(self.encoder, x)
+        embedded = solvable(self.embed(x))
         return F.pad(embedded / embedded.shape[-1] ** 0.5, (0, 1), value=1.0)
 
 

@@ -9,8 +9,11 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, ridge_solve
-from metaicl.learner import Learner, Traits
-from metaicl.nets.text import BidirectionalLSTM, masked_softmax
+from metaicl.learner import Learner
+from metaicl.learners.metric.embedding import CLASSIFIER
+from metaicl.nets.lstm import BidirectionalLSTM
+from metaicl.nets.text import masked_softmax
+from metaicl.row_ids import look_up
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
@@ -74,7 +77,7 @@ class DistributionalSignatures(Learner[SignatureState]):
         softmax would not notice; in meta-training, p(w) needs `ids` to leave the task's own classes out.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
@@ -172,10 +175,7 @@ class DistributionalSignatures(Learner[SignatureState]):
 
     def _classes(self, support: Examples) -> Tensor:
         n_way = self.spec.output_size
-        if support.ids is None or not len(self.row_classes):
-            return torch.full((support.n_tasks, n_way), -1, dtype=torch.long, device=support.x.device)
-        known = (support.ids >= 0) & (support.ids < len(self.row_classes)) & support.real
-        places = self.row_classes[support.ids.clamp(0, len(self.row_classes) - 1)].masked_fill(~known, -1)
+        places = look_up(self.row_classes, support)
         label = support.y[..., None] == torch.arange(n_way, device=support.y.device)  # (B, N, C)
         return places[..., None].masked_fill(~label, -1).amax(1)
 

@@ -10,7 +10,6 @@ from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, masked_mean, prototypes, squared_distances, unit_rows
 from metaicl.learners.metric.pretraining import PretrainedLearner
-from metaicl.nets.backbones import encode
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
@@ -86,11 +85,11 @@ class SimpleShot(PretrainedLearner[Centroids]):
 
     def adapt(self, support: Examples) -> Centroids:
         """Class means of transformed features."""
-        return self._centroids(encode(self.encoder, support.x), support)
+        return self._centroids(self.embed(support.x), support)
 
     def predict(self, state: Centroids, x: Tensor) -> Distribution:
         """Softmax over negative squared distances."""
-        return self._answer(state, encode(self.encoder, x))
+        return self._answer(state, self.embed(x))
 
     def training_losses(self, episode: Episode) -> Tensor:
         """Cross-entropy over meta-training classes, plus the query loss as a function of the temperature (B,)."""
@@ -100,7 +99,7 @@ class SimpleShot(PretrainedLearner[Centroids]):
         support, query = episode.support, episode.query
         with torch.no_grad():
             state = self.adapt(support)
-            features = encode(self.encoder, query.x)
+            features = self.embed(query.x)
         return losses + masked_mean(-self._answer(state, features).log_prob(query.y), query.mask, 1)
 
     def _centroids(self, features: Tensor, support: Examples) -> Centroids:

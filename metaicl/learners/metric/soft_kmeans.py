@@ -1,5 +1,6 @@
 """Prototypical networks whose prototypes are refined by soft k-means on the queries."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -8,8 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.similarity import Similarity
 from metaicl.spec import TaskSpec
 
@@ -26,7 +26,7 @@ class LabeledSums(NamedTuple):
     counts: Tensor
 
 
-class SoftKMeansProtoNet(Learner[LabeledSums]):
+class SoftKMeansProtoNet(EmbeddingLearner[LabeledSums]):
     """A prototypical network that lets the queries, as unlabeled rows, move its prototypes. Transductive.
 
     Queries are assigned to the prototypes by a softmax over squared distances, prototypes become weighted means of
@@ -36,8 +36,8 @@ class SoftKMeansProtoNet(Learner[LabeledSums]):
     Args:
         spec: A classification spec.
         encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
-        refinements: Iterations; 0 is a prototypical network.
-        temperature: Start of the learned factor on the distances, the same in assignments and answers; None takes
+        steps: Refinements of the prototypes; 0 is a prototypical network.
+        temperature: Start of the learned factor on the scores, the same in assignments and answers; None takes
             1 / sqrt(D). The paper has none (1.0, `learn_temperature=False`).
         learn_temperature: Train the factor.
 
@@ -49,36 +49,33 @@ class SoftKMeansProtoNet(Learner[LabeledSums]):
         the paper has unlabeled rows of their own and so is not transductive; the learned temperature.
     """
 
-    traits = Traits(transductive=True, kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = replace(CLASSIFIER, transductive=True)
 
     def __init__(
         self,
         spec: TaskSpec,
         *,
         encoder: nn.Module | None = None,
-        refinements: int = 1,
+        steps: int = 1,
         temperature: float | None = None,
         learn_temperature: bool = True,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        self.refinements = check_count("refinements", refinements, minimum=0)
-        dim = encoder_dim(self.encoder, spec)
-        self.similarity = Similarity(dim, temperature=temperature, learn_temperature=learn_temperature)
+        super().__init__(spec, encoder)
+        self.steps = check_count("steps", steps, minimum=0)
+        self.similarity = Similarity(self.feature_dim, temperature=temperature, learn_temperature=learn_temperature)
 
     def adapt(self, support: Examples) -> LabeledSums:
         """Sums and counts of each class."""
-        rows = encode(self.encoder, support.x)
+        rows = self.embed(support.x)
         members = class_weights(support.y, self.spec.output_size, support.mask, rows.dtype).mT  # (B, C, N)
         return LabeledSums(members @ rows, members.sum(-1, keepdim=True))
 
     def predict(self, state: LabeledSums, x: Tensor) -> Distribution:
         """Softmax over negative distances to the refined prototypes."""
-        queries, filled = encode(self.encoder, x), filled_rows(x)
+        queries, filled = self.embed(x), filled_rows(x)
         centers = state.sums / state.counts.clamp(min=1)
-        for _ in range(self.refinements):
+        for _ in range(self.steps):
             shares = self.similarity(queries, centers).softmax(-1) * filled[..., None]  # (B, Q, C)
             total = state.counts + shares.sum(1)[..., None]
             centers = (state.sums + shares.mT @ queries) / total.clamp(min=1e-12)

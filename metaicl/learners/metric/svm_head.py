@@ -8,13 +8,14 @@ from metaicl.checks import check_positive
 from metaicl.convex.support_vectors import support_vector_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical
-from metaicl.learner import Learner, Traits
-from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.spec import TaskSpec
 
 
-class SVMHead(Learner[Tensor]):
+class SVMHead(EmbeddingLearner[Tensor]):
     """A linear multi-class support vector machine fitted to each support, trained end to end through its solution.
+
+    Solved in float64 with C N^2 numbers for each task, so not for episodes of a thousand classes.
 
     Args:
         spec: A classification spec.
@@ -31,7 +32,7 @@ class SVMHead(Learner[Tensor]):
         iterations of a solver for a kernel with one added to its diagonal; no label smoothing.
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+    traits = CLASSIFIER
 
     def __init__(
         self,
@@ -42,10 +43,7 @@ class SVMHead(Learner[Tensor]):
         temperature: float = 8.0,
     ) -> None:
         """Build the encoder where none is given."""
-        super().__init__(spec)
-        self.encoder = build_encoder(spec) if encoder is None else encoder
-        self.declare_nets(self.encoder)
-        encoder_dim(self.encoder, spec)  # for its check
+        super().__init__(spec, encoder)
         self.slack_penalty = check_positive("slack_penalty", slack_penalty)
         self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
@@ -59,5 +57,5 @@ class SVMHead(Learner[Tensor]):
         return categorical(self._features(x) @ state * self.log_temperature.exp())
 
     def _features(self, x: Tensor) -> Tensor:
-        embedded = encode(self.encoder, x)
+        embedded = self.embed(x)
         return embedded / embedded.shape[-1] ** 0.5

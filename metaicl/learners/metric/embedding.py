@@ -1,0 +1,43 @@
+"""What the learners of this family share: an encoder of single rows, and a head on what it gives."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metaicl.learner import Learner, Traits
+from metaicl.nets.backbones import build_encoder, encode, encoder_dim
+from metaicl.spec import TaskSpec
+
+State = TypeVar("State")
+
+CLASSIFIER = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+
+
+class EmbeddingLearner(Learner[State]):
+    """A learner with an `encoder` of single rows, (rows, *x_shape) -> (rows, D), and its `feature_dim` D.
+
+    Args:
+        spec: The tasks.
+        encoder: None builds one from the spec.
+
+    Raises:
+        TypeError: If the encoder is no module.
+        ValueError: If the encoder does not give (rows, D), or the learner does not serve the spec.
+    """
+
+    def __init__(self, spec: TaskSpec, encoder: nn.Module | None) -> None:
+        """Build the encoder where none is given, and look at what it gives."""
+        super().__init__(spec)
+        self.encoder = build_encoder(spec) if encoder is None else encoder
+        self.declare_nets(self.encoder)
+        self.feature_dim = encoder_dim(self.encoder, spec)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embedded rows (B, N, D) of inputs x (B, N, *x_shape)."""
+        return encode(self.encoder, x)
+
+
+def solvable(rows: Tensor) -> Tensor:
+    """The rows in a precision that linear systems can be solved in: single where they are in half."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
