@@ -37,8 +37,8 @@ def load(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, shared_data: Path, capsys) -> None:
-    data = ["--data", str(shared_data)] if path.stem in NEEDS_DATA else []
+def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, request, capsys) -> None:
+    data = ["--data", str(request.getfixturevalue("shared_data"))] if path.stem in NEEDS_DATA else []
     options = ["--smoke", "--out", str(tmp_path), "--seed", "3", *data]
     if path.stem in NEEDS_JAX:
         print(subprocess.run([sys.executable, path, *options], check=True, capture_output=True, text=True).stdout)
