@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +27,7 @@ from metaicl import MAML
 from metaicl.episode import Episode
 from metaicl.meta_step import MetaStep
 from metaicl.objectives import query_loss, squared_error
+from metaicl.plots import COLORS, figure_with_panels
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 
@@ -153,18 +153,19 @@ def _peak(device: str) -> float:
 
 def _plot_scaling(config: Config) -> None:
     """Milliseconds over the meta-batch at one step, and over inner steps at 25 tasks: eager, as graphs cost seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     sizes = {"tasks per update": (1, 10, 100, 1000), "inner steps": (1, 5, 20, 50)}
-    for axis, (label, values) in zip(axes, sizes.items(), strict=True):
-        works = [Work(40, n, 1) if label.startswith("tasks") else Work(40, 25, n) for n in values]
-        found = [measure(work, config, {"ours, eager", "learn2learn"}) for work in tqdm(works, desc=label)]
-        for variant in ("ours, eager", "learn2learn"):
-            axis.loglog(values, [1e3 * each[variant] for each in found], marker="o", label=variant)
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("ms per update")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(config.out / "scaling.png", dpi=120)
+    titles = ("one inner step", "25 tasks")
+    with figure_with_panels(2, width=9, height=3.8) as (figure, *panels):
+        for axes, title, (label, values) in zip(panels, titles, sizes.items(), strict=True):
+            works = [Work(40, n, 1) if label.startswith("tasks") else Work(40, 25, n) for n in values]
+            found = [measure(work, config, {"ours, eager", "learn2learn"}) for work in tqdm(works, desc=label)]
+            for variant, color in zip(("ours, eager", "learn2learn"), COLORS, strict=False):
+                axes.loglog(values, [1e3 * each[variant] for each in found], "o-", ms=4, color=color, label=variant)
+            axes.set(title=title, xlabel=label, ylabel="ms per update")
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.set_xticks([], minor=True)
+        panels[0].legend()
+        figure.savefig(config.out / "scaling.png", dpi=150, facecolor="white")
 
 
 if __name__ == "__main__":
