@@ -7,7 +7,7 @@ A wrong graph is silent: one that was traced with the module's own weights goes 
 import contextlib
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,28 @@ Gradients = dict[str, Tensor]
 Result = tuple[Tensor, Gradients]
 
 _GRAPHS = 64  # of one step; torch stops at 8, which a range of n_shot exceeds
+_SHAKES, _COARSE = 4, 0.1  # times that weights are moved by rounding; beyond this difference nothing can be told
+_LIBRARIES = ("G['__import_torch_", "G['__import_metaicl_", "G['__builtins_dict_", "__import__(")
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step(trainable, rest, episode)` as one graph for each shape; dropout draws what it draws eagerly."""
+def compile_step(step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`step(trainable, rest, episode)` as one graph for each shape; dropout draws what it draws eagerly.
+
+    On a CPU convolutions keep the layout that they were traced with. The compiler would change theirs and leave that of
+    all else alone, and to go from one to the other and back costs more than they gain.
+    """
 
     def whole(trainable: Gradients, rest: Gradients, episode: Any) -> Any:
         return step(trainable, rest, episode)
 
     # Graphs are kept, and counted against a limit, by code object: each step gets its own.
     own = types.FunctionType(whole.__code__.replace(), whole.__globals__, whole.__name__, None, whole.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    options = {
+        "fallback_random": True,
+        "guard_filter_fn": _guards_of_users,
+        "layout_optimization": device.type != "cpu",
+    }
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def find_problem(
@@ -37,12 +48,12 @@ def find_problem(
     *,
     names: Iterable[str],
     tolerance: float,
-    exact: Callable[[], Result] | None = None,
 ) -> str | None:
     """Why the graph cannot be trusted with what the two functions compute; None if it can.
 
-    A difference beyond the tolerance is no problem if the graph is as close to `exact` as the eager step is: a gradient
-    that is zero but for rounding, such as that of a bias before a normalization, differs by all of itself.
+    A gradient may differ by more than the tolerance where the eager step's own does when its weights move by no more
+    than rounding: that of a bias before a normalization is zero but for rounding, and in a deep net with ReLU and
+    max-pooling some unit among millions is always about to switch. Losses may not.
 
     Args:
         graph: Compiles where need be, and gives losses and gradients.
@@ -50,21 +61,29 @@ def find_problem(
         learner: Whose weights both use; weights, buffers and random state are put back to the bit.
         names: Its parameters that are trained.
         tolerance: Largest relative difference.
-        exact: The eager step in higher precision.
     """
     parameters = [learner.get_parameter(name) for name in names]
     with _same_buffers(learner) as changed:
-        problem = _difference(graph, eager, exact, "current", tolerance)
+        problem = _difference(graph, eager, parameters, "current", tolerance)
         if problem is None:
             with _moved(parameters):
-                problem = _difference(graph, eager, exact, "moved", tolerance)
+                problem = _difference(graph, eager, parameters, "moved", tolerance)
     return f"a step changes its buffers {changed}" if changed else problem
+
+
+def _guards_of_users(guards: Sequence[Any]) -> list[bool]:
+    """All conditions of a graph but those on functions and constants of libraries, which nobody changes between calls.
+
+    There are several hundred of these: to look at them takes a tenth of a small step. A learner's own attributes, and
+    what a user's module defines, go on being watched.
+    """
+    return [not guard.name.startswith(_LIBRARIES) for guard in guards]
 
 
 def _difference(
     graph: Callable[[], Result],
     eager: Callable[[], Result],
-    exact: Callable[[], Result] | None,
+    parameters: list[nn.Parameter],
     weights: str,
     tolerance: float,
 ) -> str | None:
@@ -77,24 +96,20 @@ def _difference(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"torch.compile failed: {type(error).__name__}: {' '.join(lines[:2])[:200]}"
     finite = all(bool(value.isfinite().all()) for value in (expected[0], *expected[1].values()))
-    gaps = list(_relative_gaps(found, expected)) if finite else []
-    wrong = [gap for gap in gaps if not gap <= tolerance]  # NaN included
-    if not wrong or (exact is not None and _only_rounding(found, expected, exact, tolerance)):
+    losses, *gradients = _relative_gaps(found, expected) if finite else [0.0]
+    wrong = [gap for gap in (losses, *gradients) if not gap <= tolerance]  # NaN included
+    if not wrong or (losses <= tolerance and max(gradients) <= min(2 * _noise(eager, expected, parameters), _COARSE)):
         return None
     return f"at the {weights} weights the compiled step differs from the eager one by {wrong[0]:.1e} (relative)"
 
 
-def _only_rounding(found: Result, expected: Result, exact: Callable[[], Result], tolerance: float) -> bool:
-    """Whether the graph is about as far from the exact step as the eager one, tensor by tensor."""
-    try:
-        with _same_randomness():
-            truth = exact()
-    except Exception:  # a learner that does not run in that precision
-        return False
-    # The graph may round a few times worse than the eager step, which sums in another order; but where that one itself
-    # is a hundredfold off, nothing can be told any more, and the graph is not trusted.
-    gaps = zip(_relative_gaps(found, truth), _relative_gaps(expected, truth), strict=True)
-    return all(graph <= max(tolerance, 4 * eager) and eager <= 100 * tolerance for graph, eager in gaps)
+def _noise(eager: Callable[[], Result], expected: Result, parameters: list[nn.Parameter]) -> float:
+    """Largest relative change of a gradient when weights move by rounding."""
+    noise = 0.0
+    for seed in range(_SHAKES):
+        with _moved(parameters, seed), _same_randomness():
+            noise = max(noise, *list(_relative_gaps(eager(), expected))[1:])
+    return noise
 
 
 def _relative_gaps(found: Result, expected: Result) -> Iterator[float]:
@@ -136,12 +151,17 @@ def _same_buffers(learner: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _moved(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Weights a little elsewhere, and back to the bit."""
+def _moved(parameters: list[nn.Parameter], seed: int | None = None) -> Iterator[None]:
+    """Weights a little elsewhere, or by rounding if a seed is given, and back to the bit."""
     before = [parameter.detach().clone() for parameter in parameters]
+    source = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.mul_(1.02).add_(1e-3)
+            if source is None:
+                parameter.mul_(1.02).add_(1e-3)
+            else:
+                signs = torch.rand(parameter.shape, generator=source).sub_(0.5).sign_().to(parameter)
+                parameter.addcmul_(parameter, signs, value=8 * torch.finfo(parameter.dtype).eps)
     try:
         yield
     finally:

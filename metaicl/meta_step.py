@@ -1,6 +1,5 @@
 """The meta-step: the loss of each task and the meta-gradient, for any learner, eager or as one compiled graph."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -65,14 +64,15 @@ class MetaStep:
         self._module = _EpisodeLoss(learner, objective, autocast is not None)
         self._graph: Callable[..., Result] | None = None
         self._known_shapes: set[Any] = set()
-        dtype = torch.bfloat16 if autocast else next(iter(self.parameters.values())).dtype
+        first = next(iter(self.parameters.values()))
+        dtype = torch.bfloat16 if autocast else first.dtype
         self._tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
         self._own = learner if isinstance(learner, HasMetaGradients) else None
         self._frozen = {n: p.detach() for n, p in self._module.named_parameters() if not p.requires_grad}
         if compile and self._own is not None:
             self._fall_back("it computes its own meta-gradients")
         elif compile:
-            self._graph = compile_step(self._functional)
+            self._graph = compile_step(self._functional, first.device)
 
     @property
     def is_compiled(self) -> bool:
@@ -136,16 +136,9 @@ class MetaStep:
             return
         self._known_shapes.add(shape)
         graph, eager = (lambda: self._compiled(episode)), (lambda: self._eager(episode))
-        problem = find_problem(
-            graph, eager, self.learner, names=self.parameters, tolerance=self._tolerance,
-            exact=lambda: self._in_float64(episode),
-        )  # fmt: skip
+        problem = find_problem(graph, eager, self.learner, names=self.parameters, tolerance=self._tolerance)
         if problem is not None:
             self._fall_back(problem)
-
-    def _in_float64(self, episode: Episode) -> Result:
-        learner = copy.deepcopy(self.learner).double()
-        return MetaStep(learner, self._module.objective)(episode.to(dtype=torch.float64))
 
     def _fall_back(self, reason: str) -> None:
         self._graph = None

@@ -164,6 +164,9 @@ def test_compiled_equals_eager_and_sees_later_weights(name: str) -> None:
     assert_compiled_equals_eager(learner)
 
 
+_TWICE = 2.0
+
+
 class _Shift(Learner[Tensor]):
     """As little as a graph can hold."""
 
@@ -173,7 +176,7 @@ class _Shift(Learner[Tensor]):
         self.shift = nn.Parameter(torch.zeros(()))
 
     def adapt(self, support: Examples) -> Tensor:
-        return support.y.mean(1, keepdim=True) * self.factor + self.shift
+        return support.y.mean(1, keepdim=True) * self.factor + self.shift * _TWICE
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         return gaussian(state + 0 * x[..., :1], torch.ones(()))
@@ -186,6 +189,25 @@ def test_one_real_graph() -> None:
     with torch.no_grad():
         learner.shift.add_(1.0)
     assert gaps(step(episode_of(seed=1)), eager(episode_of(seed=1))) <= 1e-5
+    assert step.is_compiled
+
+
+@pytest.mark.parametrize("changed", ["attribute", "global", "hook", "training"])
+def test_what_a_user_changes_between_calls_is_seen(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = _Shift()
+    step, episode = MetaStep(learner, compile=True), episode_of()
+    before = step(episode)
+    if changed == "attribute":
+        learner.factor = 3.0
+    elif changed == "global":
+        monkeypatch.setitem(globals(), "_TWICE", 7.0)
+    elif changed == "hook":
+        learner.register_forward_pre_hook(lambda module, inputs: None)
+    else:
+        learner.eval()
+    after = step(episode)
+    assert gaps(after, MetaStep(learner)(episode)) <= 1e-5
+    assert (gaps(after, before) > 1e-2) == (changed in ("attribute", "global"))
     assert step.is_compiled
 
 
@@ -269,7 +291,7 @@ def test_changing_buffers_are_not_compiled() -> None:
 def test_a_wrong_graph_is_caught(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = make_ridge()
 
-    def compiler(step: object) -> object:
+    def compiler(step: object, device: torch.device) -> object:
         fixed = {f"learner.{name}": value.detach().clone() for name, value in learner.named_parameters()}
 
         def graph(trainable: dict[str, Tensor], rest: dict[str, Tensor], episode: Episode) -> object:
