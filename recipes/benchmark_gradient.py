@@ -4,13 +4,15 @@ Claim    One compiled graph for all tasks makes a second-order MAML update at le
          loop on sine waves, 8 times at width 256, where fast weights are never formed, and 1.2 times on Conv4.
 Run      python recipes/benchmark_gradient.py --out runs/benchmark_gradient  (all peers: pip install 'metaicl[bench]')
 Smoke    python recipes/benchmark_gradient.py --smoke --out runs/benchmark_gradient
-Method   one process; the same weights and episodes; gradients are compared before anything is timed; calls of all
-         variants interleaved; medians. An update is the meta-gradient and Adam. Peak: a matrix product of 2,048.
+Method   one process; the same weights and episodes; before anything is timed gradients are compared in float64, as in
+         float32 some unit of a net with ReLU switches by rounding; calls of all variants interleaved; medians. An
+         update is the meta-gradient and Adam. Peak: a matrix product of 2,048.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +21,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -32,6 +34,7 @@ from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 
 sys.path.insert(0, str(Path(__file__).parent))
+from peers.jax_adam import double_jax
 from peers.maml_steps import Steps, higher_steps, jax_steps, learn2learn_steps, torchopt_steps
 from peers.work import Work, medians
 
@@ -59,9 +62,10 @@ WORKS = {
 }
 
 
-def our_steps(work: Work, lr: float, *, compile: bool, device: str) -> Steps:
+def our_steps(work: Work, net: nn.Module, lr: float, *, compile: bool) -> Steps:
     """MAML in a MetaStep, as `meta_train` runs it."""
-    learner = MAML(work.spec, net=work.net(), inner_lr=lr, inner_steps=work.inner_steps).to(device)
+    weight = next(net.parameters())
+    learner = MAML(work.spec, net=net, inner_lr=lr, inner_steps=work.inner_steps).to(weight.device, weight.dtype)
     step = MetaStep(learner, squared_error if work.spec.kind == "regression" else query_loss, compile=compile)
     adam = torch.optim.Adam(step.parameters.values(), lr=1e-3, fused=True)
 
@@ -76,37 +80,52 @@ def our_steps(work: Work, lr: float, *, compile: bool, device: str) -> Steps:
     return gradient, update
 
 
-def variants(work: Work, config: Config, lr: float = 0.01) -> dict[str, Callable[[], Steps]]:
+def variants(
+    work: Work, config: Config, lr: float = 0.01, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Steps]]:
     """Ours and every peer that is installed."""
-    regression = work.spec.kind == "regression"
-    loss = F.mse_loss if regression else F.cross_entropy
+
+    def net() -> nn.Module:
+        return work.net().to(config.device, dtype)
+
+    loss = F.mse_loss if work.spec.kind == "regression" else F.cross_entropy
     found: dict[str, Callable[[], Steps]] = {
-        "ours": lambda: our_steps(work, lr, compile=not config.smoke, device=config.device),
-        "ours, eager": lambda: our_steps(work, lr, compile=False, device=config.device),
-        "learn2learn": lambda: learn2learn_steps(work.net().to(config.device), loss, lr, work.inner_steps),
-        "higher": lambda: higher_steps(work.net().to(config.device), loss, lr, work.inner_steps),
+        "ours": lambda: our_steps(work, net(), lr, compile=not config.smoke and dtype == torch.float32),
+        "ours, eager": lambda: our_steps(work, net(), lr, compile=False),
+        "learn2learn": lambda: learn2learn_steps(net(), loss, lr, work.inner_steps),
+        "higher": lambda: higher_steps(net(), loss, lr, work.inner_steps),
     }
     if find_spec("torchopt"):
-        found["TorchOpt"] = lambda: torchopt_steps(work.net().to(config.device), loss, lr, work.inner_steps)
+        found["TorchOpt"] = lambda: torchopt_steps(net(), loss, lr, work.inner_steps)
     if find_spec("jax") and find_spec("optax"):
-        found["JAX"] = lambda: jax_steps(work.net(), work.spec.kind, lr, work.inner_steps)
+        found["JAX"] = lambda: jax_steps(net(), work.spec.kind, lr, work.inner_steps)
     return found
 
 
-def measure(work: Work, config: Config, names: set[str] | None = None) -> dict[str, float]:
+def compare_gradients(work: Work, config: Config, names: Collection[str]) -> None:
+    """Stop if a variant computes something else than ours."""
+    episode = work.episode().to(config.device, torch.float64)
+    made = variants(work, config, dtype=torch.float64)
+    with double_jax() if "JAX" in names else nullcontext():
+        gradients = {name: made[name]()[0](episode) for name in names}
+    expected = next(iter(gradients.values()))
+    scale = max(float(value.abs().max()) for value in expected.values())
+    for name, found in gradients.items():
+        for key, value in expected.items():
+            gap = float((value.cpu() - found[key].cpu()).abs().max()) / scale
+            if not gap <= 1e-9:
+                raise RuntimeError(f"the gradient of {key} by {name} differs from ours by {gap:.1e} of the largest")
+
+
+def measure(work: Work, config: Config, names: Collection[str] | None = None) -> dict[str, float]:
     """Median seconds of an update by each variant, and of the very first call of ours as "compiling"."""
-    episode = work.episode().to(config.device)
     found = {name: make for name, make in variants(work, config).items() if names is None or name in names}
+    compare_gradients(work, config, list(found))
+    episode = work.episode().to(config.device)
     steps = {name: make() for name, make in found.items()}
     began = time.perf_counter()
-    expected = next(iter(steps.values()))[0](episode)
+    next(iter(steps.values()))[0](episode)
     compiling = time.perf_counter() - began
-    scale = max(float(value.abs().max()) for value in expected.values())
-    for name, (gradient, _) in steps.items():
-        for key, value in gradient(episode).items():
-            gap = float((value.cpu() - expected[key].cpu()).abs().max()) / scale
-            if not gap <= 1e-3:
-                raise RuntimeError(f"the gradient of {key} by {name} differs from ours by {gap:.1e} of the largest")
     calls = {name: partial(update, episode) for name, (_, update) in steps.items()}
     return {**medians(calls, config.repeats, turn=0.05, device=config.device), "compiling": compiling}
 

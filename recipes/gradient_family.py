@@ -5,7 +5,8 @@ Claim    After as many updates each learner that meta-learns an inner loop beats
          how sure it is.
 Run      python recipes/gradient_family.py --out runs/gradient_family
 Smoke    python recipes/gradient_family.py --smoke --out runs/gradient_family
-Differs  from the papers: 2,000 updates instead of tens of thousands; a Gaussian answer with a learned scale.
+Differs  from the papers: 2,000 updates instead of tens of thousands; one training on 5 to 10 shots for both; a Gaussian
+         answer with a learned scale.
 """
 
 import math
@@ -39,7 +40,7 @@ LEARNERS = {
     "MAML++": partial(MAMLPlusPlus, inner_steps=3),
     "CAVIA": CAVIA,
     "iMAML": partial(IMAML, inner_lr=0.01, inner_steps=16, proximal=0.5),
-    "Reptile": partial(Reptile, inner_steps=10),
+    "Reptile": partial(Reptile, inner_lr=0.01, inner_steps=10),
     "ES-MAML": partial(ESMAML, n_pairs=40, inner_lr=0.02, sigma=0.02),
     "amortized Bayes": AmortizedBayes,
 }
@@ -78,7 +79,7 @@ def main(config: Config) -> RecipeResult:
         {**LEARNERS, SCRATCH: FromScratch, "constant": Constant},
         {TASK: Sinusoid()},
         train=TrainConfig(
-            steps=config.steps, meta_batch_size=25, n_shot=10, n_query=10, outer_lr=2e-3, schedule="cosine",
+            steps=config.steps, meta_batch_size=25, n_shot=(5, 10), n_query=10, outer_lr=2e-3, schedule="cosine",
             validate_every=None, select="last",
         ),
         n_episodes=config.n_episodes,

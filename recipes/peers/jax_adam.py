@@ -1,6 +1,7 @@
 """A training step in JAX: one jitted function of the gradient of a loss and optax's Adam."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +50,15 @@ def adam_steps(
         held.update({"params": jax.block_until_ready(params), "state": state})
 
     return gradient, update
+
+
+@contextmanager
+def double_jax() -> Iterator[None]:
+    """Let JAX keep float64 as it is; its default rounds to float32."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
