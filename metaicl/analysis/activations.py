@@ -100,6 +100,8 @@ def collect_activations(
 
 
 def _picked(name: str, calls: Sequence[Tensor], call: int, n_tasks: int) -> Tensor:
+    if not calls:
+        raise ValueError(f"names must be of modules that an answer runs through; {name!r} was not called")
     if not -len(calls) <= call < len(calls):
         raise ValueError(f"call must name one of the {len(calls)} calls of {name!r}; got {call}")
     value = calls[call]

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import nn
+from torch import Tensor, nn
 
 from metaicl.analysis.activations import collect_activations
 from metaicl.analysis.answers import check_learners, draw_episodes
@@ -141,6 +141,7 @@ def probe_layers(
     found: dict[str, dict[str, dict[str, tuple[Interval, ...]]]] = {name: {} for name in targets}
     for subject, one in subjects.items():
         activations = collect_activations(one, episode, names, seed=seed)
+        _check_places(activations, stream.n_rows)
         for name, values in wanted.items():
             found[name][subject] = {
                 module: probe(rows[:, 1:], values, kind=kind, seed=seed).r2 for module, rows in activations.items()
@@ -151,6 +152,13 @@ def probe_layers(
                     for module, rows in activations.items()
                 }
     return ProbeReport(found, kind, n_episodes)
+
+
+def _check_places(activations: Mapping[str, Tensor], n_rows: int) -> None:
+    for name, rows in activations.items():
+        if rows.ndim != 3 or rows.shape[1] != n_rows:
+            expected = f"(B, {n_rows}, H), with a place for each row of the stream"
+            raise ValueError(f"the last output of {name!r} must have shape {expected}; got {tuple(rows.shape)}")
 
 
 def untrained(learner: Learner, *, seed: int = 0) -> Learner:

@@ -13,7 +13,9 @@ from metaicl.analysis.answers import draw_episodes
 from metaicl.analysis.probe_report import probe_layers, untrained
 from metaicl.analysis.probes import probe, shuffled
 from metaicl.collation import concatenate
+from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import CausalInContextTransformer
+from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.reference.linear import LeastSquares
 from metaicl.tasks.functions import LinearRegression
 from metaicl.tasks.gaussians import GaussianClasses
@@ -181,3 +183,11 @@ def test_nonsense_is_refused() -> None:
         probe_layers(
             LeastSquares(TASKS.spec), TASKS, names=["x"], targets={"w": target.true_weights}, controls={}, n_shot=2
         )
+
+
+def test_modules_without_a_place_for_each_row_are_named() -> None:
+    options = {"targets": {"w": target.true_weights}, "controls": {}, "n_shot": 2, "n_episodes": 16}
+    with pytest.raises(ValueError, match=r"'encoder.0' must have shape \(B, 3, H\)"):
+        probe_layers(RidgeHead(TASKS.spec), TASKS, names=["encoder.*"], **options)
+    with pytest.raises(ValueError, match="'head' was not called"):
+        probe_layers(ConditionalNeuralProcess(TASKS.spec), TASKS, names=["head"], **options)

@@ -162,7 +162,7 @@ def test_resume_is_exact_at_three_cuts(tasks: TextClasses, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_meta_step_is_one_graph_and_equals_the_eager_one() -> None:
-    tasks = make_tasks(max_tokens=3)  # every token is a step of the graph
+    tasks = make_tasks(max_tokens=4)  # every token is a step of the graph; three would make all texts of a class alike
     learner = make_learner(tasks, dropout=0.0).train()
     expected = MetaStep(learner)(episode_of(tasks))[1]
     torch.compiler.reset()
