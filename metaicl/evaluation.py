@@ -20,6 +20,7 @@ from metaicl.metrics import Calibration, calibration, calibration_counts, query_
 from metaicl.peak_memory import read_peak, start_peak
 from metaicl.prefixes import first_shots
 from metaicl.spec import TaskSpec
+from metaicl.statistics import interval
 from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
@@ -78,6 +79,12 @@ class Evaluation:
     def mean(self, metric: str) -> float:
         """The mean of a metric over the episodes."""
         return float(self.metrics[metric].mean())
+
+    def __str__(self) -> str:
+        """Each metric with its 95 % interval over the episodes: what another draw of tasks would give this learner."""
+        metrics = ", ".join(f"{name} {_with_ends(values)}" for name, values in self.metrics.items())
+        rows = f"{self.n_shot} support and {self.n_query} query rows" + " per class" * (self.kind == "classification")
+        return f"{self.learner}: {metrics} ({self.n_episodes} {self.split} episodes, {rows})"
 
 
 def evaluate(
@@ -281,3 +288,8 @@ def _wait(device: torch.device) -> None:
 def _bytes_of(state: Any) -> int:
     leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+def _with_ends(values: NDArray[np.float64]) -> str:
+    found = interval(values[None])
+    return f"{found.mean:.4g}" if found.ends is None else "{:.4g} [{:.4g}, {:.4g}]".format(found.mean, *found.ends)

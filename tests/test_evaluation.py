@@ -9,6 +9,7 @@ from metaicl.evaluation import evaluate, evaluate_shots
 from metaicl.functional import categorical, gaussian, masked_mean
 from metaicl.learner import Learner, Traits
 from metaicl.spec import TaskSpec
+from metaicl.statistics import interval
 from metaicl.task import TaskDistribution
 
 
@@ -111,6 +112,19 @@ def test_classification_is_scored_and_traits_are_kept():
     assert set(found.metrics) == {"accuracy", "nll", "brier"}
     assert sum(found.calibration.count) == 100 * 40
     assert found.transductive
+
+
+def test_text_gives_each_metric_with_its_interval():
+    found = evaluate(Threshold(Signs.spec), Signs(), n_shot=5, n_query=20, n_episodes=100)
+    ends = interval(found.metrics["accuracy"][None]).ends
+    assert str(found).startswith(
+        f"Threshold: accuracy {found.mean('accuracy'):.4g} [{ends[0]:.4g}, {ends[1]:.4g}], nll"
+    )
+    assert str(found).endswith("(100 test episodes, 5 support and 20 query rows per class)")
+    one = evaluate(Mean(LEVELS.spec), LEVELS, n_shot=2, n_query=3, n_episodes=1)
+    assert str(one) == (
+        f"Mean: mse {one.mean('mse'):.4g}, nll {one.mean('nll'):.4g} (1 test episodes, 2 support and 3 query rows)"
+    )
 
 
 @pytest.mark.parametrize("tasks", [Levels(), Ragged()])
