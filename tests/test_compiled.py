@@ -48,6 +48,7 @@ def test_different_results_are_a_problem(wrong: dict[str, float]) -> None:
         (2e3, {"large": 1.1}, False),  # but not by a tenth
         (0.0, {"large": 1.001}, False),
         (2e3, {"loss": 1.001}, False),  # losses have no kinks
+        (2e3, {"large": math.nan}, False),
         (2e6, {"large": 1.5}, False),  # noise alone: nothing can be told
     ],
 )
