@@ -10,6 +10,7 @@ _CHANGE = 1e-6  # of a score, in the loop's last step: an error of its square is
 _ITERATIONS = 60  # it takes 3 to 6, and more for penalties near zero
 _HALVINGS = 12
 _TINY = 1e-30  # probability
+_ROUNDING = 1e-12  # of the objective, relative
 
 
 def logistic_weights(
@@ -68,7 +69,7 @@ def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> Tensor:
         move = _newton_step(kernel, dual, scores, target, real)
         change = kernel @ move
         found = _objective(dual + move, scores + change, target, real)
-        uphill = found > value
+        uphill = found > value + _ROUNDING * (1 + value.abs())  # a step cut short by noise would count as the last one
         if bool((active & uphill).any()):
             lengths = torch.where(uphill, _best_lengths(dual, scores, move, change, target, real), 1.0)[:, None, None]
             move, change = lengths * move, lengths * change

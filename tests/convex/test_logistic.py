@@ -79,3 +79,20 @@ def test_tasks_do_not_meet_and_few_steps_are_taken(monkeypatch: pytest.MonkeyPat
     features, y = rows(5, 5, 64)
     logistic_weights(features, y, 5, penalty=0.1)
     assert len(calls) <= 7
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.1, 1.0])
+def test_the_gradient_of_a_task_does_not_depend_on_its_neighbors(penalty: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 9, 6, dtype=torch.double, generator=generator)
+    y = torch.arange(3).repeat(3).expand(60, -1)
+
+    def gradient(tasks: slice) -> Tensor:
+        strength = torch.full((x[tasks].shape[0], 1, 1), penalty, dtype=torch.double, requires_grad=True)
+        weights = logistic_weights(x[tasks], y[tasks], 3, penalty=strength)
+        (found,) = torch.autograd.grad((weights * torch.arange(1.0, 19.0).view(6, 3)).sum(), strength)
+        return found
+
+    together = gradient(slice(None))
+    alone = torch.cat([gradient(slice(i, i + 1)) for i in range(60)])
+    assert float(((together - alone) / together).abs().max()) <= 1e-10
