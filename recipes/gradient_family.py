@@ -40,7 +40,7 @@ LEARNERS = {
     "MAML++": partial(MAMLPlusPlus, inner_steps=3),
     "CAVIA": CAVIA,
     "iMAML": partial(IMAML, inner_lr=0.01, inner_steps=16, proximal=0.5),
-    "Reptile": partial(Reptile, inner_lr=0.01, inner_steps=10),
+    "Reptile": partial(Reptile, inner_lr=0.005, inner_steps=10),
     "ES-MAML": partial(ESMAML, n_pairs=40, inner_lr=0.02, sigma=0.02),
     "amortized Bayes": AmortizedBayes,
 }
