@@ -51,9 +51,10 @@ def find_problem(
 ) -> str | None:
     """Why the graph cannot be trusted with what the two functions compute; None if it can.
 
-    A gradient may differ by more than the tolerance where the eager step's own does when its weights move by no more
-    than rounding: that of a bias before a normalization is zero but for rounding, and in a deep net with ReLU and
-    max-pooling some unit among millions is always about to switch. Losses may not.
+    A gradient may differ by more than the tolerance where the eager step's own does when its weights move by eight
+    times their rounding: by twice as much, and at most by a tenth. That of a bias before a normalization is zero but
+    for rounding, and in a deep net with ReLU and max-pooling some unit among millions is always about to switch.
+    Losses may not.
 
     Args:
         graph: Compiles where need be, and gives losses and gradients.
@@ -66,7 +67,8 @@ def find_problem(
     with _same_buffers(learner) as changed:
         problem = _difference(graph, eager, parameters, "current", tolerance)
         if problem is None:
-            with _moved(parameters):
+            with _put_back(parameters):
+                _move(parameters)
                 problem = _difference(graph, eager, parameters, "moved", tolerance)
     return f"a step changes its buffers {changed}" if changed else problem
 
@@ -111,7 +113,8 @@ def _noise(eager: Callable[[], Result], expected: Result, parameters: list[nn.Pa
     """Largest relative change of a gradient when weights move by rounding."""
     noise = 0.0
     for seed in range(_SHAKES):
-        with _moved(parameters, seed), _same_randomness():
+        with _put_back(parameters), _same_randomness():
+            _shake(parameters, torch.Generator().manual_seed(seed))
             noise = max(noise, *list(_relative_gaps(eager(), expected))[1:])
     return noise
 
@@ -155,20 +158,26 @@ def _same_buffers(learner: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _moved(parameters: list[nn.Parameter], seed: int | None = None) -> Iterator[None]:
-    """Weights a little elsewhere, or by rounding if a seed is given, and back to the bit."""
+def _put_back(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Weights may move inside; after it they are what they were, to the bit."""
     before = [parameter.detach().clone() for parameter in parameters]
-    source = None if seed is None else torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            if source is None:
-                parameter.mul_(1.02).add_(1e-3)
-            else:
-                signs = torch.rand(parameter.shape, generator=source).sub_(0.5).sign_().to(parameter)
-                parameter.addcmul_(parameter, signs, value=8 * torch.finfo(parameter.dtype).eps)
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
+
+
+def _move(parameters: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.02).add_(1e-3)
+
+
+def _shake(parameters: list[nn.Parameter], generator: torch.Generator) -> None:
+    """Move each weight by eight times the rounding of its precision, up or down."""
+    with torch.no_grad():
+        for parameter in parameters:
+            signs = torch.rand(parameter.shape, generator=generator).sub_(0.5).sign_().to(parameter)
+            parameter.addcmul_(parameter, signs, value=8 * torch.finfo(parameter.dtype).eps)

@@ -17,6 +17,7 @@ from metaicl.checks import check_count, check_device
 from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
 from metaicl.metrics import Calibration, calibration, calibration_counts, query_metrics
+from metaicl.number_text import interval_text
 from metaicl.peak_memory import read_peak, start_peak
 from metaicl.prefixes import first_shots
 from metaicl.spec import TaskSpec
@@ -82,7 +83,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Each metric with its 95 % interval over the episodes: what another draw of tasks would give this learner."""
-        metrics = ", ".join(f"{name} {_with_ends(values)}" for name, values in self.metrics.items())
+        metrics = ", ".join(f"{name} {interval_text(interval(values[None]))}" for name, values in self.metrics.items())
         rows = f"{self.n_shot} support and {self.n_query} query rows" + " per class" * (self.kind == "classification")
         return f"{self.learner}: {metrics} ({self.n_episodes} {self.split} episodes, {rows})"
 
@@ -288,8 +289,3 @@ def _wait(device: torch.device) -> None:
 def _bytes_of(state: Any) -> int:
     leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-
-
-def _with_ends(values: NDArray[np.float64]) -> str:
-    found = interval(values[None])
-    return f"{found.mean:.4g}" if found.ends is None else "{:.4g} [{:.4g}, {:.4g}]".format(found.mean, *found.ends)

@@ -25,8 +25,9 @@ from metaicl import InContextTransformer, Learner, ProtoNet, RidgeHead, TaskSpec
 from metaicl.demonstration_draws import DrawEvaluation, evaluate_draws
 from metaicl.learners import ChannelHead
 from metaicl.nets.backbones import BagOfWords
+from metaicl.number_text import interval_text
 from metaicl.recipe import RecipeConfig, RecipeResult, gain_criterion, option, run
-from metaicl.statistics import Array, interval
+from metaicl.statistics import interval
 from metaicl.tasks import Docstrings
 from metaicl.tasks.text_features import fit_tfidf
 
@@ -92,7 +93,7 @@ def main(config: Config) -> RecipeResult:
         means[name] = np.stack([one.episode_means() for one in found])
         worsts[name] = np.stack([one.episode_worsts() for one in found])
         rows = {"mean": means[name], "worst draw": worsts[name], "fall": means[name] - worsts[name]}
-        shown = "  ".join(f"{row} {told(values)}" for row, values in rows.items())
+        shown = "  ".join(f"{row} {interval_text(interval(values))}" for row, values in rows.items())
         print(f"{name:11}  {shown}  worst of all {np.mean([one.worst() for one in found]):.3f}", flush=True)
     criteria = [
         gain_criterion(f"accuracy, {text}, channel minus {name}", values[CHANNEL], values[name])
@@ -102,12 +103,6 @@ def main(config: Config) -> RecipeResult:
     ]
     claim = "A channel p(x | y) is better than direct answers p(y | x), also in the worst draw of demonstrations."
     return RecipeResult("demonstration_draws", claim, config, criteria)
-
-
-def told(values: Array) -> str:
-    """A mean with its interval."""
-    found = interval(values)
-    return f"{found.mean:.3f}" + ("" if found.ends is None else " [{:.3f}, {:.3f}]".format(*found.ends))
 
 
 if __name__ == "__main__":

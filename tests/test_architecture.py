@@ -17,6 +17,7 @@ LAYERS = {
         "packing",
         "checks",
         "functional",
+        "mixtures",
         "convex",
         "inner_loop",
         "second_order",

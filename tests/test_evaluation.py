@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.evaluation import evaluate, evaluate_shots
 from metaicl.functional import categorical, gaussian, masked_mean
 from metaicl.learner import Learner, Traits
+from metaicl.number_text import interval_text, number
 from metaicl.spec import TaskSpec
 from metaicl.statistics import interval
 from metaicl.task import TaskDistribution
@@ -116,15 +118,13 @@ def test_classification_is_scored_and_traits_are_kept():
 
 def test_text_gives_each_metric_with_its_interval():
     found = evaluate(Threshold(Signs.spec), Signs(), n_shot=5, n_query=20, n_episodes=100)
-    ends = interval(found.metrics["accuracy"][None]).ends
-    assert str(found).startswith(
-        f"Threshold: accuracy {found.mean('accuracy'):.4g} [{ends[0]:.4g}, {ends[1]:.4g}], nll"
-    )
+    shown = interval_text(interval(found.metrics["accuracy"][None]))
+    assert re.fullmatch(r"0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", shown)
+    assert str(found).startswith(f"Threshold: accuracy {shown}, nll")
     assert str(found).endswith("(100 test episodes, 5 support and 20 query rows per class)")
     one = evaluate(Mean(LEVELS.spec), LEVELS, n_shot=2, n_query=3, n_episodes=1)
-    assert str(one) == (
-        f"Mean: mse {one.mean('mse'):.4g}, nll {one.mean('nll'):.4g} (1 test episodes, 2 support and 3 query rows)"
-    )
+    shown = ", ".join(f"{name} {number(one.mean(name))} [n/a]" for name in ("mse", "nll"))  # one draw has no interval
+    assert str(one) == f"Mean: {shown} (1 test episodes, 2 support and 3 query rows)"
 
 
 @pytest.mark.parametrize("tasks", [Levels(), Ragged()])

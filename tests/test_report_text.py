@@ -2,18 +2,8 @@ import pytest
 
 from metaicl.comparison import compare
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors
-from metaicl.report_text import (
-    cells,
-    columns,
-    describe_task,
-    interval_text,
-    memory_text,
-    number,
-    protocol_lines,
-    render_text,
-    seconds_text,
-    summary_sentence,
-)
+from metaicl.number_text import interval_text, memory_text, number, seconds_text
+from metaicl.report_text import cells, columns, describe_task, protocol_lines, render_text, summary_sentence
 from metaicl.statistics import Interval
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses

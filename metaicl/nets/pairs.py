@@ -182,9 +182,8 @@ class NeuralTensor(nn.Module):
         forms = 0.1 / dim * torch.randn(n_slices, dim, dim)
         forms[places % n_slices, places % dim, places % dim] += 1
         self.raw_slices = nn.Parameter(forms / SLOW)
-        size = (
-            _SHARPNESS * dim**-0.5 * min(1.0, dim / n_slices)
-        )  # where there are more slices than features, they recur
+        # Where there are more slices than features, places recur.
+        size = _SHARPNESS * dim**-0.5 * min(1.0, dim / n_slices)
         self.weight = nn.Parameter(size * (1 + 0.1 * torch.randn(n_slices)))
 
     @property

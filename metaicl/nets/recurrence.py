@@ -6,27 +6,44 @@ those give. `WRITTEN_OUT` maps one to the other.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 State = tuple[Tensor, ...]  # the hidden state (N, H), and of an LSTM the cell (N, H)
-Weights = Sequence[Tensor | None]  # of the input, of the hidden state, their two biases, of an LSTM's projection
+
+
+class Weights(NamedTuple):
+    """Of one layer in one direction, with an axis G H for the G gates in torch's order.
+
+    Attributes:
+        of_input: (G H, D).
+        of_state: (G H, H); (G H, P) in an LSTM that projects its state.
+        input_bias: (G H,) or None.
+        state_bias: (G H,) or None.
+        projection: (P, H) in such an LSTM, else None.
+    """
+
+    of_input: Tensor
+    of_state: Tensor
+    input_bias: Tensor | None = None
+    state_bias: Tensor | None = None
+    projection: Tensor | None = None
 
 
 def _lstm_step(given: Tensor, state: State, weights: Weights) -> State:
     hidden, cell = state
-    write, keep, value, show = (given + F.linear(hidden, weights[1], weights[3])).chunk(4, -1)  # type: ignore[arg-type]
+    write, keep, value, show = (given + F.linear(hidden, weights.of_state, weights.state_bias)).chunk(4, -1)
     cell = keep.sigmoid() * cell + write.sigmoid() * value.tanh()
     hidden = show.sigmoid() * cell.tanh()
-    return hidden if weights[4] is None else F.linear(hidden, weights[4]), cell
+    return hidden if weights.projection is None else F.linear(hidden, weights.projection), cell
 
 
 def _gru_step(given: Tensor, state: State, weights: Weights) -> State:
     (hidden,) = state
-    recalled = F.linear(hidden, weights[1], weights[3]).chunk(3, -1)  # type: ignore[arg-type]
+    recalled = F.linear(hidden, weights.of_state, weights.state_bias).chunk(3, -1)
     reset, keep, value = given.chunk(3, -1)
     keep = (keep + recalled[1]).sigmoid()
     value = (value + (reset + recalled[0]).sigmoid() * recalled[2]).tanh()
@@ -34,7 +51,7 @@ def _gru_step(given: Tensor, state: State, weights: Weights) -> State:
 
 
 def _rnn_step(given: Tensor, state: State, weights: Weights, *, activation: Callable[[Tensor], Tensor]) -> State:
-    return (activation(given + F.linear(state[0], weights[1], weights[3])),)  # type: ignore[arg-type]
+    return (activation(given + F.linear(state[0], weights.of_state, weights.state_bias)),)
 
 
 _Step = Callable[[Tensor, State, Weights], State]
@@ -90,23 +107,22 @@ def run_layers(
     return (sequence.transpose(0, 1) if batch_first else sequence, *last)
 
 
-def run_cell(step: _Step, x: Tensor, start: Tensor | Sequence[Tensor], *weights: Tensor | None) -> Any:
+def run_cell(step: _Step, x: Tensor, start: Tensor | Sequence[Tensor], *weights: Tensor) -> Any:
     """One step of an LSTMCell, GRUCell or RNNCell: the hidden state, of an LSTM the pair of states."""
     states = (start,) if isinstance(start, Tensor) else tuple(start)
-    own = (*weights, *[None] * (5 - len(weights)))
-    found = step(F.linear(x, own[0], own[2]), states, own)  # type: ignore[arg-type]
+    own = Weights(*weights)
+    found = step(F.linear(x, own.of_input, own.input_bias), states, own)
     return found[0] if isinstance(start, Tensor) else found
 
 
 def _in_order(weights: Sequence[Tensor], has_biases: bool) -> Weights:
-    biases = weights[2:4] if has_biases else (None, None)
-    rest = weights[4:] if has_biases else weights[2:]
-    return (*weights[:2], *biases, *(rest or (None,)))
+    biases, rest = (weights[2:4], weights[4:]) if has_biases else ((None, None), weights[2:])
+    return Weights(*weights[:2], *biases, *rest)
 
 
 def _run(step: _Step, x: Tensor, state: State, weights: Weights, *, backwards: bool) -> tuple[Tensor, State]:
     """Outputs (T, N, H) of one layer in one direction over x (T, N, D), and the last state."""
-    given = F.linear(x, weights[0], weights[2])  # type: ignore[arg-type]  # of all time steps at once
+    given = F.linear(x, weights.of_input, weights.input_bias)  # of all time steps at once
     outputs = []
     for row in reversed(given.unbind(0)) if backwards else given.unbind(0):
         state = step(row, state, weights)

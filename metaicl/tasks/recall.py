@@ -23,11 +23,11 @@ class AssociativeRecall(TaskDistribution):
 
     Keys are tokens 1 .. `n_keys`, an input is a single token; with `key_dim` each key is a unit vector instead, drawn
     once for all tasks, so that a memory needs no embedding to be tried (an audit of leakage by content then reports the
-    queries in the support, which are the task). Values are the classes 0 .. C - 1, a vocabulary of their
-    own. With `n_shot` keys per value a task has C n_shot pairs, all with different keys; a query asks for `n_query`
-    keys of each value (again from the first when it has no more), in random order. Support ids and query ids are not
-    given: that a query's key is in the support is the task. A task is its set of pairs, and which split it belongs to
-    depends on that set alone.
+    queries in the support, which are the task). Values are the classes 0 .. C - 1, a vocabulary of their own. With
+    `n_shot` keys per value a task has C n_shot pairs, all with different keys; a query asks for `n_query` keys of each
+    value (again from the first when it has no more), in random order. Support ids and query ids are not given: that a
+    query's key is in the support is the task. A task is its set of pairs, and which split it belongs to depends on that
+    set alone.
 
     Args:
         n_values: C.

@@ -7,17 +7,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Distribution
 from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, masked_mean, positive
+from metaicl.functional import masked_mean, positive
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.unrolling import Loss, Params, unroll
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import check_support, output_scale
+from metaicl.learners.gradient.shared import answer, check_support, output_scale
+from metaicl.mixtures import marginal
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy
 from metaicl.second_order import twice_differentiable
@@ -210,14 +211,4 @@ def row_nll(outputs: Tensor, y: Tensor, raw_scale: Tensor | None) -> Tensor:
 
 def mixture(outputs: Tensor, raw_scale: Tensor | None) -> Distribution:
     """An equal mixture of the answers to S draws: outputs (B, Q, S, C) or (B, Q, S, y_dim), batch shape (B, Q)."""
-    if raw_scale is None:
-        return categorical(outputs.log_softmax(-1).logsumexp(2))  # a Categorical normalizes
-    equal = Categorical(logits=outputs.new_zeros(outputs.shape[:-1]), validate_args=False)
-    scale = positive(raw_scale).expand_as(outputs)
-    if outputs.shape[-1] > 1:
-        draws = Independent(Normal(outputs, scale, validate_args=False), 1, validate_args=False)
-        return MixtureSameFamily(equal, draws, validate_args=False)
-    single = Categorical(logits=equal.logits[..., None, :], validate_args=False)
-    # One output: a mixture of plain normals, which has the cdf that calibration asks for.
-    draws = Normal(outputs.transpose(-1, -2), scale.transpose(-1, -2), validate_args=False)
-    return Independent(MixtureSameFamily(single, draws, validate_args=False), 1, validate_args=False)
+    return marginal(answer(outputs, raw_scale), outputs.new_zeros(outputs.shape[:-1]))

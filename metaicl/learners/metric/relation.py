@@ -75,7 +75,7 @@ class RelationNet(Learner[Tensor]):
             self.relation = PairMLP(shape[0], hidden=(128,) if hidden is None else hidden)
         else:
             self.relation = PairConv(shape, hidden=(8,) if hidden is None else hidden)
-        self.declare_nets(self.encoder, self.relation)
+        self.declare_nets(self.relation)
 
     def adapt(self, support: Examples) -> Tensor:
         """Class features (B, C, D), or maps (B, C, channels, h, w)."""

@@ -83,8 +83,9 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         temperature: float = math.exp(2),
     ) -> None:
         """Build the encoder where none is given."""
+        # A linear head needs one hidden layer more than prototypes. What is no spec is refused after this.
         if encoder is None and getattr(spec, "x_kind", None) == "vector":
-            encoder = MLP((spec.x_shape[0], 64, 64, 64))  # a linear head needs one hidden layer more than prototypes
+            encoder = MLP((spec.x_shape[0], 64, 64, 64))
         super().__init__(spec, encoder)
         self.raw_penalty = nn.Parameter(
             torch.tensor(inverse_positive(check_positive("penalty", penalty), name="penalty"))

@@ -19,8 +19,8 @@ from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.learners.retrieval.keys import GroupEncoder, RandomKeys, SearchKeys
-from metaicl.learners.retrieval.marginal import marginal, rearranged
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
+from metaicl.mixtures import marginal, rearranged
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 

@@ -11,7 +11,7 @@ from metaicl.learner import Learner, Traits
 from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.content import arbitrary_keys, content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
-from metaicl.learners.retrieval.marginal import marginal
+from metaicl.mixtures import marginal
 from metaicl.nets.counting import CountingReader
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator

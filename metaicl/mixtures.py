@@ -1,4 +1,4 @@
-"""The marginal over what was retrieved: one answer from several answers and their probabilities."""
+"""One answer from several answers and their probabilities: the marginal over what was retrieved, or drawn."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from metaicl.functional import categorical
 
 
 def marginal(answers: Distribution, log_weights: Tensor) -> Distribution:
-    """p(y | x) = sum_s w_s p(y | x, z_s), a mixture over the S things that were retrieved.
+    """p(y | x) = sum_s w_s p(y | x, z_s), a mixture over S things that were retrieved, or drawn from a posterior.
 
     Gradients reach the weights and the answers, which is how a retriever is trained end to end. A weight of zero
     (log-weight -inf) takes its answer out, with a gradient of zero; one weight at least must be positive.

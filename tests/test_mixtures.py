@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Cauchy, Independent, Normal
 
 from metaicl.functional import categorical, gaussian
-from metaicl.learners.retrieval.marginal import marginal, rearranged
+from metaicl.mixtures import marginal, rearranged
 
 B, Q, S, C = 2, 3, 4, 5
 
