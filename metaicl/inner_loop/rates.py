@@ -21,18 +21,22 @@ class Rate:
         value: Its value, or where learning starts.
         learn: None keeps it; "all" learns one number, "tensor" one per parameter tensor, "element" one per weight.
         per_step: Learn another one for each step of the inner loop. Steps beyond those of meta-training use the last.
+        relative: Parameters are multiples of `value` and start at 1. Adam moves any parameter by its own step size, of
+            .002, say: a multiple by that part, but a rate of .01 by a fifth. False: parameters are the rates. Betas
+            and momenta, which pass through a sigmoid, are learned alike either way.
 
     Raises:
         ValueError: If a setting is unknown, the value is not finite, or `per_step` is asked of a fixed rate.
 
     Reference:
         One per weight: Li et al. 2017, arXiv:1707.09835. One per layer and step: Antoniou et al. 2018,
-        arXiv:1810.09502.
+        arXiv:1810.09502. Both learn the rates themselves.
     """
 
     value: float
     learn: Learn | None = None
     per_step: bool = False
+    relative: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -75,7 +79,8 @@ class LearnedRate(nn.Module):
         self.learn, self.per_step, self.fraction = rate.learn, rate.per_step, fraction
         self.places = {name: place for place, name in enumerate(params)}
         self.steps = check_count("steps", steps)
-        start = math.log(rate.value / (1 - rate.value)) if fraction else rate.value
+        self.unit = rate.value if rate.relative and not fraction else 1.0
+        start = math.log(rate.value / (1 - rate.value)) if fraction else rate.value / self.unit
         lead = (steps,) if rate.per_step else ()
         like = next(iter(params.values()))
 
@@ -94,7 +99,7 @@ class LearnedRate(nn.Module):
             raw = raw[min(step, self.steps - 1)]
         if self.learn == "tensor":
             raw = raw[self.places[name]]
-        return raw.sigmoid() if self.fraction else raw
+        return raw.sigmoid() if self.fraction else self.unit * raw
 
 
 def _key(name: str) -> str:

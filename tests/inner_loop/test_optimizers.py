@@ -143,13 +143,27 @@ def test_learned_fractions_start_where_they_should_and_stay_inside():
     assert 0.9 < float(optimizer.rate("momentum", "a", 0).detach()) < 1
 
 
+@pytest.mark.parametrize("learn", ["all", "tensor", "element"])
+def test_an_outer_step_moves_a_relative_rate_in_proportion(learn):
+    def moved(**settings):
+        optimizer = SGD(Rate(0.01, learn, **settings)).bind(start(), 1)
+        outer = torch.optim.Adam(optimizer.parameters(), lr=0.002)
+        before = optimizer.rate("lr", "a", 0).mean()
+        (-before).backward()
+        outer.step()
+        return float(before.detach()), float(optimizer.rate("lr", "a", 0).mean().detach())
+
+    assert moved() == pytest.approx((0.01, 0.01 * 1.002), rel=1e-6)
+    assert moved(relative=False) == pytest.approx((0.01, 0.012), rel=1e-6)
+
+
 def test_bind_copies_and_steps_beyond_the_last_use_the_last():
     one = SGD(Rate(0.1, "all", per_step=True), precondition=Curvature())
     first, second = one.bind(start(), 2), one.bind(start(), 2)
     assert list(one.parameters()) == []
     assert not {id(value) for value in first.parameters()} & {id(value) for value in second.parameters()}
     with torch.no_grad():
-        first.learned["lr"].value[1] = 0.3
+        first.learned["lr"].value[1] = 3.0
     assert [round(float(first.rate("lr", "a", step).detach()), 6) for step in range(4)] == [0.1, 0.3, 0.3, 0.3]
 
 

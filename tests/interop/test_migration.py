@@ -238,7 +238,7 @@ def meta_sgd():
 def rate_per_tensor():
     net = make()
     theirs = algorithms().MetaSGD(net, lrs=nn.ParameterList([scalar(value) for value in (0.05, 0.1, 0.15, 0.2)]))
-    optimizer = SGD(Rate(LR, "tensor")).bind(start(net), STEPS)
+    optimizer = SGD(Rate(LR, "tensor", relative=False)).bind(start(net), STEPS)
     (rates,) = optimizer.parameters()
     with torch.no_grad():
         rates.copy_(torch.stack(list(theirs.lrs)))
@@ -255,7 +255,7 @@ def scale():
     with torch.no_grad():
         for each in scales:
             each.fill_(1.0)  # theirs starts at the number of elements
-    optimizer = SGD(Rate(LR, "element")).bind(start(net), STEPS)
+    optimizer = SGD(Rate(LR, "element", relative=False)).bind(start(net), STEPS)
     expected = l2l_side(theirs, [*net.parameters(), *scales])
     found = ours(net, optimizer=optimizer, learned=rates_of(optimizer, net))
     return expected, [*found[:4], *(LR * value.flatten() for value in found[4:])]
@@ -450,7 +450,7 @@ def learned_rate_per_layer():
     values = [scalar(value) for value in (0.0625, 0.125, 0.25, 0.5)]
     groups = [{"params": [parameter]} for parameter in net.parameters()]
     expected = higher_side(net, torch.optim.SGD(groups, lr=1.0), values, override={"lr": values})
-    optimizer = SGD(Rate(LR, "tensor")).bind(start(net), STEPS)
+    optimizer = SGD(Rate(LR, "tensor", relative=False)).bind(start(net), STEPS)
     (rates,) = optimizer.parameters()
     with torch.no_grad():
         rates.copy_(torch.stack(values))
@@ -463,7 +463,7 @@ def learned_rate_per_step():
     values = [scalar(value) for value in (0.25, 0.125, 0.0625)]
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     expected = higher_side(net, optimizer, values, step=lambda k: {"override": {"lr": [values[k]]}})
-    mine = SGD(Rate(LR, "all", per_step=True)).bind(start(net), STEPS)
+    mine = SGD(Rate(LR, "all", per_step=True, relative=False)).bind(start(net), STEPS)
     (rates,) = mine.parameters()
     with torch.no_grad():
         rates.copy_(torch.stack(values))
@@ -489,7 +489,7 @@ def trainable_settings():
         for name, values in higher.optim.get_trainable_opt_params(optimizer).items()
     }
     expected = higher_side(net, optimizer, trainable["lr"], override=trainable)
-    mine = SGD(Rate(LR, "all")).bind(start(net), STEPS)
+    mine = SGD(Rate(LR, "all", relative=False)).bind(start(net), STEPS)
     return expected, ours(net, optimizer=mine, learned=list(mine.parameters()))
 
 

@@ -52,7 +52,8 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
     Reference:
         Antoniou, Edwards & Storkey, 2018, arXiv:1810.09502: multi-step loss, derivative-order annealing, learned
         per-layer per-step rates, per-step batch normalization weights and biases (BNWB); weights of the steps as in
-        the authors' code. Differs: rates per tensor, as in the code; parts of the training instead of epochs; no
+        the authors' code. Differs: rates per tensor, as in the code, and learned as multiples of `inner_lr`, without
+        which an outer Adam shakes small ones; parts of the training instead of epochs; no
         running statistics per step (BNRS): the authors' code keeps them, but normalizes by the statistics of the rows
         at hand in training and evaluation alike, as here, so that no answer depends on them. The nets built here use
         group normalization, which has nothing of the kind. Cosine annealing is `TrainConfig(schedule="cosine")`.

@@ -44,7 +44,7 @@ class MetaSGD(HoldsMAML):
     ) -> None:
         """Build the MAML inside."""
         super().__init__(spec)
-        rate = Rate(choose_inner_lr(spec, inner_lr), "element")
+        rate = Rate(choose_inner_lr(spec, inner_lr), "element", relative=False)
         self.maml = MAML(
             spec, net=net, optimizer=SGD(rate), inner_steps=inner_steps, first_order=first_order, adapt=adapt
         )
