@@ -68,7 +68,7 @@ class MetaStep:
         dtype = torch.bfloat16 if autocast else first.dtype
         self._tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])
         self._own = learner if isinstance(learner, HasMetaGradients) else None
-        self._frozen = {n: p.detach() for n, p in self._module.named_parameters() if not p.requires_grad}
+        self._frozen = [name for name, value in self._module.named_parameters() if not value.requires_grad]
         if compile and self._own is not None:
             self._fall_back("it computes its own meta-gradients")
         elif compile:
@@ -101,9 +101,11 @@ class MetaStep:
 
     def _compiled(self, episode: Episode) -> Result:
         assert self._graph is not None
-        # Never the module's own Parameter objects, and read afresh: a learner may put a new tensor in a buffer's place.
+        # Never the module's own Parameter objects, and the rest read afresh: a learner may put a new tensor in the
+        # place of a buffer or of a frozen parameter.
         trainable = {_PREFIX + name: value.detach() for name, value in self.parameters.items()}
-        rest = self._frozen | {name: value.detach() for name, value in self._module.named_buffers()}
+        rest = {name: value.detach() for name, value in self._module.named_buffers()}
+        rest |= {name: self._module.get_parameter(name).detach() for name in self._frozen}
         losses, gradients = self._graph(trainable, rest, episode)
         return losses.detach(), {name: gradients[_PREFIX + name] for name in self.parameters}
 

@@ -50,8 +50,17 @@ _WAYS_OUT = (
     ),
     (
         ("Batching rule not implemented",),
-        "The net writes into memory that all tasks share, as spectral normalization does in training: keep that layer "
-        f"in evaluation mode, {_TASK_BY_TASK}",
+        "The net uses an operator that cannot be mapped over tasks, or writes into memory that they share, as spectral "
+        f"normalization does: replace that layer, {_TASK_BY_TASK}",
+    ),
+    (
+        ("requires_grad_()", "functorch"),
+        f"The net differentiates by torch.autograd inside its forward pass: use torch.func.grad there, {_TASK_BY_TASK}",
+    ),
+    (
+        ("called random operation while in randomness error mode",),
+        "An implicit gradient needs an inner loss that is the same at every call, and the net draws random numbers: "
+        "take its dropout out, or use MAML",
     ),
 )
 """Parts of torch's messages, and what to do."""
@@ -72,8 +81,19 @@ def twice_differentiable() -> Iterator[None]:
         with _WrittenOut():
             yield
     else:
-        with _WrittenOut(), sdpa_kernel(SDPBackend.MATH):
+        with _WrittenOut(), sdpa_kernel(SDPBackend.MATH), _no_fast_path():
             yield
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep torch's Transformer layers from the one kernel that they call in evaluation, which vmap does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def test_a_frozen_net_can_stand_in_an_inner_loop_and_looks_at_one_row_at_a_time(
 
 
 def test_nothing_to_freeze_is_said():
-    with pytest.raises(ValueError, match="Sequential has no batch normalization with running statistics to freeze"):
+    with pytest.raises(ValueError, match="Sequential has no normalization with running statistics to freeze"):
         freeze_statistics(nn.Sequential(nn.Linear(2, 2), BatchStatNorm(2)))
 
 
@@ -82,3 +82,16 @@ def test_batch_norms_by_name():
     assert batch_norms(BatchStatNorm(2)) == [""]
     assert mixes_rows(inside)
     assert not mixes_rows(inside[1])
+
+
+def test_a_layer_under_two_names_and_instance_normalization_are_frozen_too():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer, alone = nn.BatchNorm1d(4), nn.InstanceNorm1d(2, track_running_stats=True, affine=True)
+        net = nn.Sequential(layer, nn.Tanh(), layer, nn.Unflatten(1, (2, 2)), alone, nn.Flatten()).double()
+        for _ in range(3):
+            net(2 * torch.randn(20, 4, dtype=torch.float64) + 1)
+    frozen, x = freeze_statistics(net.eval()), rows(7, 4)
+    assert frozen[0] is frozen[2]
+    check_inner_loop_module(frozen)
+    assert float((frozen(x) - net(x)).detach().abs().max()) < 1e-12

@@ -1,6 +1,7 @@
 """Values with a backward of their own: what recomputation and implicit gradients are made of."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ from metaicl.second_order import twice_differentiable
 
 Pull = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor | None]]
 """(inputs, cotangents of the values) -> cotangents of the inputs."""
+
+
+def same_autocast() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Contexts in which matrix products have the precision that they have now; a backward pass knows nothing of it."""
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    dtypes = [torch.get_autocast_dtype(device) for device in devices]
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in zip(devices, dtypes, strict=True):
+                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            yield
+
+    return again
 
 
 def attach(values: Sequence[Tensor], inputs: Sequence[Tensor], pull: Pull) -> tuple[Tensor, ...]:
@@ -34,6 +50,27 @@ def attach(values: Sequence[Tensor], inputs: Sequence[Tensor], pull: Pull) -> tu
     with twice_differentiable():
         pass  # nor does it let a backward pass enter a function mode that no forward pass has entered before
     return _Attached.apply(pull, split, *values, *views)  # type: ignore[no-any-return]
+
+
+def differentiable_once(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """`value` as a derivative of `inputs` that nobody may differentiate further; compiled graphs do not watch."""
+    return value if torch.compiler.is_compiling() else _Last.apply(value, *inputs)  # type: ignore[no-any-return]
+
+
+class _Last(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("an implicit gradient has no derivative of its own here; unroll the inner loop to get one")
 
 
 class _Attached(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Calling anyone's net with other weights, and leaving no trace in it."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Any:
@@ -15,7 +19,8 @@ def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any
     `torch.func.functional_call`, with its traps removed: torch 2.13 leaves the stand-ins in a submodule that is
     registered under two names, and whatever a forward pass writes into attributes (torch's recurrent layers keep lists
     of weights there, hooks of weight normalization a weight, anyone an activation) would outlive the call too.
-    Numbers and strings in attributes are left to the net, so that it can count.
+    So would tensors that it puts into lists, dicts and sets. Numbers and strings are left to the net, so that it can
+    count.
 
     Args:
         net: Any module; left alone.
@@ -28,6 +33,19 @@ def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any
         if _has_shared_modules(net):
             return functional_call(net, _by_place(net, tensors), arguments, tie_weights=False)
         return functional_call(net, dict(tensors), arguments, strict=True)
+
+
+def cloned_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers by name, for a call that may write into them."""
+    with torch.no_grad():
+        named = (*net.named_parameters(), *net.named_buffers())
+        return {name: value.clone() for name, value in named}
+
+
+def try_net(net: nn.Module, *arguments: Any) -> Any:
+    """What a net says to some arguments, without a gradient; net and global random state are left as they were."""
+    with torch.random.fork_rng(), torch.no_grad():
+        return call_net(net, cloned_tensors(net), arguments)
 
 
 def _has_shared_modules(net: nn.Module) -> bool:
@@ -49,6 +67,7 @@ def _by_place(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def _same_attributes(net: nn.Module) -> Iterator[None]:
     """Put back attributes of all modules that were bound anew, and keep cudnn from rearranging stand-ins."""
     kept = [(module.__dict__, dict(module.__dict__)) for module in net.modules()]
+    containers = [(value, copy.copy(value)) for _, before in kept for value in _containers(before)]
     for layer in net.modules():
         if isinstance(layer, nn.RNNBase):
             layer.__dict__["flatten_parameters"] = _do_nothing
@@ -58,6 +77,9 @@ def _same_attributes(net: nn.Module) -> Iterator[None]:
         for now, before in kept:
             if list(map(id, now.values())) != list(map(id, before.values())):
                 _put_back(now, before)
+        for value, before in containers:
+            if _holds_new_tensors(value, before):
+                _refill(value, before)
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
@@ -69,6 +91,27 @@ def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
         if key in before:
             now[key] = before[key]
     now |= {key: value for key, value in before.items() if key not in now}
+
+
+def _containers(attributes: Mapping[str, Any]) -> list[Any]:
+    """Lists, dicts and sets among the attributes of a module that are not those of every module."""
+    return [
+        value for key, value in attributes.items() if type(value) in (list, dict, set) and key not in _OF_EVERY_MODULE
+    ]
+
+
+def _holds_new_tensors(value: Any, before: Any) -> bool:
+    known = set(map(id, tree_leaves(_listed(before))))
+    return any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves(_listed(value)))
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, set) else value  # a pytree has no sets
+
+
+def _refill(value: Any, before: Any) -> None:
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(before)
 
 
 def _do_nothing() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metaicl.inner_loop.attached import attach
+from metaicl.inner_loop.attached import attach, same_autocast
 
 
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -37,7 +37,7 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
             filled[i] = value
         return function(*tree_unflatten(filled, structure))
 
-    replay = _replay(inputs)
+    replay, autocast = _replay(inputs), same_autocast()
     result = call(*(value.detach() for value in inputs))
     outputs, shape = tree_flatten(result)
     if not torch.compiler.is_compiling() and any(output.requires_grad for output in outputs):
@@ -47,7 +47,7 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         )
 
     def pull(saved: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        with replay():
+        with replay(), autocast():
             _, pulled = vjp(lambda *values: tuple(tree_leaves(call(*values))), *saved)  # type: ignore[misc]  # without has_aux it is a pair
         return pulled(tuple(cotangents))
 

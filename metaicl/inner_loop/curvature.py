@@ -6,6 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from metaicl.inner_loop.parameters import dotless
+
 
 class Curvature(nn.Module):
     """A preconditioner that multiplies the gradient of each tensor by a learned matrix along each axis.
@@ -26,12 +28,12 @@ class Curvature(nn.Module):
     def bind(self, params: Mapping[str, Tensor]) -> Self:
         """A copy with identities for tensors of these shapes."""
         bound = type(self)()
-        bound.factors = nn.ModuleDict({_key(name): _factors(value) for name, value in params.items()})
+        bound.factors = nn.ModuleDict({dotless(name): _factors(value) for name, value in params.items()})
         return bound
 
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Transformed gradients, shapes as they came."""
-        factors = {name: list(self.factors[_key(name)]) for name in gradients}  # type: ignore[arg-type]  # a ParameterList
+        factors = {name: list(self.factors[dotless(name)]) for name in gradients}  # type: ignore[arg-type]  # a ParameterList
         return {name: _transform(gradient, factors[name]) for name, gradient in gradients.items()}
 
 
@@ -51,7 +53,3 @@ def _transform(gradient: Tensor, factors: list[Tensor]) -> Tensor:
     along_out = torch.einsum("po,oif->pif", factors[0], gradient.flatten(2))
     along_in = torch.einsum("qi,pif->pqf", factors[1], along_out)
     return (along_in @ factors[2].T).view_as(gradient)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a module's name cannot hold a dot

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from metaicl.inner_loop.calling import call_net
+from metaicl.inner_loop.calling import call_net, cloned_tensors
+from metaicl.inner_loop.parameters import first_floating
 
 Shape = tuple[int, ...]
 
@@ -25,6 +26,13 @@ _HARMLESS = tuple(
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
 )
 """Readings of a weight that do not look at its numbers."""
+
+_PROBES = (2, 3, 9)  # rows: one that goes through its rows in pieces, or counts them, shows with many
+_HINT = "the net calls its linear layers otherwise than when the learner was made; make it with factored=False"
+
+
+class NotFactorable(RuntimeError):
+    """The net used a weight in another way than when its layers were looked for."""
 
 
 class Factors(NamedTuple):
@@ -69,8 +77,8 @@ def descend(value: Either, rate: float | Tensor, gradient: Either) -> Either:
 class LinearLayers:
     """Which weights of a net can be factored, and what shape comes out of their layers.
 
-    A weight can be factored if the net uses it for nothing but F.linear, however often. The net is run on two and on
-    three rows of zeros to see that, and how the shapes grow with the rows.
+    A weight can be factored if the net uses it for nothing but F.linear, however often, outside of transforms of its
+    own such as `torch.func.jvp`. The net is run on a few numbers of rows of zeros to see that, and how the shapes grow.
 
     Args:
         net: Any module; left alone, and the global random state too.
@@ -84,13 +92,18 @@ class LinearLayers:
         self, net: nn.Module, x_shape: Shape, *, integers: bool, adapted: Collection[str], cheaper: bool = True
     ) -> None:
         """Run the net."""
-        weights = {name: value for name, value in net.named_parameters() if name in adapted and value.ndim == 2}
-        like = next(net.parameters())
-        x = torch.zeros(3, *x_shape, dtype=torch.long if integers else like.dtype, device=like.device)
-        two, three = (_output_shapes(net, weights, x[:rows]) for rows in (2, 3))
-        self._sizes = {name: tuple(value.shape) for name, value in weights.items()}
-        self._grow = {name: _growth(two[name], three[name]) for name in two.keys() & three.keys()}
+        matrices = {name: value for name, value in net.named_parameters() if name in adapted and value.ndim == 2}
+        self._sizes = {name: tuple(value.shape) for name, value in matrices.items() if value.is_floating_point()}
+        like = first_floating(net)
+        x = torch.zeros(max(_PROBES), *x_shape, dtype=torch.long if integers else like.dtype, device=like.device)
+        seen = [_output_shapes(net, self._sizes.keys(), x[:rows]) for rows in _PROBES]
+        self._grow = {name: _growth([shapes.get(name, []) for shapes in seen]) for name in self._sizes}
         self._cheaper = cheaper
+
+    @property
+    def required(self) -> bool:
+        """Whether weights must be factored, and not only where it is cheaper."""
+        return not self._cheaper
 
     @property
     def names(self) -> list[str]:
@@ -143,7 +156,7 @@ class FactoredLinear(TorchFunctionMode):
         if func is not F.linear:
             for name, own in self.weights.items():
                 if any(leaf is own for leaf in tree_leaves((args, kwargs))) and func not in _HARMLESS:
-                    raise RuntimeError(
+                    raise NotFactorable(
                         f"the net gives its weight {name} to {getattr(func, '__name__', func)} now, and gave it to "
                         "F.linear alone when the learner was made; make the learner with factored=False"
                     )
@@ -157,8 +170,22 @@ class FactoredLinear(TorchFunctionMode):
             out = out + (x @ factors.inputs.mT) @ factors.outputs
         if self.nudges is None or self.inputs is None:
             return out
+        call, nudges = len(self.inputs[name]), self.nudges[name]
+        if call == len(nudges) or nudges[call].shape != out.shape:
+            raise NotFactorable(f"{_HINT}: call {call + 1} of {name} gives {tuple(out.shape)}")
         self.inputs[name].append(x)
-        return out + self.nudges[name][len(self.inputs[name]) - 1]
+        return out + nudges[call]
+
+
+def check_all_called(inputs: Mapping[str, Sequence[Tensor]], nudges: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse a net that used a layer less often than it did when the learner was made.
+
+    Raises:
+        NotFactorable: If it did.
+    """
+    for name, expected in nudges.items():
+        if len(inputs[name]) != len(expected):
+            raise NotFactorable(f"{_HINT}: it calls {name} {len(inputs[name])} times")
 
 
 def split(fast: FastWeights) -> tuple[dict[str, Tensor], dict[str, Factors]]:
@@ -172,6 +199,12 @@ def applied(weights: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> Ab
     return FactoredLinear({name: weights[name] for name in factors}, factors) if factors else nullcontext()
 
 
+def formed(weights: Mapping[str, Tensor], fast: FastWeights) -> dict[str, Tensor]:
+    """Fast weights as plain tensors with leading axis B, whatever was kept as factors of the change of `weights`."""
+    plain, factors = split(fast)
+    return plain | {name: weights[name] + value.product() for name, value in factors.items()}
+
+
 def rows_of(tensors: Sequence[Tensor]) -> Tensor:
     """Rows (r, features) of tensors (..., features)."""
     return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
@@ -182,11 +215,10 @@ def _linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     return x, args[1] if len(args) > 1 else kwargs["weight"]
 
 
-def _output_shapes(net: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, list[Shape]]:
+def _output_shapes(net: nn.Module, names: Collection[str], x: Tensor) -> dict[str, list[Shape]]:
     """What comes out of the layers that use their weight for nothing but F.linear, call by call."""
-    watch = _Watch(weights)
-    tensors = dict(net.named_parameters())
-    tensors |= {name: value.clone() for name, value in net.named_buffers()}  # the net may write into them
+    tensors = cloned_tensors(net)
+    watch = _Watch({name: tensors[name] for name in names})
     with torch.random.fork_rng(), torch.no_grad(), watch:
         call_net(net, tensors, (x,))
     return {name: shapes for name, shapes in watch.shapes.items() if shapes and name not in watch.used_otherwise}
@@ -208,20 +240,31 @@ class _Watch(TorchFunctionMode):
         used = [self.names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.names]
         if func is F.linear and used:
             _, weight = _linear_arguments(args, kwargs or {})
-            if used == [self.names.get(id(weight))]:
+            # Within a transform of the net's own a layer sees one row, and its input would leak out of the transform.
+            if used == [self.names.get(id(weight))] and not _in_a_transform():
                 self.shapes[used.pop()].append(tuple(out.shape))
         if func not in _HARMLESS:
             self.used_otherwise.update(used)
         return out
 
 
-def _growth(two: Sequence[Shape], three: Sequence[Shape]) -> list[Shape]:
+def _in_a_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def _growth(seen: Sequence[Sequence[Shape]]) -> list[Shape]:
     """Shapes with minus the size per row wherever a size grows with the rows; nothing if they grow otherwise."""
+    if len({tuple(map(len, shapes)) for shapes in seen}) != 1:
+        return []
     grown = []
-    for small, large in zip(two, three, strict=False):
-        pairs = list(zip(small, large, strict=False))
-        if any(a != b and a * 3 != b * 2 for a, b in pairs):
-            return []
-        grown.append(tuple(a if a == b else -(a // 2) for a, b in pairs))
-    same = len(two) == len(three) and all(len(a) == len(b) for a, b in zip(two, three, strict=False))
-    return grown if same else []
+    for shapes in zip(*seen, strict=True):  # of one call, for each number of rows
+        sizes = []
+        for axis in zip(*shapes, strict=True):
+            if len(set(axis)) == 1:
+                sizes.append(axis[0])
+            elif all(size * _PROBES[0] == axis[0] * rows for size, rows in zip(axis, _PROBES, strict=True)):
+                sizes.append(-(axis[0] // _PROBES[0]))
+            else:
+                return []
+        grown.append(tuple(sizes))
+    return grown

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from metaicl.checks import check_positive
-from metaicl.inner_loop.attached import attach
-from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver
+from metaicl.checks import check_count, check_positive
+from metaicl.inner_loop.attached import attach, differentiable_once, same_autocast
+from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, none_active
 from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.second_order import twice_differentiable
 
@@ -57,6 +57,52 @@ class Proximal:
         with twice_differentiable():
             return vmap(one_task, in_dims=in_dims)(dict(weights), *data)
 
+    def slopes(self, weights: Params, start: Params, shared: Params, data: Sequence[Any]) -> dict[str, Tensor]:
+        """Gradients of the regularized loss at weights with leading axis B; zero at the solution."""
+        plain = self.gradients(weights, shared, data)
+        return {name: plain[name] + self.strength * (weights[name] - value) for name, value in start.items()}
+
+
+def minimize_tasks(
+    problem: Proximal,
+    start: Params,
+    data: Sequence[Any],
+    *,
+    lr: float,
+    steps: int,
+    tolerance: float | Tensor,
+    shared: Params | None = None,
+) -> dict[str, Tensor]:
+    """Gradient descent on the inner problem of B tasks until each is near its minimum; no graph is kept.
+
+    Args:
+        problem: What to minimize.
+        start: Where all tasks start, without axis B.
+        data: As in `implicit_tasks`.
+        lr: Step size; convergence needs one below 2 / (largest curvature + strength).
+        steps: Largest number of steps.
+        tolerance: A task whose slope has fallen to this part of its first one stands still; a scalar.
+        shared: As in `implicit_tasks`.
+
+    Returns:
+        Weights with leading axis B.
+    """
+    n_tasks = len(next(part for part in data if part is not None))
+    with torch.no_grad():
+        begin = {name: value.detach() for name, value in start.items()}
+        weights = {name: value.expand(n_tasks, *value.shape) for name, value in begin.items()}
+        first: Tensor | None = None
+        for _ in range(check_count("steps", steps, minimum=0)):
+            slopes = problem.slopes(weights, begin, shared or {}, data)
+            size = _pack(slopes).norm(dim=1)
+            first = size if first is None else first
+            active = size > tolerance * first
+            if none_active(active):
+                break
+            rates = torch.where(active, lr, 0.0)
+            weights = {name: w - rates.view(-1, *[1] * (w.ndim - 1)) * slopes[name] for name, w in weights.items()}
+    return weights
+
 
 def implicit_tasks(
     problem: Proximal,
@@ -85,7 +131,8 @@ def implicit_tasks(
 
     Returns:
         The solution. Its derivative is exact up to the distance to the true solution and the solver's residual, see
-        `diagnose`. It reaches `start`, `shared` and those tensors of `data` that want a gradient.
+        `diagnose`. It reaches `start`, `shared` and those tensors of `data` that want a gradient. There is no second
+        derivative: to ask for one is a RuntimeError.
 
     Reference:
         Rajeswaran et al. 2019, arXiv:1909.04630, lemma 1 and Algorithm 2.
@@ -96,7 +143,7 @@ def implicit_tasks(
     moving = [i for i, leaf in enumerate(leaves) if _wants_gradient(leaf, known=i < n_learned)]
     fixed = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     names, found = list(start), [solution[name].detach() for name in start]
-    solve = _ready(solver, problem)
+    solve, autocast = _ready(solver, problem), same_autocast()
 
     def pull(saved: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         weights, inputs = dict(zip(names, saved[: len(names)], strict=True)), saved[len(names) :]
@@ -111,9 +158,10 @@ def implicit_tasks(
 
         _, shared, data = tree_unflatten(fixed, structure)
         v = _pack(dict(zip(names, cotangents, strict=True)))
-        u = _unpack(solve(_hessian(problem, weights, shared, data), v, tolerance).value, weights)
-        _, pulled = vjp(slope, *inputs)  # type: ignore[misc]
-        return (*(None for _ in names), *pulled(u))
+        with autocast():
+            u = _unpack(solve(_hessian(problem, weights, shared, data), v, tolerance).value, weights)
+            _, pulled = vjp(slope, *inputs)  # type: ignore[misc]
+            return (*(None for _ in names), *(differentiable_once(value, saved) for value in pulled(u)))
 
     inputs = (*found, *(leaves[i] for i in moving))
     return dict(zip(names, attach(found, inputs, pull), strict=True))
@@ -151,8 +199,7 @@ def diagnose(
     """What `implicit_tasks` would do with the outer gradient `v` (leading axis B), in numbers; no graph."""
     with torch.no_grad():
         weights = {name: solution[name].detach() for name in start}
-        slopes = problem.gradients(weights, shared or {}, data)
-        rest = {name: slopes[name] + problem.strength * (weights[name] - value) for name, value in start.items()}
+        rest = problem.slopes(weights, start, shared or {}, data)
         product = _hessian(problem, weights, shared or {}, data)
         found = _ready(solver, problem)(product, _pack({name: v[name] for name in start}), tolerance)
         return Diagnosis(_pack(rest).norm(dim=1), found.residual, found.iterations)

@@ -160,7 +160,8 @@ class SGD(InnerOptimizer):
         plain = (
             clip_norm is None and precondition is None and not self.uses("momentum") and not self.uses("weight_decay")
         )
-        self.takes_factors = plain and self.rates["lr"].learn != "element"
+        own_rule = type(self).update is not SGD.update  # which knows nothing of factors
+        self.takes_factors = plain and self.rates["lr"].learn != "element" and not own_rule
         if self.nesterov and (not self.uses("momentum") or self.uses("dampening")):
             raise ValueError("nesterov needs momentum > 0 and dampening 0")
 

@@ -58,6 +58,16 @@ def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor
     return {**named, **{name: value.clone() for name, value in net.named_buffers()}}
 
 
+def first_floating(net: nn.Module) -> Tensor:
+    """A parameter that says in which dtype and on which device a net computes; a float32 scalar where there is none."""
+    return next((value for value in net.parameters() if value.is_floating_point()), torch.empty(()))
+
+
+def dotless(name: str) -> str:
+    """A parameter's name as a name that a module can hold: without dots, and no method of `nn.ParameterDict`."""
+    return "/" + name.replace(".", "/")
+
+
 def check_inner_loop_module(net: nn.Module) -> None:
     """Refuse what the batched inner loop cannot serve: running statistics and float16, and what is no module.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_choice, check_count
+from metaicl.inner_loop.parameters import dotless
 
 Learn = Literal["all", "tensor", "element"]
 
@@ -88,19 +89,17 @@ class LearnedRate(nn.Module):
             return nn.Parameter(torch.full((*lead, *shape), start, dtype=like.dtype, device=like.device))
 
         if rate.learn == "element":
-            self.values = nn.ParameterDict({_key(name): filled(tuple(value.shape)) for name, value in params.items()})
+            self.values = nn.ParameterDict(
+                {dotless(name): filled(tuple(value.shape)) for name, value in params.items()}
+            )
         else:
             self.value = filled((len(params),) if rate.learn == "tensor" else ())
 
     def forward(self, name: str, step: int) -> Tensor:
         """The rate of the tensor `name` in step `step`: a scalar, or one number per element."""
-        raw = self.values[_key(name)] if self.learn == "element" else self.value
+        raw = self.values[dotless(name)] if self.learn == "element" else self.value
         if self.per_step:
             raw = raw[min(step, self.steps - 1)]
         if self.learn == "tensor":
             raw = raw[self.places[name]]
         return raw.sigmoid() if self.fraction else self.unit * raw
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name cannot hold a dot

@@ -69,7 +69,7 @@ class ConjugateGradient(Solver):
         used = torch.zeros(len(v), dtype=torch.long, device=v.device)
         for _ in range(self.iterations):
             active = size > start * tolerance**2  # strict: a right-hand side of zero is done at once
-            if _none(active):
+            if none_active(active):
                 break
             image = product(direction)
             curvature = (direction * image).sum(1)
@@ -95,6 +95,7 @@ class Neumann(Solver):
 
     Raises:
         TypeError, ValueError: If a setting is out of range.
+        FloatingPointError: From a call outside of compiled graphs, if the series diverges.
 
     Reference:
         Lorraine, Vicol & Duvenaud, 2020, arXiv:1911.02590, section 4.
@@ -118,15 +119,21 @@ class Neumann(Solver):
         used = torch.zeros(len(v), dtype=torch.long, device=v.device)
         for _ in range(self.iterations):
             active = size > start * tolerance**2
-            if _none(active):
+            if none_active(active):
                 break
             move = torch.where(active[:, None], self.step * rest, 0.0)
             value, rest = value + move, rest - product(move)
             size, used = rest.square().sum(1), used + active
+        if not torch.compiler.is_compiling() and bool((size > start).any()):
+            raise FloatingPointError(
+                f"the Neumann series diverges: its residual grew to {float(_relative(size, start).max()):.1e} of the "
+                f"right-hand side; give a step below 2 / the largest eigenvalue (now {self.step:.3g}), or take "
+                "ConjugateGradient"
+            )
         return Solution(value, _relative(size, start), used)
 
 
-def _none(active: Tensor) -> bool:
+def none_active(active: Tensor) -> bool:
     """Whether the iteration can stop; a compiled graph has a fixed length, and finished tasks stand still in it."""
     return not torch.compiler.is_compiling() and not bool(active.any())
 

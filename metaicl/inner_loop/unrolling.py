@@ -6,18 +6,21 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from metaicl.checks import check_count
+from metaicl.checks import check_count, check_positive
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.checkpointing import recompute
 from metaicl.inner_loop.factored import (
     FactoredLinear,
     Factors,
     FastWeights,
+    NotFactorable,
     Shape,
     applied,
+    check_all_called,
     descend,
+    formed,
     no_factors,
     rows_of,
     split,
@@ -88,7 +91,9 @@ class _Loop:
         def loss(weights: Params, nudges: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Any]:
             inputs: dict[str, list[Tensor]] = {name: [] for name in starts}
             with FactoredLinear(starts, factors, nudges, inputs):
-                return self.loss({**shared, **weights}, *data), inputs
+                value = self.loss({**shared, **weights}, *data)
+            check_all_called(inputs, nudges)
+            return value, inputs
 
         (gradients, outputs), (value, inputs) = grad_and_value(loss, (0, 1), has_aux=True)(dict(weights), zeros)
         factored = {name: Factors(rows_of(inputs[name]), rows_of(outputs[name])) for name in starts}
@@ -227,9 +232,9 @@ def unroll_path(
     fast: dict[str, Any] = {name: no_factors(value) if name in loop.layers else value for name, value in params.items()}
     shared = {**(shared or {}), **{name: params[name] for name in loop.layers}}
     if steps == 0:  # nothing depends on the task
-        n_tasks = next(part for part in data if part is not None).shape[0]
+        n_tasks = len(next(leaf for leaf in tree_leaves(tuple(data)) if leaf is not None))
         return [tree_map(lambda value: value.expand(n_tasks, *value.shape), fast)]
-    length = steps if checkpoint is False else check_count("checkpoint", int(checkpoint))
+    length = steps if checkpoint is False else 1 if checkpoint is True else check_count("checkpoint", checkpoint)
     state, path = {}, []
     for first in range(0, steps, length):
         segment = _segment(loop, first, min(first + length, steps), data, whole)
@@ -255,8 +260,11 @@ def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> 
         with applied(starts, factors):
             return call_net(net, {**frozen, **starts, **weights}, (inputs,))
 
-    with twice_differentiable():
-        return vmap(one_task, randomness="different")(plain, factors, x)
+    try:
+        with twice_differentiable():
+            return vmap(one_task, randomness="different")(plain, factors, x)
+    except NotFactorable:  # a net that does something else in evaluation mode, say
+        return call_tasks(net, formed(starts, fast), frozen, x)
 
 
 def _segment(loop: _Loop, first: int, stop: int, data: Sequence[Any], whole: bool) -> Callable[..., Any]:
@@ -288,6 +296,13 @@ def _loop(
 ) -> _Loop:
     if (lr is None) == (optimizer is None):
         raise ValueError("an inner loop needs either lr, for gradient descent, or an optimizer")
+    if lr is not None and not isinstance(lr, Tensor):  # a learned one may be anything
+        check_positive("lr", lr)
+    if optimizer is not None and not isinstance(optimizer, InnerOptimizer):
+        raise TypeError(
+            "optimizer must be an InnerOptimizer, such as metaicl.inner_loop.Adam(0.01); "
+            f"got {type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
     check_count("steps", steps, minimum=0)
     exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
     if layers and not (optimizer is None or optimizer.takes_factors):

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import select_parameters
 from metaicl.interop.task_loop import TaskLoopLearner, all_require_grad, check_net
 from metaicl.learners.gradient.maml import choose_inner_lr
@@ -30,7 +31,7 @@ class HigherMAML(TaskLoopLearner):
             gradient descent with the step size of our MAML.
         inner_steps: Updates of the inner loop.
         first_order: Take inner gradients as constants.
-        adapt: Shell-style patterns of the parameters to adapt; None adapts all.
+        adapt: Shell-style patterns of the parameters to adapt; None adapts all but word vectors, as in our MAML.
 
     Raises:
         ImportError: If higher is not installed.
@@ -55,6 +56,11 @@ class HigherMAML(TaskLoopLearner):
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
         self._net = check_net(build_net(spec) if net is None else net)
         self.adapted = select_parameters(self._net, adapt)
+        if isinstance(optimizer, InnerOptimizer):
+            raise TypeError(
+                f"optimizer must make a torch.optim.Optimizer, which higher takes over; got metaicl's own "
+                f"{type(optimizer).__name__}, which is for metaicl.MAML"
+            )
         self.optimizer = optimizer
         probe = self._make_optimizer()
         if not isinstance(probe, torch.optim.Optimizer):

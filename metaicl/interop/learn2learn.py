@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metaicl.inner_loop.parameters import select_parameters
 from metaicl.interop.l2l_package import import_learn2learn
 from metaicl.interop.l2l_tasks import TasksetDistribution
 from metaicl.interop.l2l_taskset import EpisodeTaskset, to_taskset
@@ -29,6 +30,12 @@ class _Learn2Learn(TaskLoopLearner):
     """What the three algorithms share: clone, adapt, read the fast weights off the clone."""
 
     algorithm: Any
+    adapted: frozenset[str]
+
+    def wrap(self, algorithm: Any) -> None:
+        """Take learn2learn's algorithm, and note which parameters of its net adapt: those that are not frozen now."""
+        self.algorithm = algorithm
+        self.adapted = select_parameters(self.net, "*")
 
     @property
     def net(self) -> nn.Module:
@@ -41,12 +48,16 @@ class _Learn2Learn(TaskLoopLearner):
             # The package looks at .grad of tensors that are no leaves, which torch remarks on.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             clone = self.algorithm.clone()
-            all_require_grad(clone.parameters())
+            all_require_grad(value for name, value in clone.named_parameters() if self._moves(name))
             # Where nobody differentiates further, the graph of the gradients would be built for nothing.
             first_order = self.first_order or not (differentiable or getattr(clone, "adapt_transform", False))
             for _ in range(self.inner_steps):
                 clone.adapt(self.task_loss(clone(x), y), first_order=first_order)
-        return dict(clone.module.named_parameters())
+        return {name: value for name, value in clone.module.named_parameters() if name in self.adapted}
+
+    def _moves(self, name: str) -> bool:
+        """Whether learn2learn has to differentiate with respect to this part of a clone."""
+        return not name.startswith("module.") or name.removeprefix("module.") in self.adapted
 
 
 class L2LMAML(_Learn2Learn):
@@ -55,7 +66,7 @@ class L2LMAML(_Learn2Learn):
     Args:
         spec: The tasks.
         net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds the net of our MAML. All of its
-            parameters are adapted; it must not track running statistics.
+            trainable parameters are adapted, word vectors too; it must not track running statistics.
         inner_lr: Step size of the inner loop; None takes that of our MAML.
         inner_steps: Updates of the inner loop.
         first_order: Drop second derivatives.
@@ -81,7 +92,8 @@ class L2LMAML(_Learn2Learn):
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
         lr = choose_inner_lr(spec, inner_lr)
         algorithms = import_learn2learn().algorithms
-        self.algorithm = algorithms.MAML(_net(spec, net), lr=lr, first_order=self.first_order, allow_unused=True)
+        options = {"first_order": self.first_order, "allow_unused": True, "allow_nograd": True}
+        self.wrap(algorithms.MAML(_net(spec, net), lr=lr, **options))
 
 
 class L2LMetaSGD(_Learn2Learn):
@@ -114,7 +126,13 @@ class L2LMetaSGD(_Learn2Learn):
         """Wrap the net in learn2learn's algorithm."""
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
         lr = choose_inner_lr(spec, inner_lr)
-        self.algorithm = import_learn2learn().algorithms.MetaSGD(_net(spec, net), lr=lr, first_order=self.first_order)
+        self.wrap(import_learn2learn().algorithms.MetaSGD(_net(spec, net), lr=lr, first_order=self.first_order))
+        for (name, _), rate in zip(self.net.named_parameters(), self.algorithm.lrs, strict=True):
+            if name not in self.adapted:  # learn2learn moves everything: with a rate of zero nothing moves
+                rate.requires_grad_(False).zero_()
+
+    def _moves(self, name: str) -> bool:
+        return True  # learn2learn asks for the gradient of every parameter
 
 
 class L2LGBML(_Learn2Learn):
@@ -158,13 +176,17 @@ class L2LGBML(_Learn2Learn):
         if adapt_transform and first_order:
             raise ValueError("adapt_transform and first_order do not go together in learn2learn; leave one out")
         package = import_learn2learn()
-        self.algorithm = package.algorithms.GBML(
-            _net(spec, net),
-            transform=package.optim.KroneckerTransform(package.nn.KroneckerLinear) if transform is None else transform,
-            lr=lr,
-            adapt_transform=bool(adapt_transform),
-            first_order=self.first_order,
-            allow_unused=True,
+        kronecker = package.optim.KroneckerTransform(package.nn.KroneckerLinear)
+        self.wrap(
+            package.algorithms.GBML(
+                _net(spec, net),
+                transform=kronecker if transform is None else transform,
+                lr=lr,
+                adapt_transform=bool(adapt_transform),
+                first_order=self.first_order,
+                allow_unused=True,
+                allow_nograd=True,
+            )
         )
 
 

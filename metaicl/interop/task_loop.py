@@ -12,7 +12,7 @@ from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, masked_mean, positive
 from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.parameters import check_no_running_statistics
+from metaicl.inner_loop.parameters import check_no_running_statistics, check_precision
 from metaicl.learner import Learner
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -89,19 +89,20 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
 
 
 def check_net(net: nn.Module) -> nn.Module:
-    """The net, once it is known to have parameters and no running statistics.
+    """The net, once it is known to have parameters, no running statistics and nothing in float16.
 
     Raises:
-        ValueError: If it has none of the former or some of the latter.
+        ValueError: If it is otherwise.
     """
     if not isinstance(net, nn.Module) or next(net.parameters(), None) is None:
         raise ValueError(f"net must be an nn.Module with parameters to adapt; got {type(net).__name__}")
     check_no_running_statistics(net)
+    check_precision(net)
     return net
 
 
 def all_require_grad(parameters: Iterable[Tensor]) -> None:
     """Let an inner loop differentiate clones of frozen weights; the weights themselves stay frozen."""
     for parameter in parameters:
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.requires_grad_()

@@ -188,15 +188,19 @@ def encoder_shape(encoder: nn.Module, spec: TaskSpec) -> tuple[int, ...]:
     dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
     zeros = torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device)
     modes = {module: module.training for module in encoder.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in encoder.buffers()]
     encoder.eval()  # or zeros would enter the running statistics of a pretrained encoder
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
             out = encoder(zeros)
     except RuntimeError as error:
         raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got the error: {error}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
     if out.ndim < 2 or out.shape[0] != 2:
         raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got {tuple(out.shape)}")
     return tuple(out.shape[1:])

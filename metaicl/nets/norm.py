@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class BatchStatNorm(nn.Module):
@@ -69,23 +69,25 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_statistics(net: nn.Module) -> nn.Module:
-    """A copy of a net whose batch normalization with running statistics has become a `FrozenNorm` by these statistics.
+    """A copy of a net whose normalization by running statistics has become a `FrozenNorm` by these statistics.
 
-    In eval mode it answers as the net did. Other normalization is left as it is; so is `net`.
+    In eval mode it answers as the net did. Other normalization is left as it is; so is `net`. A layer under several
+    names stays one layer.
 
     Raises:
         ValueError: If no layer keeps running statistics.
     """
     copied = copy.deepcopy(net)
-    found = [name for name, layer in copied.named_modules() if _keeps_statistics(layer)]
+    places = copied.named_modules(remove_duplicate=False)
+    found = {name: layer for name, layer in places if isinstance(layer, _NormBase) and layer.running_mean is not None}
     if not found:
-        raise ValueError(f"{type(net).__name__} has no batch normalization with running statistics to freeze")
-    for name in found:
-        frozen = _frozen(copied.get_submodule(name))
+        raise ValueError(f"{type(net).__name__} has no normalization with running statistics to freeze")
+    frozen = {layer: _frozen(layer) for layer in found.values()}
+    for name, layer in found.items():
         if not name:
-            return frozen
+            return frozen[layer]
         parent, _, child = name.rpartition(".")
-        setattr(copied.get_submodule(parent), child, frozen)
+        setattr(copied.get_submodule(parent), child, frozen[layer])
     return copied
 
 
@@ -103,12 +105,7 @@ def mixes_rows(net: nn.Module) -> bool:
     return bool(batch_norms(net))
 
 
-def _keeps_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
-
-
-def _frozen(layer: nn.Module) -> FrozenNorm:
-    assert isinstance(layer, _BatchNorm)
+def _frozen(layer: _NormBase) -> FrozenNorm:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     frozen = FrozenNorm(layer.running_mean, layer.running_var, eps=layer.eps).train(layer.training)

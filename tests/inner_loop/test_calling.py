@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop.calling import call_net
-from metaicl.learners.gradient.maml import MAML
+from metaicl.learners import CAVIA, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, ProtoMAML
 from metaicl.meta_step import MetaStep
 from metaicl.spec import TaskSpec
 
@@ -156,7 +156,7 @@ def test_spectral_normalization_in_training_comes_with_a_way_out():
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), nn.Linear(6, 3))
     learner = seeded(lambda: MAML(CLASSES.spec, net=net))
     assert torch.isfinite(MetaStep(learner)(draw(CLASSES))[0]).all()
-    with pytest.raises(RuntimeError, match="keep that layer in evaluation mode"):
+    with pytest.raises(RuntimeError, match="as spectral normalization does: replace that layer, or adapt task by task"):
         MetaStep(learner.train())(draw(CLASSES))
 
 
@@ -201,3 +201,83 @@ def test_word_vectors_with_sparse_gradients_are_shared_between_tasks():
 def test_patterns_that_are_none(adapt, error):
     with pytest.raises(error, match=r"adapt (has no pattern|must be patterns of parameter names)"):
         MAML(CLASSES.spec, adapt=adapt)
+
+
+class Hoarder(nn.Module):
+    """Puts what it sees into containers, and counts in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.seen, self.by_name, self.counts = ["mark"], {"mark": 0}, []
+
+    def forward(self, x):
+        self.seen.append(x)
+        self.by_name["last"] = [x]
+        self.counts.append(len(x))
+        return self.layer(x)
+
+
+def test_tensors_in_containers_are_taken_out_and_numbers_stay():
+    episode = draw(CLASSES)
+    learner = seeded(lambda: MAML(CLASSES.spec, net=Hoarder()))
+    MetaStep(learner)(episode)
+    assert (learner.net.seen, learner.net.by_name) == (["mark"], {"mark": 0})
+    assert learner.net.counts
+    copy.deepcopy(learner)
+
+
+class Touching(nn.Module):
+    """Writes into a buffer and draws a random number whenever it runs."""
+
+    def __init__(self, inputs=4, outputs=3):
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+        self.register_buffer("mean", torch.zeros(inputs))
+
+    def forward(self, x, context=None):
+        self.mean += 1 + torch.rand(())
+        return self.layer(x) + (0 if context is None else context.sum())
+
+
+@pytest.mark.parametrize("make", [CAVIA, lambda spec, net: ProtoMAML(spec, encoder=net), MAML])
+def test_making_a_learner_leaves_net_and_random_state_alone(make):
+    net, state = Touching(), torch.get_rng_state()
+    make(CLASSES.spec, net=net)
+    assert net.mean.tolist() == [0, 0, 0, 0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_may_be_called_as_the_methods_of_a_dict():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.values = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.keys) @ self.values
+
+    for make in (MetaSGD, MetaCurvature, MAMLPlusPlus):
+        learner = seeded(lambda make=make: make(CLASSES.spec, net=Attend()))
+        assert worst_slope_error(learner, draw(CLASSES)) < 1e-5
+
+
+def test_torchs_transformer_layers_are_served_in_evaluation_too():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+
+        def forward(self, x):
+            padding = torch.zeros(x.shape, dtype=torch.bool)
+            padding[:, -1] = True
+            return self.head(self.layers(self.embed(x[..., None]), src_key_padding_mask=padding)[:, 0])
+
+    episode, before = draw(CLASSES), torch.backends.mha.get_fastpath_enabled()
+    learner = seeded(lambda: MAML(CLASSES.spec, net=Masked()))
+    expected = learner.train()(episode.support, episode.query.x).logits.detach()
+    with torch.no_grad():
+        found = learner.eval()(episode.support, episode.query.x).logits
+    assert float((found - expected).abs().max()) < 1e-12
+    assert torch.backends.mha.get_fastpath_enabled() == before

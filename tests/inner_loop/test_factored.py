@@ -219,3 +219,76 @@ def test_supports_of_another_length_choose_again() -> None:
     few, many = (Examples(torch.randn(2, n, 1), torch.randn(2, n, 1)) for n in (4, 40))
     assert isinstance(learner.adapt(few)["2.weight"], Factors)
     assert isinstance(learner.adapt(many)["2.weight"], torch.Tensor)
+
+
+class Wide(nn.Module):
+    """Three linear layers, wide enough to be factored, gone through in some way of a subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class InPieces(Wide):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.plain(piece) for piece in x.split(4)])
+
+
+class ByNumberOfRows(Wide):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(x) + (self.plain(-x) if len(x) in (8, 9) else 0)
+
+
+class OtherInEvaluation(Wide):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.a(x))
+        h = self.b(h) if self.training else h @ self.b.weight.t() + self.b.bias
+        return self.c(torch.tanh(h))
+
+
+class Transformed(Wide):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        energy = torch.func.vmap(torch.func.grad(lambda row: self.plain(row)[0]))(x)
+        out, slope = torch.func.jvp(self.plain, (x,), (torch.ones_like(x),))
+        return energy[:, :3] + out + slope
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 64, dtype=torch.complex128), nn.Linear(64, 3, dtype=torch.complex128)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.b(self.a(torch.complex(x, x.flip(-1)))).abs()
+
+
+@pytest.mark.parametrize("make", [MAML, MAMLPlusPlus])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, when jvp is first called
+@pytest.mark.parametrize("net", [InPieces, ByNumberOfRows, OtherInEvaluation, Transformed])
+def test_any_net_is_served_without_a_setting(net, make) -> None:
+    episode = draw(CLASSES)
+    auto, formed = (seeded(lambda f=f: make(CLASSES.spec, net=net(), inner_steps=2, factored=f)) for f in (None, False))
+    found, expected = meta_gradient(auto, episode), meta_gradient(formed, episode)
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-12
+
+
+def test_complex_layers_are_formed() -> None:
+    learner = MAML(CLASSES.spec, net=Complex())
+    assert learner.layers is None or not learner.layers.names
+
+
+def test_an_update_rule_of_ones_own_gets_no_factors() -> None:
+    class Signs(SGD):
+        def update(self, name, value, gradient, slots, step):
+            return value - 0.01 * gradient.sign(), slots
+
+    class Same(SGD):
+        pass
+
+    net = MLP([4, 64, 64, 3])
+    assert MAML(CLASSES.spec, net=net, optimizer=Signs(0.1)).layers is None
+    assert MAML(CLASSES.spec, net=net, optimizer=Same(0.1)).layers is not None

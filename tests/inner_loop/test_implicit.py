@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metaicl.inner_loop.implicit import Proximal, diagnose, implicit_tasks
+from metaicl.inner_loop.implicit import Proximal, diagnose, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.solvers import ConjugateGradient, Neumann
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.task import derive_generator
@@ -123,6 +123,35 @@ def test_diagnosis_tells_both_errors():
     assert float(far.stationarity.min()) > 0.1
     assert float(far.residual.min()) > 1e-3
     assert far.iterations.tolist() == [2, 2, 2]
+
+
+def test_tasks_stop_where_their_slope_is_small_enough():
+    start, scale, y = (leaf.detach() for leaf in leaves())
+    problem, arguments = Proximal(loss, STRENGTH), ({"w": start}, (X, y))
+    shared = {"scale": scale}
+    distances = []
+    for tolerance in (0.3, 1e-2, 1e-4, 0.0):
+        found = minimize_tasks(problem, *arguments, lr=0.01, steps=4000, tolerance=tolerance, shared=shared)
+        distances.append(float((found["w"] - closed_form(start, scale, y)).abs().max()))
+        slopes = [
+            problem.slopes(at, {"w": start}, shared, arguments[1])["w"].flatten(1).norm(dim=1)
+            for at in (found, {"w": start.expand_as(found["w"])})
+        ]
+        assert bool((slopes[0] <= max(tolerance, 1e-9) * slopes[1]).all())
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-10 < distances[0]
+
+
+def test_a_series_that_diverges_is_an_error():
+    with pytest.raises(FloatingPointError, match=r"Neumann series diverges: .* step below 2 / .*ConjugateGradient"):
+        error(solver=Neumann(50, step=10.0))
+
+
+def test_a_second_derivative_is_an_error_and_not_wrong():
+    at = leaves()
+    (slope,) = torch.autograd.grad((found(*at) * PROBE).sum(), at[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of its own"):
+        torch.autograd.grad(slope.sum(), at[1])
 
 
 def test_solvers_leave_finished_tasks_and_zeros_alone():

@@ -7,6 +7,7 @@ from torch import nn
 from metaicl.inner_loop.adaptive import Adam, AdamW, RMSprop
 from metaicl.inner_loop.curvature import Curvature
 from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.parameters import dotless
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.unrolling import unroll, unroll_path, unroll_tasks
 from metaicl.task import derive_generator
@@ -188,7 +189,7 @@ def test_a_function_preconditions():
 def test_curvature_transforms_every_axis():
     kernel = draw(4, 3, 2, 2)
     module = Curvature().bind({"conv.weight": kernel}).double()
-    factors = list(module.factors["conv/weight"])
+    factors = list(module.factors[dotless("conv.weight")])
     assert torch.equal(module({"conv.weight": kernel})["conv.weight"], kernel)
     with torch.no_grad():
         for i, factor in enumerate(factors):

@@ -333,3 +333,17 @@ def test_regression_tasks_and_the_way_back():
     back = TasksetDistribution({"train": there}, SINUSOID.spec)
     episode = back.sample(2, split="train", n_shot=3, n_query=4, generator=derive_generator("back"))
     assert len(set(episode.support.x.flatten().tolist()) | set(episode.query.x.flatten().tolist())) == 14
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_frozen_parameters_do_not_adapt(algorithm):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    net[0].requires_grad_(False)
+    learner = algorithm(VECTORS, net=net, inner_lr=0.1, inner_steps=2).double()
+    stream = EpisodeStream(GaussianClasses(n_way=2, dim=3), seed=0, split="train", n_shot=2, n_query=2, chunk_size=2)
+    episode = stream[0].to(dtype=torch.float64)
+    expected = query_loss(MAML(VECTORS, net=net, inner_lr=0.1, inner_steps=2), episode)
+    assert torch.allclose(query_loss(learner, episode), expected, rtol=0, atol=1e-12)
+    assert set(learner.adapt(episode.support)) == {"2.weight", "2.bias"}
+    trained = {name for name, value in learner.named_parameters() if value.requires_grad}
+    assert not any(name.endswith(("module.0.weight", "lrs.0")) for name in trained)

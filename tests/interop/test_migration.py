@@ -16,6 +16,7 @@ from torch.func import functional_call
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop import SGD, Adam, InnerOptimizer, Rate, RMSprop, call_tasks, unroll, unroll_path, unroll_tasks
 from metaicl.inner_loop.curvature import Curvature
+from metaicl.inner_loop.parameters import dotless
 from metaicl.interop.l2l_package import import_learn2learn
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.meta_sgd import MetaSGD
@@ -88,7 +89,7 @@ def ours(net, *, learned=(), steps=STEPS, **settings):
 
 def rates_of(optimizer: Any, net: nn.Module) -> list[Tensor]:
     """The rates per element in the order of the net's parameters."""
-    return [optimizer.learned["lr"].values[name.replace(".", "/")] for name in start(net)]
+    return [optimizer.learned["lr"].values[dotless(name)] for name in start(net)]
 
 
 def gradients(loss, meta):

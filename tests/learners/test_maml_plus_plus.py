@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from metaicl.episode import Episode
+from metaicl.inner_loop.parameters import dotless
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.meta_step import MetaStep
@@ -55,7 +56,7 @@ def written_out(learner, episode, task, weights_of_steps):
     rates, total = learner.optimizer.learned["lr"].value, 0.0
     for step in range(STEPS):
         own = {name: learner.net.get_parameter(name) for name in ("1.weight", "1.bias")}
-        norm = own if step == 0 else {name: learner.later_norms[name.replace(".", "/")][step - 1] for name in own}
+        norm = own if step == 0 else {name: learner.later_norms[dotless(name)][step - 1] for name in own}
         loss = F.cross_entropy(functional_call(learner.net, {**fast, **norm}, (x,)), y)
         gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
         places = enumerate(zip(fast.items(), gradients, strict=True))

@@ -9,6 +9,7 @@ from torch import nn
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop.adaptive import Adam, RMSprop
 from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.parameters import dotless
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.solvers import ConjugateGradient
 from metaicl.interop.higher import HigherMAML
@@ -271,14 +272,14 @@ def test_meta_sgd_equals_learn2learn(case, steps):
     rates, names = ours.maml.optimizer.learned["lr"].values, [name for name, _ in ours.maml.net.named_parameters()]
     with torch.no_grad():
         for lr, name in zip(theirs.algorithm.lrs, names, strict=True):
-            lr.copy_(rates[name.replace(".", "/")])
+            lr.copy_(rates[dotless(name)])
     if ours.spec.kind == "regression":
         theirs.raw_scale.data.copy_(ours.maml.raw_scale.data)
     found, expected = meta_gradient(ours, episode), meta_gradient(theirs, episode)
     for name in dict(ours.maml.net.named_parameters()):
         assert_close(found[f"maml.net.{name}"], expected[f"algorithm.module.{name}"])
     for i, name in enumerate(names):
-        key = name.replace(".", "/")
+        key = dotless(name)
         assert_close(found[f"maml.optimizer.learned.lr.values.{key}"], expected[f"algorithm.lrs.{i}"])
 
 

@@ -8,8 +8,8 @@ from torch.func import vmap
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.parameters import check_inner_loop_module, frozen_tensors
+from metaicl.inner_loop.calling import call_net, try_net
+from metaicl.inner_loop.parameters import check_inner_loop_module, first_floating, frozen_tensors
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import Params, unroll_tasks
 from metaicl.learner import Learner, Traits
@@ -78,7 +78,7 @@ class CAVIA(Learner[Tensor]):
             output = call_net(self.net, shared, (x, weights["context"]))
             return masked_mean(row_loss(self.spec, output, y), mask, 0)
 
-        start = {"context": next(self.net.parameters()).new_zeros(self.context_size)}
+        start = {"context": first_floating(self.net).new_zeros(self.context_size)}
         data, steps = (support.x, support.y, support.mask), self.inner_steps
         return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=steps, first_order=self.first_order)["context"]
 
@@ -95,15 +95,14 @@ class CAVIA(Learner[Tensor]):
 
 
 def _check_takes_context(net: nn.Module, spec: TaskSpec, size: int) -> None:
-    parameter = next(net.parameters(), None)
-    if parameter is None:
+    if next(net.parameters(), None) is None:
         raise ValueError(f"{type(net).__name__} has no parameters to learn")
+    parameter = first_floating(net)
     dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
     x = torch.zeros(2, *spec.x_shape, dtype=dtype, device=parameter.device)
     expected = f"turn x (2, {spec.x_shape}) and a context ({size},) into (2, {spec.output_size})"
     try:
-        with torch.no_grad():
-            found = str(tuple(net(x, parameter.new_zeros(size)).shape))
+        found = str(tuple(try_net(net, x, parameter.new_zeros(size)).shape))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"CAVIA's net must {expected}; {type(net).__name__} raised {error}") from error
     if found != str((2, spec.output_size)):

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.inner_loop.implicit import Proximal, implicit_tasks
+from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.supervised import support_loss
@@ -31,11 +31,12 @@ class IMAML(Learner[dict[str, Tensor]]):
         spec: The tasks.
         net: As in `MAML`; without dropout, which leaves nothing to minimize.
         inner_lr: Step size of the inner loop; None takes MAML's.
-        inner_steps: Updates of the inner loop.
+        inner_steps: Updates of the inner loop, at most if there is a tolerance.
         proximal: Strength of the pull towards the start; it has to exceed the most negative curvature of the loss.
         solver: None takes five conjugate gradients.
-        tolerance: Relative residual at which a task's solver stops. A pair (first, last) tightens geometrically as
-            training goes on: early meta-gradients need not be exact.
+        tolerance: Part of its first slope at which a task's inner loop stops, and relative residual at which its solver
+            does; the error of the meta-gradient is bounded by a constant times their sum. 0 makes all steps of both. A
+            pair (first, last) tightens geometrically as training goes on: early meta-gradients need not be exact.
         adapt: As in `MAML`.
 
     Raises:
@@ -81,7 +82,7 @@ class IMAML(Learner[dict[str, Tensor]]):
         self.raw_scale = output_scale(spec)
 
     def at(self, fraction: float) -> None:
-        """Tighten the tolerance of the solver as training goes on."""
+        """Tighten the tolerance as training goes on."""
         first, last = self.tolerances
         if first != last:
             self.tolerance.fill_(first * (last / first) ** fraction)
@@ -93,10 +94,11 @@ class IMAML(Learner[dict[str, Tensor]]):
         frozen, data = frozen_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         problem = Proximal(support_loss(self.spec, self.net, {}), self.proximal)
         begin, rest = ({name: value.detach() for name, value in part.items()} for part in (start, frozen))
-        solution = unroll_tasks(
-            problem.objective(begin), begin, data, lr=self.inner_lr, steps=self.inner_steps, shared=rest,
-            first_order=True,
-        )  # fmt: skip
+        settings = {"lr": self.inner_lr, "steps": self.inner_steps, "shared": rest}
+        if self.tolerances[0]:
+            solution = minimize_tasks(problem, begin, data, tolerance=self.tolerance, **settings)
+        else:
+            solution = unroll_tasks(problem.objective(begin), begin, data, first_order=True, **settings)
         return implicit_tasks(
             problem, solution, start, data, shared=frozen, solver=self.solver, tolerance=self.tolerance
         )

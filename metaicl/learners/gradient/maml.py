@@ -10,10 +10,9 @@ from metaicl.episode import Examples
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
-from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_path
+from metaicl.inner_loop.unrolling import call_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_support, linear_layers, output_scale
+from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -89,13 +88,10 @@ class MAML(Learner[dict[str, Weight]]):
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task: the adapted parameters, or their factors, with leading axis B."""
-        check_support(self, support)
-        layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
-        path = unroll_path(
-            support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),
-            (support.x, support.y, support.mask), steps=self.inner_steps, optimizer=self.optimizer,
+        path = unroll_support(
+            self, self.net, self.adapted, self.layers, support, steps=self.inner_steps, optimizer=self.optimizer,
             shared=frozen_tensors(self.net, self.adapted), first_order=self.first_order,
-            truncate=self.truncate, checkpoint=self.checkpoint, layers=layers, whole=False,
+            truncate=self.truncate, checkpoint=self.checkpoint, whole=False,
         )  # fmt: skip
         return path[-1]
 

@@ -10,12 +10,17 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.parameters import (
+    adapted_tensors,
+    check_inner_loop_module,
+    dotless,
+    frozen_tensors,
+    select_parameters,
+)
 from metaicl.inner_loop.rates import Rate
-from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_path
+from metaicl.inner_loop.unrolling import call_tasks
 from metaicl.learner import Learner
-from metaicl.learners.gradient.shared import answer, check_support, linear_layers, output_scale
+from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
 from metaicl.nets.backbones import build_net
 from metaicl.nets.norm import batch_norms
 from metaicl.spec import TaskSpec
@@ -38,11 +43,13 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         inner_lr: Where the step sizes start.
         inner_steps: Updates of the inner loop.
         multi_step_until: Part of the training with losses at every step, in [0, 1].
-        first_order_until: Part of the training without second derivatives, in [0, 1].
+        first_order_until: Part of the training without second derivatives, in [0, 1]; the paper's 50 of 150 epochs.
+            Where a head starts from zeros a first-order gradient hardly reaches the encoder: 0 is better there.
         adapt: As in `MAML`.
         per_step_norm: Learn weights and biases of batch normalization for each inner step, instead of adapting them.
             None: where the net has such layers (`BatchStatNorm`, or torch's without running statistics). The net's
             own serve the first step; an answer after step k uses those of step k.
+        factored: As in `MAML`.
 
     Raises:
         TypeError: If a count is no int.
@@ -70,9 +77,10 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         inner_lr: float | None = None,
         inner_steps: int = 5,
         multi_step_until: float = 0.1,
-        first_order_until: float = 0.5,
+        first_order_until: float = 1 / 3,
         adapt: str | Iterable[str] | None = None,
         per_step_norm: bool | None = None,
+        factored: bool | None = None,
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
@@ -90,12 +98,12 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
             raise ValueError(f"adapt={adapt!r} leaves only batch normalization; give per_step_norm=False to adapt it")
         later = {name: self.net.get_parameter(name).detach() for name in self.norms if self.inner_steps > 1}
         self.later_norms = nn.ParameterDict(
-            {_key(name): value.repeat(self.inner_steps - 1, 1) for name, value in later.items()}
+            {dotless(name): value.repeat(self.inner_steps - 1, 1) for name, value in later.items()}
         )
         self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(
             adapted_tensors(self.net, self.adapted), self.inner_steps
         )
-        self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, None)
+        self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
         self.raw_scale = output_scale(spec)
         self.register_buffer("step_weights", _step_weights(self.inner_steps, 1.0))
         self.register_buffer("first_order", torch.tensor(0.0))
@@ -123,16 +131,13 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
     def _path(self, support: Examples, *, whole: bool) -> list[dict[str, Weight]]:
-        check_support(self, support)
         # A compiled graph keeps second order behind a gate; eagerly it is not computed where it does not count.
         gate = self.first_order if torch.compiler.is_compiling() else bool(self.first_order)
-        layers = self.layers.choose(support.n_rows, self.inner_steps) if self.layers else None
         norms = self._step_norms()
-        path = unroll_path(
-            support_loss(self.spec, self.net, {}), adapted_tensors(self.net, self.adapted),
-            (support.x, support.y, support.mask), steps=self.inner_steps, optimizer=self.optimizer,
+        path = unroll_support(
+            self, self.net, self.adapted, self.layers, support, steps=self.inner_steps, optimizer=self.optimizer,
             shared={**frozen_tensors(self.net, self.adapted), **norms}, stepwise=tuple(norms), first_order=gate,
-            layers=layers, whole=whole,
+            whole=whole,
         )  # fmt: skip
         first = self.inner_steps - len(path)
         return [self._with_norms(fast, norms, first + i, len(support)) for i, fast in enumerate(path)]
@@ -140,7 +145,7 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
     def _step_norms(self) -> dict[str, Tensor]:
         """Weights and biases of batch normalization by name, of every inner step (K, channels)."""
         first, later = adapted_tensors(self.net, self.norms), self.later_norms
-        return {n: torch.cat([value[None], later[_key(n)]]) if later else value[None] for n, value in first.items()}
+        return {n: torch.cat([value[None], later[dotless(n)]]) if later else value[None] for n, value in first.items()}
 
     def _with_norms(
         self, fast: dict[str, Weight], norms: dict[str, Tensor], step: int, n_tasks: int
@@ -163,10 +168,6 @@ def _norm_parameters(net: nn.Module, per_step_norm: bool | None) -> list[str]:
             "use metaicl.nets.norm.BatchStatNorm"
         )
     return found
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name cannot hold a dot
 
 
 def _step_weights(steps: int, part: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What gradient-based learners share: checks, layers that can be factored, the answer they give."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, positive
-from metaicl.inner_loop.factored import LinearLayers
+from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
     adapted_tensors,
@@ -19,7 +20,7 @@ from metaicl.inner_loop.parameters import (
     select_parameters,
 )
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
+from metaicl.inner_loop.unrolling import call_tasks, unroll_path, unroll_tasks
 from metaicl.learner import Learner
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
@@ -100,6 +101,47 @@ def linear_layers(
     if factored and not layers.names:
         raise ValueError(f"factored=True found no linear layer of {type(net).__name__} that adapts and can be factored")
     return layers
+
+
+def unroll_support(
+    learner: Learner[Any],
+    net: nn.Module,
+    adapted: Collection[str],
+    layers: LinearLayers | None,
+    support: Examples,
+    *,
+    steps: int,
+    shared: Mapping[str, Tensor],
+    **options: Any,
+) -> list[dict[str, Weight]]:
+    """`unroll_path` on a support, with linear layers factored where they can be.
+
+    Args:
+        learner: Whose tasks and support these are.
+        net: What adapts.
+        adapted: Names of the parameters that adapt.
+        layers: What `linear_layers` found.
+        support: B tasks.
+        steps: Of the inner loop.
+        shared: Tensors of the net that do not adapt.
+        options: More arguments of `unroll_path`.
+
+    Raises:
+        NotFactorable: If the net uses its layers otherwise than on rows of zeros, and factors are required. Where they
+            are not, its weights are formed.
+    """
+    check_support(learner, support)
+    run = partial(
+        unroll_path, support_loss(learner.spec, net, {}), adapted_tensors(net, adapted),
+        (support.x, support.y, support.mask), steps=steps, shared=shared, **options,
+    )  # fmt: skip
+    chosen = layers.choose(support.n_rows, steps) if layers else {}
+    if not layers or layers.required:
+        return run(layers=chosen)
+    try:
+        return run(layers=chosen)
+    except NotFactorable:
+        return run()
 
 
 def output_scale(spec: TaskSpec) -> nn.Parameter | None:
