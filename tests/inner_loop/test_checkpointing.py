@@ -1,15 +1,24 @@
 """Recomputation, truncation and gates: the same numbers, or those that were asked for."""
 
+from functools import partial
+
 import pytest
 import torch
+from gradient_helpers import SINES, seeded
+from gradient_helpers import draw as draw_episode
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaicl.inner_loop.adaptive import Adam
 from metaicl.inner_loop.checkpointing import recompute
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.unrolling import unroll_path, unroll_tasks
+from metaicl.learners import IMAML, MAML
+from metaicl.meta_step import MetaStep
+from metaicl.nets.backbones import MLP
+from metaicl.objectives import squared_error
 from metaicl.task import derive_generator
 
 
@@ -141,3 +150,29 @@ def test_a_gate_is_first_or_second_order(gate):
     gated = gradients(net, optimizer, steps=3, first_order=torch.tensor(gate, dtype=torch.float64))
     assert gap(gated, gradients(net, optimizer, steps=3, first_order=bool(gate))) < 1e-13
     assert gap(gated, gradients(net, optimizer, steps=3, first_order=not gate)) > 1e-3
+
+
+@pytest.mark.parametrize("make", [partial(MAML, checkpoint=True), partial(IMAML, inner_lr=0.05)])
+def test_the_backward_pass_has_the_precision_of_the_forward_pass(make):
+    episode = draw_episode(SINES, n_shot=4).to(dtype=torch.float32)
+    learner = seeded(lambda: make(SINES.spec, net=MLP([1, 64, 64, 1]), inner_steps=3)).float()
+    with Precisions() as seen:
+        found = MetaStep(learner, squared_error, autocast="bf16")(episode)
+    assert seen.dtypes == {torch.bfloat16}
+    if isinstance(learner, MAML):
+        learner.checkpoint = False
+        expected = MetaStep(learner, squared_error, autocast="bf16")(episode)
+        assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
+
+
+class Precisions(TorchDispatchMode):
+    """Collects the precisions of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.dtypes.add([leaf.dtype for leaf in args if isinstance(leaf, torch.Tensor)][-1])
+        return func(*args, **(kwargs or {}))
