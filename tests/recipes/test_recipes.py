@@ -46,7 +46,8 @@ def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, request,
         module = load(path)
         run(module.main, module.Config, options)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"recipe", "claim", "config", "versions", "criteria", "verdict"}
+    assert set(results) == {"recipe", "claim", "config", "versions", "criteria", "reported", "seconds", "verdict"}
+    assert results["seconds"] >= 0
     assert results["recipe"] == path.stem
     assert results["verdict"] == "smoke"
     assert results["config"]["seed"] == 3
