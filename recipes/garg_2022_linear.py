@@ -9,8 +9,8 @@ Smoke    python recipes/garg_2022_linear.py --smoke --out runs/garg_2022_linear
 Scale    by default d = 5, 3 layers of 64, 5,000 updates, and 2,500 more with noise, about 25 core-minutes in all;
          --paper: d = 20, 12 layers of 256, 500,000 updates, the curriculum (for a GPU).
 Differs  inputs and targets have maps of their own (see InterleavedTransformer); prompts unlike those of training are
-         reported, not judged. But for --paper: the model for noisy targets goes on from the one without noise, cosine
-         learning rate, gradients clipped at norm 1, no curriculum.
+         reported, in results.json too, and not judged. But for --paper: the model for noisy targets goes on from the
+         one without noise, cosine learning rate, gradients clipped at norm 1, no curriculum.
 """
 
 import sys
@@ -68,7 +68,7 @@ def main(c: Config) -> RecipeResult:
     """Train with and without noise, judge against closed forms on the same prompts."""
     clean, noisy = (LinearRegression(dim=c.dim, noise=noise) for noise in (0.0, c.noise))
     seeds = range(c.seed, c.seed + c.seeds)
-    learners, criteria, curves = [build(c, seed) for seed in seeds], [], []
+    learners, criteria, curves, reported = [build(c, seed) for seed in seeds], [], [], {}
     for tasks, points, steps in ((clean, c.points, c.steps), (noisy, c.noisy_points, c.noisy_steps)):
         if c.paper and tasks.noise:
             learners = [build(c, seed) for seed in seeds]
@@ -81,10 +81,10 @@ def main(c: Config) -> RecipeResult:
         criteria += judge_noisy(values, c.dim) if tasks.noise else judge_clean(found, values, c.dim)
         if not tasks.noise:
             criteria.append(slope(learners, tasks, c))
-            report_shifts(learners, c)
+            reported["risk/d on other prompts"] = report_shifts(learners, c)
     plot(c.out / "risk.png", curves)
     claim = "A Transformer trained on linear functions follows least squares in context, and Bayes when there is noise."
-    return RecipeResult("garg_2022_linear", claim, c, criteria)
+    return RecipeResult("garg_2022_linear", claim, c, criteria, reported)
 
 
 def build(c: Config, seed: int) -> InterleavedTransformer:
@@ -163,22 +163,33 @@ def slope(learners: Sequence[Learner], tasks: LinearRegression, c: Config) -> Cr
     return Criterion(name, found[worst].mean, ">=", 0.95, ci=found[worst].ends)
 
 
-def report_shifts(learners: Sequence[Learner], c: Config) -> None:
-    """Risk over d after 2 d examples on prompts unlike those of training (d - 1 for orthogonal queries)."""
+def shifts(dim: int) -> dict[str, dict[str, Any]]:
+    """Settings of prompts unlike those of training; without a word on it they have no noise."""
+    kept = (dim / (dim + 1)) ** 0.5  # of targets with unit noise: as much variance as without it
     variants: dict[str, dict[str, Any]] = {
-        "as trained": {}, "skewed covariance": {"eigenvalues": skewed(c.dim)},
-        "half of the dimensions": {"eigenvalues": subspace(c.dim, max(c.dim // 2, 1))}, "noise": {"noise": 1.0},
-        "inputs x 3": {"x_scale": 3.0}, "inputs / 3": {"x_scale": 1 / 3}, "targets x 3": {"weight_scale": 3.0},
+        "as trained": {}, "skewed covariance": {"eigenvalues": skewed(dim)},
+        "half of the dimensions": {"eigenvalues": subspace(dim, max(dim // 2, 1))}, "noise": {"noise": 1.0},
+        "noise, renormalized": {"noise": kept, "weight_scale": kept},
         "examples in one orthant": {"prompt": "same orthant"}, "orthogonal query": {"prompt": "orthogonal query"},
         "seen query": {"prompt": "seen query"},
     }  # fmt: skip
+    for name, factor in (("/ 3", 1 / 3), ("/ 2", 1 / 2), ("x 2", 2.0), ("x 3", 3.0)):
+        variants |= {f"inputs {name}": {"x_scale": factor}, f"targets {name}": {"weight_scale": factor}}
+    return variants
+
+
+def report_shifts(learners: Sequence[Learner], c: Config) -> dict[str, dict[str, float]]:
+    """Risk over d after 2 d examples on prompts unlike those of training (d - 1 for orthogonal queries)."""
+    found: dict[str, dict[str, float]] = {}
     print(f"{'risk/d on other prompts':28}{'Transformer':>13}{'least squares':>15}")
-    for name, change in variants.items():
+    for name, change in shifts(c.dim).items():
         tasks = LinearRegression(dim=c.dim, **{"noise": 0.0, **change})
         n_shot = c.dim - 1 if name == "orthogonal query" else 2 * c.dim
         ask = {"n_shot": min(n_shot, c.points - 1), "n_episodes": c.n_episodes}
-        ours = np.mean([query_risk(one, tasks, **ask) for one in learners])
-        print(f"{name:28}{ours:13.4f}{query_risk(LeastSquares(tasks.spec), tasks, **ask):15.4f}")
+        ours = float(np.mean([query_risk(one, tasks, **ask) for one in learners]))
+        found[name] = {"Transformer": ours, "least squares": query_risk(LeastSquares(tasks.spec), tasks, **ask)}
+        print(f"{name:28}{ours:13.4f}{found[name]['least squares']:15.4f}")
+    return found
 
 
 def plot(path: Path, curves: Sequence[Mapping[str, Sequence[Interval]]]) -> None:
