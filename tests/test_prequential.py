@@ -137,7 +137,7 @@ def test_values_are_those_of_a_plain_loop(learner, tasks, batch_size):
     assert found.prequential
     assert set(found.metrics) == set(expected)
     for name, values in expected.items():
-        np.testing.assert_allclose(found.metrics[name], values, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found.metrics[name], values, rtol=1e-9, err_msg=name)
     at_once = evaluate(built, tasks, **SIZES, prequential=False)
     primary = next(iter(expected))
     assert not np.allclose(at_once.metrics[primary], expected[primary], rtol=0.05)  # the loop has something to find
@@ -216,12 +216,12 @@ def test_shots_are_nested_before_the_same_query():
     curves = evaluate_shots(Plain(Drift.spec).double(), Drift(), shots=(1, 3), n_query=5, n_episodes=20)
     for shots, one in curves.items():
         expected = loop(Plain(Drift.spec), Drift(), n_shot=shots, n_query=5, n_episodes=20, most=3)
-        np.testing.assert_allclose(one.metrics["mse"], expected["mse"], rtol=1e-5)
+        np.testing.assert_allclose(one.metrics["mse"], expected["mse"], rtol=1e-9)
 
 
 def test_answers_that_cannot_be_joined_are_judged_too():
     found = evaluate(Heavy(Drift.spec).double(), Drift(), **SIZES)
-    np.testing.assert_allclose(found.metrics["nll"], loop(Heavy(Drift.spec), Drift(), **SIZES)["nll"], rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["nll"], loop(Heavy(Drift.spec), Drift(), **SIZES)["nll"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [Plain, Growing, Fast])
@@ -264,7 +264,7 @@ def test_a_comparison_says_so_and_keeps_the_ways_apart(tmp_path):
     ones = [one for result in found.results for one in result.evaluations.values()]
     assert all(one.prequential for one in ones)
     assert "3 shot and 5 query rows of vector 1, prequential; 30 episodes" in str(found)
-    np.testing.assert_allclose(found.values("Drift", "a"), loop(Plain(Drift.spec), Drift(), **SIZES)["mse"][None], 1e-5)
+    np.testing.assert_allclose(found.values("Drift", "a"), loop(Plain(Drift.spec), Drift(), **SIZES)["mse"][None], 1e-6)
     again = compare(learners, Drift(), **options)
     assert again.values("Drift", "b").tolist() == found.values("Drift", "b").tolist()
     with pytest.raises(ValueError, match="prequential was True, is None"):
