@@ -30,11 +30,10 @@ from metaicl.plots import COLORS, GRAY, figure_with_panels
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, ratio_criterion, run
 from metaicl.statistics import Interval, intervals
 from metaicl.tasks import LinearRegression
-from metaicl.tasks.inputs import skewed, subspace
 from metaicl.train_config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers.risk_curves import query_risk, risks, show, stages, train
+from peers.risk_curves import query_risk, risks, shifts, show, stages, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,21 +160,6 @@ def slope(learners: Sequence[Learner], tasks: LinearRegression, c: Config) -> Cr
     worst = min(found, key=lambda k: found[k].mean)
     name = f"cosine of slope and projected w, worst k < d (k = {worst})"
     return Criterion(name, found[worst].mean, ">=", 0.95, ci=found[worst].ends)
-
-
-def shifts(dim: int) -> dict[str, dict[str, Any]]:
-    """Settings of prompts unlike those of training; without a word on it they have no noise."""
-    kept = (dim / (dim + 1)) ** 0.5  # of targets with unit noise: as much variance as without it
-    variants: dict[str, dict[str, Any]] = {
-        "as trained": {}, "skewed covariance": {"eigenvalues": skewed(dim)},
-        "half of the dimensions": {"eigenvalues": subspace(dim, max(dim // 2, 1))}, "noise": {"noise": 1.0},
-        "noise, renormalized": {"noise": kept, "weight_scale": kept},
-        "examples in one orthant": {"prompt": "same orthant"}, "orthogonal query": {"prompt": "orthogonal query"},
-        "seen query": {"prompt": "seen query"},
-    }  # fmt: skip
-    for name, factor in (("/ 3", 1 / 3), ("/ 2", 1 / 2), ("x 2", 2.0), ("x 3", 3.0)):
-        variants |= {f"inputs {name}": {"x_scale": factor}, f"targets {name}": {"weight_scale": factor}}
-    return variants
 
 
 def report_shifts(learners: Sequence[Learner], c: Config) -> dict[str, dict[str, float]]:

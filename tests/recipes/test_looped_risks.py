@@ -1,18 +1,21 @@
 """The risks by which the recipe on looped models judges: against sampled targets, queries and tasks."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_files import load
 
+from metaicl.episode import Examples
 from metaicl.learners import LoopedLinearAttention
 from metaicl.learners.reference.tuning import measure_risk
 from metaicl.task import EpisodeStream
 from metaicl.tasks import LinearRegression
 from metaicl.tasks.linear_risk import best_descent
-from tests.recipes.test_recipes import load
 
 RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "gatmiry_2024_looped.py")
+looped_risks = sys.modules["peers.looped_risks"]
 TASKS = LinearRegression(dim=5, noise=0.0)
 
 
@@ -35,35 +38,35 @@ def inputs(n_tasks: int) -> torch.Tensor:
 def test_the_risk_of_a_task_is_the_mean_over_its_targets_and_queries() -> None:
     learner, x = looped(3, 0.3, away=0.1), inputs(3)
     generator = torch.Generator().manual_seed(1)
-    for one, expected in zip(x, RECIPE.task_risks(learner, x, 2).tolist(), strict=True):
+    for one, expected in zip(x, looped_risks.task_risks(learner, x, 2).tolist(), strict=True):
         learner.loops = 2
         w, query = torch.randn(2, 50_000, 1, 5, generator=generator, dtype=torch.float64)
-        support = RECIPE.Examples(one.expand(len(w), -1, -1), (one @ w.mT))
+        support = Examples(one.expand(len(w), -1, -1), (one @ w.mT))
         with torch.no_grad():
             error = learner(support, query).mean[..., 0] - (query * w).sum(-1)
         assert float(error.square().mean()) == pytest.approx(
             expected, abs=4 * float(error.square().std()) / len(w) ** 0.5
         )
         learner.loops = 3
-    RECIPE.task_risks(learner, x, 6)
+    looped_risks.task_risks(learner, x, 6)
     assert learner.loops == 3
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3, 5])
 def test_stretched_inputs_give_the_exact_mean_closely(loops: int) -> None:
     rate, exact = best_descent(5, 10, loops)
-    values = RECIPE.risk_over_dim(looped(loops, rate), inputs(20_000))
+    values = looped_risks.risk_over_dim(looped(loops, rate), inputs(20_000))
     error = values.std() / len(values) ** 0.5
     assert error < 0.01 * exact / 5
     assert abs(values.mean() - exact / 5) < 4 * error
-    weights = RECIPE.stretched(inputs(20_000), 2 * loops)[1]
+    weights = looped_risks.stretched(inputs(20_000), 2 * loops)[1]
     assert float(weights.mean()) == pytest.approx(1, abs=4 * float(weights.std()) / len(weights) ** 0.5)
     assert float(weights.max()) <= 2
 
 
 def test_the_risk_of_another_map_is_that_of_sampled_tasks() -> None:
     learner = looped(2, 0.3, away=0.05)
-    values = RECIPE.risk_over_dim(learner, inputs(4000))
+    values = looped_risks.risk_over_dim(learner, inputs(4000))
     sampled, noise = measure_risk(learner, TASKS, n_shot=10, n_tasks=20_000)
     assert noise < 0.03 * sampled
     assert abs(values.mean() - sampled / 5) < 4 * (noise**2 / 25 + values.var() / len(values)) ** 0.5

@@ -1,13 +1,12 @@
 """Every recipe in smoke size: a recipe without a test cannot exist."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from recipe_files import load
 
 from metaicl.recipe import run
 
@@ -24,16 +23,6 @@ NEEDS_DATA = (
     "benchmark_metric_retrieval",
 )
 NEEDS_JAX = ("benchmark_gradient", "benchmark_in_context")  # its threads forbid other tests of the process to fork
-
-
-def load(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as Python does for a script
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_files import load
 
 from metaicl.recipe import run
 from metaicl.task import EpisodeStream
 from metaicl.tasks import LinearRegression
-from tests.recipes.test_recipes import load
 
 RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "garg_2022_linear.py")
 FACTORS = {"/ 3": 1 / 3, "/ 2": 1 / 2, "x 2": 2.0, "x 3": 3.0}
