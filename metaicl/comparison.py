@@ -38,6 +38,7 @@ def compare(
     baseline: str | None = None,
     split: Split = "test",
     batch_size: int = 50,
+    prequential: bool | None = None,
     device: str | torch.device | None = None,
     directory: str | os.PathLike[str] | None = None,
     processes: int = 1,
@@ -63,6 +64,8 @@ def compare(
         baseline: What differences are taken to; by default the learner with the best mean.
         split: Which tasks to judge on.
         batch_size: Tasks evaluated together.
+        prequential: Predict each query row from the support and all query rows before it; by default where
+            `spec.ordered`. See `evaluate`.
         device: Where to train and evaluate; by default where the factory puts the learner.
         directory: Keeps each finished result, and the training checkpoints: the same call resumes there.
         processes: Runs at a time, each in a process of its own with its share of the threads; learners must then be
@@ -87,6 +90,7 @@ def compare(
         split=check_choice("split", split, SPLITS),  # type: ignore[arg-type]  # it is one of SPLITS
         batch_size=check_count("batch_size", batch_size),
         device=None if device is None else check_device(device),
+        prequential=prequential,
     )
     boards = [make_board(name, one, options, n_shot, n_query, shots or ()) for name, one in tasks.items()]
     entries = {board.name: entries_of(board, learners, references, baseline) for board in boards}

@@ -14,6 +14,7 @@ from metaicl.episode import Episode
 from metaicl.evaluation import evaluate_shots
 from metaicl.gallery import example_cards, example_episode, sketches
 from metaicl.learner import Learner, Prepares
+from metaicl.prequential import is_prequential
 from metaicl.result_store import ResultStore, describe_learner
 from metaicl.results import Result, Role, json_ready
 from metaicl.spec import TaskSpec
@@ -39,6 +40,7 @@ class Options:
     split: Split
     batch_size: int
     device: torch.device | None
+    prequential: bool | None = None
 
     def budget(self, task: str, learner: str) -> TrainConfig | None:
         """The learner's own budget on that task, or else the one of the task; None without any."""
@@ -56,11 +58,13 @@ class Board:
     shots: tuple[int, ...]
     example: Episode
     cards: list[dict[str, Any]]
+    prequential: bool = False
 
     def card(self, baseline: str | None) -> dict[str, Any]:
         """What the report keeps of it, JSON-ready."""
         plain = {"distribution": type(self.tasks).__name__, "spec": dataclasses.asdict(self.tasks.spec)}
         plain |= {"n_shot": self.n_shot, "n_query": self.n_query, "shots": self.shots, "baseline": baseline}
+        plain |= {"prequential": self.prequential}
         return json_ready(plain | {"examples": self.cards})
 
 
@@ -123,7 +127,14 @@ def make_board(
     example = example_episode(tasks, shots=counts, n_shot=n_shot, n_query=n_query, split=options.split, seed=EVAL_SEED)
     cards = example_cards(tasks, example)
     return Board(
-        name=name, tasks=tasks, n_shot=n_shot, n_query=n_query, shots=tuple(counts), example=example, cards=cards
+        name=name,
+        tasks=tasks,
+        n_shot=n_shot,
+        n_query=n_query,
+        shots=tuple(counts),
+        example=example,
+        cards=cards,
+        prequential=is_prequential(options.prequential, tasks.spec),
     )
 
 
@@ -228,11 +239,14 @@ class Worker:
             batch_size=self.options.batch_size,
             device=self.options.device,
             name=job.entry.name,
+            prequential=board.prequential,
         )
         return {"evaluations": evaluations, "sketches": sketches(learner, board.example, board.cards)}
 
     def _settings(self, job: Job, learner: Learner) -> dict[str, Any]:
         board, options = job.board, self.options
+        # Named only where it is so: results stored without the name answered all queries from the support alone.
+        in_order = {"prequential": True} if board.prequential else {}
         return {
             "train": None if job.config is None else dataclasses.asdict(job.config),
             "learner": describe_learner(learner),
@@ -242,6 +256,7 @@ class Worker:
             "n_shot": board.n_shot,
             "n_query": board.n_query,
             "example tasks": board.example.fingerprint(),
+            **in_order,
         }
 
 

@@ -1,31 +1,26 @@
 """Judging one learner on fixed, addressed episodes."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from numpy.typing import NDArray
-from torch import Tensor
 
 from metaicl.checks import check_count, check_device
 from metaicl.episode import Episode, Examples
+from metaicl.evaluation_tally import Tally
 from metaicl.learner import Learner
-from metaicl.metrics import Calibration, calibration, calibration_counts, query_metrics
+from metaicl.metrics import Calibration
 from metaicl.number_text import interval_text
-from metaicl.peak_memory import read_peak, start_peak
 from metaicl.prefixes import first_shots
-from metaicl.spec import TaskSpec
+from metaicl.prequential import is_prequential
 from metaicl.statistics import interval
 from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +33,22 @@ class Evaluation:
         metrics: For each metric its value on each episode, float64 (E,).
         calibration: Pooled over all query rows; None where the distribution has no `cdf`.
         fingerprint: SHA-256 over all rows of all episodes, whatever the batch size. Two evaluations with the same
-            fingerprint were made on the same data.
+            fingerprint were made on the same data; how they were asked about it, `prequential` says.
         n_shot: Support rows per class or per task.
         n_query: Query rows, likewise.
         split: Which tasks.
         seed: The address of the episodes.
         batch_size: Tasks adapted together; the seconds depend on it.
         adapt_seconds: Seconds to adapt to one task, the median over batches of (seconds of the batch / B).
-        predict_seconds: Seconds to predict the query of one task, likewise.
+        predict_seconds: Seconds to predict the query of one task, likewise; with what is learned on the way, where it
+            is prequential.
         parameters: Numbers in the parameters of the learner.
         state_bytes: Bytes of adapted state per task, what is kept between `adapt` and `predict`.
         peak_memory_bytes: The most memory that adapting to and answering a batch held beyond what was there before;
             see `metaicl.peak_memory`. None where nobody keeps such a count.
         device: Where it ran.
         transductive: The learner's answer to a query may depend on the other queries.
+        prequential: Each query row was predicted from the support and all query rows before it.
     """
 
     learner: str
@@ -71,6 +68,7 @@ class Evaluation:
     peak_memory_bytes: int | None
     device: str
     transductive: bool
+    prequential: bool = False
 
     @property
     def n_episodes(self) -> int:
@@ -85,6 +83,7 @@ class Evaluation:
         """Each metric with its 95 % interval over the episodes: what another draw of tasks would give this learner."""
         metrics = ", ".join(f"{name} {interval_text(interval(values[None]))}" for name, values in self.metrics.items())
         rows = f"{self.n_shot} support and {self.n_query} query rows" + " per class" * (self.kind == "classification")
+        rows += ", prequential" * self.prequential
         return f"{self.learner}: {metrics} ({self.n_episodes} {self.split} episodes, {rows})"
 
 
@@ -100,6 +99,7 @@ def evaluate(
     batch_size: int = 50,
     device: str | torch.device | None = None,
     name: str | None = None,
+    prequential: bool | None = None,
 ) -> Evaluation:
     """Judge a learner on the first `n_episodes` tasks of the stream (seed, split), in eval mode and without gradients.
 
@@ -116,11 +116,14 @@ def evaluate(
         batch_size: Tasks adapted together.
         device: Where to run; by default where the learner's parameters are.
         name: For messages and reports; by default the class name.
+        prequential: Predict each query row from the support and all query rows before it, then learn from it; see
+            `metaicl.prequential.answer_in_order`. None does so where `tasks.spec.ordered`. False answers all queries
+            from the support alone.
 
     Raises:
         FloatingPointError: If a prediction is NaN or infinite, naming learner and episode.
         ValueError: If a count is out of range or a distribution has not the batch shape (B, Q).
-        TypeError: If learner or tasks are something else.
+        TypeError: If learner, tasks or `prequential` are something else.
     """
     return evaluate_shots(
         learner,
@@ -133,6 +136,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         name=name,
+        prequential=prequential,
     )[n_shot]
 
 
@@ -148,6 +152,7 @@ def evaluate_shots(
     batch_size: int = 50,
     device: str | torch.device | None = None,
     name: str | None = None,
+    prequential: bool | None = None,
 ) -> dict[int, Evaluation]:
     """Evaluate at several numbers of shots on the same tasks, queries and nested supports, so that curves are paired.
 
@@ -164,6 +169,7 @@ def evaluate_shots(
         batch_size: Tasks adapted together.
         device: Where to run.
         name: For messages and reports.
+        prequential: See `evaluate`.
 
     Returns:
         An evaluation for each number of shots; they share one fingerprint, that of the largest support.
@@ -171,11 +177,12 @@ def evaluate_shots(
     name = name or type(learner).__name__
     _check_served(learner, tasks, name)
     check_count("n_episodes", n_episodes)
+    in_order = is_prequential(prequential, tasks.spec)
     shots = sorted({check_count("shots", k) for k in shots})
     if not shots:
         raise ValueError("shots must name at least one number of support rows; got none")
     stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=shots[-1], n_query=n_query)
-    digest, tallies = hashlib.sha256(), {k: _Tally(name, tasks.spec) for k in shots}
+    digest, tallies = hashlib.sha256(), {k: Tally(name, tasks.spec, in_order) for k in shots}
     with _evaluating(learner, device, seed):
         used = device_of(learner)
         for episode in stream.batches(0, n_episodes, batch_size=batch_size):
@@ -187,53 +194,8 @@ def evaluate_shots(
     common: dict[str, Any] = {"learner": name, "kind": tasks.spec.kind, "fingerprint": digest.hexdigest()}
     common |= {"n_query": n_query, "split": split, "seed": seed, "batch_size": batch_size, "device": str(used)}
     common |= {"parameters": sum(p.numel() for p in learner.parameters()), "transductive": learner.traits.transductive}
+    common |= {"prequential": in_order}
     return {k: Evaluation(n_shot=k, **common, **tally.result()) for k, tally in tallies.items()}
-
-
-@dataclass
-class _Tally:
-    """What is added up over the batches of one evaluation."""
-
-    name: str
-    spec: TaskSpec
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
-    counts: NDArray[np.float64] | None = None
-    seconds: list[tuple[float, float]] = field(default_factory=list)
-    n_episodes: int = 0
-    state_bytes: int = 0
-    peak_bytes: int | None = None
-
-    def add(self, learner: Learner, support: Examples, query: Examples) -> None:
-        held = start_peak(query.x.device)
-        try:
-            state, adapting = _timed(lambda: learner.adapt(support), query.x.device)
-            distribution, predicting = _timed(lambda: learner.predict(state, query.x), query.x.device)
-            peak = read_peak(query.x.device, held)
-            values = query_metrics(distribution, query, self.spec, first_episode=self.n_episodes)
-        except FloatingPointError as error:
-            last = self.n_episodes + query.n_tasks - 1
-            raise FloatingPointError(f"{self.name} failed in episodes {self.n_episodes} to {last}: {error}") from error
-        for metric, value in values.items():
-            self.metrics.setdefault(metric, []).append(value.cpu().double())
-        counts = calibration_counts(distribution, query, self.spec)
-        if counts is not None:
-            self.counts = counts if self.counts is None else self.counts + counts
-        self.seconds.append((adapting / query.n_tasks, predicting / query.n_tasks))
-        self.state_bytes = max(self.state_bytes, _bytes_of(state) // query.n_tasks)
-        if peak is not None:
-            self.peak_bytes = max(self.peak_bytes or 0, peak)
-        self.n_episodes += query.n_tasks
-
-    def result(self) -> dict[str, Any]:
-        adapting, predicting = np.median(np.array(self.seconds), axis=0).tolist()
-        return {
-            "metrics": {name: torch.cat(values).numpy() for name, values in self.metrics.items()},
-            "calibration": None if self.counts is None else calibration(self.counts, self.spec.kind),
-            "adapt_seconds": adapting,
-            "predict_seconds": predicting,
-            "state_bytes": self.state_bytes,
-            "peak_memory_bytes": self.peak_bytes,
-        }
 
 
 def _check_served(learner: Learner, tasks: TaskDistribution, name: str) -> None:
@@ -271,21 +233,3 @@ def _bare(examples: Examples) -> Examples:
         return Examples(examples.x, examples.y)
     real = examples.mask[0]
     return Examples(examples.x[:, real], examples.y[:, real])
-
-
-def _timed(function: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    _wait(device)
-    start = time.perf_counter()
-    result = function()
-    _wait(device)
-    return result, time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _bytes_of(state: Any) -> int:
-    leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

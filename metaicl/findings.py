@@ -74,7 +74,8 @@ class Findings:
         results: One per (task, learner, seed), in the order of the tables.
 
     Raises:
-        ValueError: If two results on one task distribution were made on different episodes.
+        ValueError: If two results on one task distribution were made on different episodes, or only one of them is
+            prequential.
     """
 
     protocol: Mapping[str, Any]
@@ -86,12 +87,17 @@ class Findings:
         """Refuse to compare what was not judged on the same episodes."""
         for task in self.tasks:
             seen: dict[str, str] = {}
+            ways: dict[bool, str] = {}
             for result in self._finished(task):
                 for evaluation in result.evaluations.values():
                     seen.setdefault(evaluation.fingerprint, result.learner)
+                    ways.setdefault(evaluation.prequential, result.learner)
             if len(seen) > 1:
                 found = ", ".join(f"{name} on {fingerprint[:12]}" for fingerprint, name in seen.items())
                 raise ValueError(f"results on {task!r} must be on the same episodes to be compared; got {found}")
+            if len(ways) > 1:
+                found = f"{ways[True]} answered row by row, {ways[False]} all queries at once"
+                raise ValueError(f"results on {task!r} must be all prequential or none to be compared; got {found}")
         unknown = sorted({result.task for result in self.results} - set(self.tasks))
         if unknown:
             raise ValueError(f"every result needs the card of its task distribution; there is none for {unknown}")

@@ -52,7 +52,7 @@ class Calibration:
 
 
 def query_metrics(
-    distribution: Distribution, query: Examples, spec: TaskSpec, *, first_episode: int = 0
+    distribution: Distribution, query: Examples, spec: TaskSpec, *, first_episode: int = 0, first_row: int = 0
 ) -> dict[str, Tensor]:
     """The metrics of each task, means over its real query rows: tensors (B,) by name.
 
@@ -64,6 +64,7 @@ def query_metrics(
         query: The rows and their labels.
         spec: What the tasks look like.
         first_episode: The number of task 0, for messages.
+        first_row: The number of row 0 of each task, likewise.
 
     Raises:
         ValueError: If the distribution has another shape than the query.
@@ -72,21 +73,21 @@ def query_metrics(
     """
     check_answer(distribution, spec, tuple(query.x.shape[:2]))
     log_prob = distribution.log_prob(query.y)
-    check_finite("the log-probability of the target", log_prob, query, first_episode)
-    metrics = {"nll": masked_mean(-log_prob, query.mask, 1)}
+    place = {"first_episode": first_episode, "first_row": first_row}
+    check_finite("the log-probability of the target", log_prob, query, **place)
+    metrics = {"nll": _mean(-log_prob, query)}
     if spec.kind == "regression":
         error = (distribution.mean - query.y).square().mean(-1)
-        check_finite("the squared error", error, query, first_episode)
-        return {"mse": masked_mean(error, query.mask, 1), **metrics}
+        check_finite("the squared error", error, query, **place)
+        return {"mse": _mean(error, query), **metrics}
     probs = _probabilities(distribution)
-    check_finite("a class probability", probs.sum(-1), query, first_episode)
+    check_finite("a class probability", probs.sum(-1), query, **place)
     hits = (probs.argmax(-1) == query.y).to(probs.dtype)
     gaps = probs - (query.y[..., None] == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)
-    brier = masked_mean(gaps.square().sum(-1), query.mask, 1)
-    return {"accuracy": masked_mean(hits, query.mask, 1), **metrics, "brier": brier}
+    return {"accuracy": _mean(hits, query), **metrics, "brier": _mean(gaps.square().sum(-1), query)}
 
 
-def check_finite(what: str, values: Tensor, query: Examples, first_episode: int = 0) -> None:
+def check_finite(what: str, values: Tensor, query: Examples, first_episode: int = 0, first_row: int = 0) -> None:
     """Check values (B, Q) at the real query rows.
 
     Raises:
@@ -95,7 +96,7 @@ def check_finite(what: str, values: Tensor, query: Examples, first_episode: int 
     bad = ~torch.isfinite(values) & query.real
     if bool(bad.any()):
         task, row = bad.nonzero()[0].tolist()
-        where = f"episode {first_episode + task}, query row {row}"
+        where = f"episode {first_episode + task}, query row {first_row + row}"
         raise FloatingPointError(f"{what} is {values[task, row].item()} at {where} ({int(bad.sum())} such rows)")
 
 
@@ -151,6 +152,13 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration | None:
     ]
     kind = "classification" if kinds == {"confidence"} else "regression"
     return calibration(np.stack([*sums, count.sum(0)]), kind)
+
+
+def _mean(values: Tensor, query: Examples) -> Tensor:
+    """Mean over the real rows (B,); what stands at the others may be NaN."""
+    if query.mask is not None:
+        values = values.where(query.mask, values.new_zeros(()))
+    return masked_mean(values, query.mask, 1)
 
 
 def _probabilities(distribution: Any) -> Tensor:

@@ -28,6 +28,11 @@ def seconds_text(seconds: float | None) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def minutes_text(seconds: float) -> str:
+    """Minutes, and seconds below one minute, of something that was waited for."""
+    return f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
 def memory_text(size: int | None) -> str:
     """Whole MiB; below one it is lost in what the allocator keeps."""
     if size is None:

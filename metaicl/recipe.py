@@ -8,6 +8,7 @@ import operator
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from metaicl.files import atomic_write
+from metaicl.number_text import minutes_text
 from metaicl.statistics import Array, interval, paired
 
 
@@ -112,12 +114,16 @@ class RecipeResult:
         claim: The claim, in a sentence.
         config: The settings of the run.
         criteria: What decides; after a smoke run nothing does.
+        reported: More that was measured, JSON-ready; it is stored and decides nothing.
+        seconds: Wall-clock seconds of the run, which `run` fills in. A run that continues an earlier one took longer.
     """
 
     recipe: str
     claim: str
     config: RecipeConfig
     criteria: Sequence[Criterion]
+    reported: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -146,6 +152,8 @@ class RecipeResult:
             "config": config,
             "versions": versions(),
             "criteria": criteria,
+            "reported": dict(self.reported),
+            "seconds": self.seconds,
             "verdict": self.verdict,
         }
 
@@ -168,7 +176,8 @@ class RecipeResult:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self.claim, "", *lines, "", f"verdict: {self.verdict}"])
+        minutes = "" if self.seconds is None else f" ({minutes_text(self.seconds)})"
+        return "\n".join([self.claim, "", *lines, "", f"verdict: {self.verdict}{minutes}"])
 
 
 def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv: Sequence[str] | None = None) -> None:
@@ -181,11 +190,13 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
     """
     config = parse(config_class, argv, description=sys.modules[main.__module__].__doc__)
     config.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
     try:
         result = main(config)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was finished is kept in {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
+    result = dataclasses.replace(result, seconds=round(time.monotonic() - start, 1))
     record = result.as_dict()
     atomic_write(config.out / "results.json", json.dumps(record, indent=2).encode())
     with (config.out / "results.jsonl").open("a") as history:

@@ -81,7 +81,9 @@ def describe_task(findings: Findings, task: str) -> str:
     fingerprint = next((e.fingerprint for r in findings.results if r.task == task for e in r.evaluations.values()), "")
     episodes = next((e.n_episodes for r in findings.results if r.task == task for e in r.evaluations.values()), 0)
     judged = f"{episodes} episodes, fingerprint {fingerprint[:12]}" if episodes else "nothing finished"
-    return f"{per} {card['n_shot']} shot and {card['n_query']} query rows of {spec['x_kind']} {shape}; {judged}"
+    rows = f"{card['n_shot']} shot and {card['n_query']} query rows of {spec['x_kind']} {shape}"
+    rows += ", prequential" * bool(card.get("prequential"))  # cards of before do not say
+    return f"{per} {rows}; {judged}"
 
 
 def summary_sentence(findings: Findings, task: str) -> str:

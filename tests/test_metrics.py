@@ -38,13 +38,17 @@ def test_masked_rows_count_as_absent_even_where_they_are_nan():
     probs = torch.tensor([[[1.0, 0.0, 0.0], [math.nan, math.nan, math.nan]]])
     found = query_metrics(Categorical(probs, validate_args=False), labeled([[0, 1]], [[True, False]]), CLASSES)
     assert found["accuracy"].tolist() == [1.0]
+    assert (found["nll"].item(), found["brier"].item()) == pytest.approx((0.0, 0.0), abs=1e-6)
+    values = gaussian(torch.tensor([[[0.0, 0.0], [math.nan, 1.0]]]), torch.ones(()))
+    found = query_metrics(values, labeled([[[1.0, 1.0], [0.0, 0.0]]], [[True, False]]), NUMBERS)
+    assert (found["mse"].item(), found["nll"].item()) == pytest.approx((1.0, math.log(2 * math.pi) + 1))
 
 
 def test_nan_is_an_error_and_not_chance():
     logits = torch.zeros(2, 2, 3)
     logits[1, 0, 2] = math.nan
-    with pytest.raises(FloatingPointError, match="nan at episode 11, query row 0"):
-        query_metrics(categorical(logits), labeled([[0, 1], [0, 1]]), CLASSES, first_episode=10)
+    with pytest.raises(FloatingPointError, match="nan at episode 11, query row 4"):
+        query_metrics(categorical(logits), labeled([[0, 1], [0, 1]]), CLASSES, first_episode=10, first_row=4)
 
 
 def test_certainty_of_a_wrong_class_is_an_error():

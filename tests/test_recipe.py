@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,7 +64,25 @@ def test_results_are_written_with_their_verdict(arguments, verdict: str, tmp_pat
     assert written["verdict"] == verdict
     assert written["criteria"][0]["ci"] == [1.0, None]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-    assert f"verdict: {verdict}" in capsys.readouterr().out
+    assert f"verdict: {verdict} (0 seconds)" in capsys.readouterr().out
+
+
+def test_time_and_what_is_only_reported_are_stored_in_both_files(tmp_path: Path) -> None:
+    def slow(config: Config) -> RecipeResult:
+        time.sleep(0.3)
+        reported = {"other tasks": {"ours": 1.5}}
+        return RecipeResult("toy", "it waits", config, [Criterion("steps", 1.0, ">=", 0.0)], reported=reported)
+
+    slow.__module__ = __name__
+    run(slow, Config, ["--out", str(tmp_path)])
+    for text in ((tmp_path / "results.json").read_text(), (tmp_path / "results.jsonl").read_text()):
+        stored = json.loads(text)
+        assert stored["reported"] == {"other tasks": {"ours": 1.5}}
+        assert stored["seconds"] >= 0.3
+    result = RecipeResult("toy", "it waits", Config(), [])
+    assert str(replace(result, seconds=750.0)).endswith("verdict: held (12.5 minutes)")
+    assert str(replace(result, seconds=59.0)).endswith("verdict: held (59 seconds)")
+    assert str(result).endswith("verdict: held")
 
 
 @pytest.mark.parametrize(

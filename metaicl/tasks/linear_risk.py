@@ -5,6 +5,10 @@ otherwise, w ~ N(0, tau^2 I), the coordinates of x are independent with mean zer
 labels carry noise of variance sigma^2. D is `dim`, N is `n`.
 """
 
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -61,6 +65,67 @@ def best_one_step(family: LinearFamily, n: int) -> tuple[float, float]:
     spread = family.spread
     rate = 1 / (family.variance * (1 + spread / check_count("n", n)))
     return rate, family.zero_risk * spread / (n + spread)
+
+
+def descent_risk(dim: int, n: int, steps: int, rate: float) -> float:
+    """Of K gradient steps from zero, W <- W + (rate / N) X' (y - X W): E tr (I - rate S)^2K, S = X'X / N.
+
+    Exact, for Gaussian inputs and weights of variance one and labels without noise. The mean rests on rare tasks where
+    the largest eigenvalue of S is above 2 / rate, so that sampled risks of many steps scatter widely.
+    """
+    factor = -Fraction(rate) / check_count("n", n)
+    return float(sum(factor**j * part for j, part in enumerate(_descent_parts(dim, n, check_count("steps", steps)))))
+
+
+def best_descent(dim: int, n: int, steps: int) -> tuple[float, float]:
+    """The best rate of K gradient steps, the same in each step, and its risk: `descent_risk` is convex in the rate.
+
+    With one step it is `best_one_step`.
+    """
+    parts = _descent_parts(dim, check_count("n", n), check_count("steps", steps))
+    low, high = Fraction(0), Fraction(1)  # at 1 the risk rises
+    for _ in range(50):
+        rate = (low + high) / 2
+        rises = -sum(j * (-rate / n) ** (j - 1) * part for j, part in enumerate(parts) if j) > 0
+        low, high = (low, rate) if rises else (rate, high)
+    return float(low), descent_risk(dim, n, steps, float(low))
+
+
+@cache
+def _descent_parts(dim: int, n: int, steps: int) -> list[int]:
+    """E tr (I + f X'X)^2K as a polynomial in f."""
+    return [comb(2 * steps, j) * (wishart_moment(dim, n, j) if j else dim) for j in range(2 * steps + 1)]
+
+
+@cache
+def wishart_moment(dim: int, n: int, power: int) -> int:
+    """E tr (X'X)^power, exactly, for X (N, D) of independent N(0, 1).
+
+    The power sum is written in zonal polynomials, whose expectations are known: a sum over the partitions of `power`.
+
+    Reference:
+        Muirhead, 1982, Aspects of Multivariate Statistical Theory, chapter 7; Stanley, 1989, Advances in Mathematics
+        77 (Jack polynomials with alpha = 2: hook lengths, and the coefficients of power sums).
+    """
+    total = Fraction(0)
+    for rows in _partitions(check_count("power", power), power):
+        columns = [sum(row > j for row in rows) for j in range(rows[0])]
+        weight, hooks = 2 * power, 1
+        for i, row in enumerate(rows):
+            for j in range(row):
+                content, arm, leg = 2 * j - i, row - j - 1, columns[j] - i - 1
+                weight *= (dim + content) * (n + content) * (content if i or j else 1)
+                hooks *= (2 * arm + leg + 1) * (2 * arm + leg + 2)
+        total += Fraction(weight, hooks)
+    return int(total)
+
+
+def _partitions(total: int, largest: int) -> Iterator[tuple[int, ...]]:
+    """Ways to write `total` as a sum of numbers from `largest` down, none rising."""
+    if total == 0:
+        yield ()
+    for first in range(min(total, largest), 0, -1):
+        yield from ((first, *rest) for rest in _partitions(total - first, first))
 
 
 def least_squares_risk(family: LinearFamily, n: int) -> float:

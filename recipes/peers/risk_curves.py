@@ -1,6 +1,7 @@
 """Risk of a learner after every number of examples, and training in stages that grow, as Garg et al. 2022 do it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from metaicl.prefixes import predict_prefixes
 from metaicl.statistics import Interval
 from metaicl.task import EVAL_SEED, EpisodeStream
 from metaicl.tasks import LinearRegression
+from metaicl.tasks.inputs import skewed, subspace
 from metaicl.train_config import TrainConfig, make_optimizer
 from metaicl.training import outer_loop, training_mode
 
@@ -91,6 +93,25 @@ def query_risk(learner: Learner, tasks: LinearRegression, *, n_shot: int, n_epis
             error = learner(episode.support, episode.query.x).mean - clean
             found.append(error.square().sum(-1).mean(1) / episode.query.x.shape[-1])
     return float(torch.cat(found).mean())
+
+
+def shifts(dim: int) -> dict[str, dict[str, Any]]:
+    """Settings of prompts unlike those of training; without a word on it they have no noise.
+
+    Reference:
+        Garg et al. 2022, arXiv:2208.01066, section 4, and their code for the scales and the renormalized noise.
+    """
+    kept = (dim / (dim + 1)) ** 0.5  # of targets with unit noise: as much variance as without it
+    variants: dict[str, dict[str, Any]] = {
+        "as trained": {}, "skewed covariance": {"eigenvalues": skewed(dim)},
+        "half of the dimensions": {"eigenvalues": subspace(dim, max(dim // 2, 1))}, "noise": {"noise": 1.0},
+        "noise, renormalized": {"noise": kept, "weight_scale": kept},
+        "examples in one orthant": {"prompt": "same orthant"}, "orthogonal query": {"prompt": "orthogonal query"},
+        "seen query": {"prompt": "seen query"},
+    }  # fmt: skip
+    for name, factor in (("/ 3", 1 / 3), ("/ 2", 1 / 2), ("x 2", 2.0), ("x 3", 3.0)):
+        variants |= {f"inputs {name}": {"x_scale": factor}, f"targets {name}": {"weight_scale": factor}}
+    return variants
 
 
 def show(found: Mapping[str, Sequence[Interval]]) -> None:

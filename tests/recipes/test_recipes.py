@@ -1,13 +1,12 @@
 """Every recipe in smoke size: a recipe without a test cannot exist."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from recipe_files import load
 
 from metaicl.recipe import run
 
@@ -26,16 +25,6 @@ NEEDS_DATA = (
 NEEDS_JAX = ("benchmark_gradient", "benchmark_in_context")  # its threads forbid other tests of the process to fork
 
 
-def load(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as Python does for a script
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, request, capsys) -> None:
     data = ["--data", str(request.getfixturevalue("shared_data"))] if path.stem in NEEDS_DATA else []
@@ -46,7 +35,8 @@ def test_recipe_runs_and_writes_its_results(path: Path, tmp_path: Path, request,
         module = load(path)
         run(module.main, module.Config, options)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"recipe", "claim", "config", "versions", "criteria", "verdict"}
+    assert set(results) == {"recipe", "claim", "config", "versions", "criteria", "reported", "seconds", "verdict"}
+    assert results["seconds"] >= 0
     assert results["recipe"] == path.stem
     assert results["verdict"] == "smoke"
     assert results["config"]["seed"] == 3
