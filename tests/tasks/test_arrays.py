@@ -287,11 +287,11 @@ def test_long_ids_stay_apart(start: int, tmp_path: Path) -> None:
 
 
 def test_texts_of_a_csv_are_read_as_they_are(tmp_path: Path) -> None:
-    path, words = tmp_path / "x.csv", ["none", "12", "null", "na"]
-    path.write_text("t,y\n" + "\n".join(f"{words[i % 4]},{i % 15:02d}" for i in range(90)))
+    path, texts = tmp_path / "x.csv", ["none", "12", "null", "na", *(f"word{i}" for i in range(4, 90))]
+    path.write_text("t,y\n" + "\n".join(f"{text},{i % 15:02d}" for i, text in enumerate(texts)))
     tasks = tasks_from_csv(path, target="y", text="t", n_way=2, max_tokens=2)
     assert isinstance(tasks, TextClasses)
-    assert tasks.texts == [words[i % 4] for i in range(90)]
+    assert tasks.texts == texts
     assert tasks.class_names == [f"{i:02d}" for i in range(15)]
 
 
