@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Examples
-from metaicl.functional import categorical
+from metaicl.functional import categorical, without_absent
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.exact_sums import ClassSums, add_class_sums, class_sums
 from metaicl.nets.similarity import Distance, Similarity
@@ -19,7 +19,8 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
     The state is the sum and the number of the embedded rows of each class, kept such that a state does not depend on
     the order in which rows came, nor on who saw them, to the last bit (see `class_sums`; given equal embeddings: an
     encoder may round a row differently in batches of different sizes). So it can be streamed: `update` adds rows, also
-    of classes that were never seen before, and `merge` joins the states of clients.
+    of classes that were never seen before, and `merge` joins the states of clients. A class that no row has shown has a
+    probability of about 1e-30, as long as others have rows: its mean is not known, and the origin would stand for it.
 
     Args:
         spec: A classification spec. `adapt` answers over its n_way classes; streams may go beyond.
@@ -60,9 +61,10 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
         return self._sums(support, self.spec.output_size)
 
     def predict(self, state: ClassSums, x: Tensor) -> Distribution:
-        """Softmax over the similarities to the prototypes, over all classes of the state."""
+        """Softmax over the similarities to the prototypes, over all classes of the state that have rows."""
         queries = self.embed(x)
-        return categorical(self.similarity(queries, state.means().to(queries.dtype)))
+        scores = self.similarity(queries, state.means().to(queries.dtype))
+        return categorical(without_absent(scores, state.counts > 0))
 
     def update(self, state: ClassSums, examples: Examples) -> ClassSums:
         """The state after these rows too; a label that no row had so far adds classes up to it."""
