@@ -185,6 +185,20 @@ def test_a_stream_answers_only_what_it_was_shown():
     assert torch.equal(nothing.probs, torch.full((2, 40, 2), 0.5))
 
 
+def test_labels_out_of_range_are_named_and_those_of_masked_rows_are_not_read():
+    learner, rows = nearest_mean(), rows_of(6)
+    state = learner.adapt(rows)
+    wrong = Examples(rows.x, torch.tensor([[0, -1, 2, 3, -7, 1], [0, 1, 2, 9, 0, 1]]))
+    with pytest.raises(ValueError, match=r"^examples.y must hold labels >= 0; got \[-7, -1\]$"):
+        learner.update(state, wrong)
+    with pytest.raises(ValueError, match=r"^support.y must hold labels in \[0, n_way=4\); got \[-7, -1, 9\]$"):
+        learner.adapt(wrong)
+    real = (wrong.y >= 0) & (wrong.y < 4)
+    expected = Examples(rows.x, torch.where(real, wrong.y, 0), real)
+    assert same(learner.adapt(Examples(rows.x, wrong.y, real)), learner.adapt(expected))
+    assert same(learner.update(state, Examples(rows.x, wrong.y, real)), learner.update(state, expected))
+
+
 def test_merge_refuses_what_cannot_be_joined():
     learner = nearest_mean()
     with pytest.raises(ValueError, match="at least one state to merge; got none"):

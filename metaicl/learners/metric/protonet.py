@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_labels
 from metaicl.episode import Examples
 from metaicl.functional import categorical, without_absent
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
@@ -58,6 +59,7 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
 
     def adapt(self, support: Examples) -> ClassSums:
         """The sums of each class, C = n_way."""
+        check_labels("support.y", support, self.spec.output_size)
         return self._sums(support, self.spec.output_size)
 
     def predict(self, state: ClassSums, x: Tensor) -> Distribution:
@@ -68,7 +70,9 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
 
     def update(self, state: ClassSums, examples: Examples) -> ClassSums:
         """The state after these rows too; a label that no row had so far adds classes up to it."""
-        n_classes = max(state.n_classes, int(examples.y.max()) + 1 if examples.n_rows else 0)
+        check_labels("examples.y", examples, None)
+        largest = int(examples.y.masked_fill(~examples.real, -1).max()) if examples.n_rows else -1
+        n_classes = max(state.n_classes, largest + 1)
         return add_class_sums([state, self._sums(examples, n_classes)])
 
     def merge(self, states: Sequence[ClassSums]) -> ClassSums:
@@ -81,4 +85,5 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
         return add_class_sums(states)
 
     def _sums(self, rows: Examples, n_classes: int) -> ClassSums:
-        return class_sums(self.embed(rows.x), rows.y, n_classes, rows.mask)
+        y = rows.y if rows.mask is None else rows.y * rows.mask  # masked rows may hold any label
+        return class_sums(self.embed(rows.x), y, n_classes, rows.mask)
