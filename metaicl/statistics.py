@@ -90,7 +90,7 @@ def intervals(
         members = [i for i, array in enumerate(arrays) if array.shape == shape]
         stack = np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
-            found[i] = _summarize(float(mean), draws, *shape, level)
+            found[i] = _summarize(float(mean), draws, shape[0], shape[1], level)
     return [one for one in found if one is not None]
 
 

@@ -5,9 +5,10 @@ import torch
 from metaicl import Omniglot, ProtoNet, TrainConfig, evaluate, meta_train
 from metaicl.nets.backbones import Conv4
 from metaicl.statistics import Interval, interval, paired
+from metaicl.task import Split
 from metaicl.tasks import tasks_from_arrays
 
-CLASSES = {"train": 100, "validation": 20, "test": 60}
+CLASSES: dict[Split, int] = {"train": 100, "validation": 20, "test": 60}
 
 
 def lost_in_bf16(tasks: Omniglot, *, steps: int, channels: int, seed: int, n_episodes: int = 200) -> Interval:
