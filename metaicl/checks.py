@@ -135,11 +135,30 @@ def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
         raise TypeError(
             f"episode.{name}.y must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}"
         )
-    bad = part.y[part.real & ((part.y < 0) | (part.y >= (spec.n_way or 0)))]
-    if bad.numel():
-        found = sorted(set(bad.tolist()))[:_LISTED]
-        hint = "; mark rows to ignore in mask" if -100 in found else ""
-        raise ValueError(f"episode.{name}.y must hold labels in [0, n_way={spec.n_way}); got {found}{hint}")
+    check_labels(f"episode.{name}.y", part, spec.n_way or 0)
+
+
+def check_labels(name: str, part: Examples, n_way: int | None) -> None:
+    """Check the labels of real rows; masked ones may hold any. Does nothing within a compiled graph.
+
+    Args:
+        name: What the error calls them.
+        part: Rows of a classification.
+        n_way: Labels are below it; None for a stream, where classes may come.
+
+    Raises:
+        ValueError: If one is negative or too large.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wrong = part.y < 0 if n_way is None else (part.y < 0) | (part.y >= n_way)
+    wrong = wrong & part.real
+    if not bool(wrong.any()):
+        return
+    found = sorted(set(part.y[wrong].tolist()))[:_LISTED]
+    hint = "; mark rows to ignore in mask" if -100 in found else ""
+    expected = ">= 0" if n_way is None else f"in [0, n_way={n_way})"
+    raise ValueError(f"{name} must hold labels {expected}; got {found}{hint}")
 
 
 def _check_classes_present(episode: Episode, spec: TaskSpec) -> None:

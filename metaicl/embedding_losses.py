@@ -20,7 +20,8 @@ from metaicl.objectives import Objective, query_loss
 class WithAuxiliary:
     """An objective plus a weighted auxiliary one: `meta_train(..., objective=WithAuxiliary(ProtoTriplet()))`.
 
-    The learner's rows are embedded once more for each auxiliary loss, which is what it costs.
+    The learner's rows are embedded once more for each auxiliary loss, which is what it costs. A learner with
+    `meta_gradients` of its own, such as Baseline, is trained by these and by the slope of what is added.
 
     Args:
         auxiliary: What is added, (learner, episode) -> (B,); may be a WithAuxiliary itself.
@@ -43,6 +44,16 @@ class WithAuxiliary:
     def __call__(self, learner: Learner, episode: Episode) -> Tensor:
         """The sum for each task (B,)."""
         return self.objective(learner, episode) + self.weight * self.auxiliary(learner, episode)
+
+    @property
+    def base(self) -> Objective:
+        """The objective without any auxiliary one."""
+        return self.objective.base if isinstance(self.objective, WithAuxiliary) else self.objective
+
+    def added(self, learner: Learner, episode: Episode) -> Tensor:
+        """The weighted sum of the auxiliary ones (B,)."""
+        own = self.weight * self.auxiliary(learner, episode)
+        return self.objective.added(learner, episode) + own if isinstance(self.objective, WithAuxiliary) else own
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from torch.distributions import Categorical, Independent, Normal
 
 from metaicl.spec import TaskSpec
 
+NOTHING = 1e-30  # probability of a class that no row has shown, beside those that have rows
+
 _MIN_SCALE = 1e-3
 
 
@@ -73,6 +75,22 @@ def prototypes(embeddings: Tensor, y: Tensor, n_way: int, mask: Tensor | None = 
     weights = class_weights(y, n_way, mask, embeddings.dtype)
     counts = weights.sum(-2).clamp(min=1)
     return weights.transpose(-1, -2) @ embeddings / counts[..., None]
+
+
+def present_classes(y: Tensor, n_way: int, mask: Tensor | None = None) -> Tensor:
+    """Which classes have a real row: bool (..., C) from labels (..., N)."""
+    return class_weights(y, n_way, mask, torch.get_default_dtype()).sum(-2) > 0
+
+
+def without_absent(scores: Tensor, present: Tensor) -> Tensor:
+    """Scores (B, Q, C) of a softmax in which classes that are not present (B, C) get a probability of about 1e-30.
+
+    The probabilities of the others are those of a softmax over them alone. What is not known has no slope: the
+    log-probability of an absent class is finite, and a constant. Where no class is present, scores stay as they are.
+    """
+    absent = (~present & present.any(-1, keepdim=True))[..., None, :]
+    total = scores.masked_fill(absent, torch.finfo(scores.dtype).min).logsumexp(-1, keepdim=True)
+    return torch.where(absent, total + math.log(NOTHING), scores)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from metaicl.distributed import check_unwrapped
 from metaicl.episode import Episode
 from metaicl.inner_loop.calling import call_net
 from metaicl.learner import HasMetaGradients, Learner
-from metaicl.objectives import Objective, query_loss
+from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.second_order import hint_at_ways_out
 
 AUTOCAST = ("bf16",)
@@ -26,9 +26,9 @@ _PREFIX = "learner."
 class MetaStep:
     """The loss of each task of an episode, and the gradient of their mean with respect to the learner's parameters.
 
-    Nothing is updated here. A learner with `meta_gradients` is asked for them, and `objective` is then not used.
-    Parameters that the objective does not reach get a gradient of zeros; those with `requires_grad=False`, which
-    is read once, get none.
+    Nothing is updated here. A learner with `meta_gradients` is asked for them; they take the place of `query_loss` in
+    the objective, and the gradient of what `WithAuxiliary` adds to it is added to them. Parameters that the objective
+    does not reach get a gradient of zeros; those with `requires_grad=False`, which is read once, get none.
 
     With `compile=True` objective, inner loop and meta-gradient become one graph that takes every tensor, weights too,
     as an argument: one that was traced with the module's own weights would go on using them. Every new shape, such as
@@ -44,7 +44,8 @@ class MetaStep:
 
     Raises:
         TypeError: If the learner is wrapped in DistributedDataParallel.
-        ValueError: If nothing can be trained or `autocast` is unknown.
+        ValueError: If nothing can be trained, `autocast` is unknown, or the objective would replace the
+            `meta_gradients` of the learner.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class MetaStep:
         self.parameters = trainable_parameters(learner)
         if autocast is not None:
             check_choice("autocast", autocast, AUTOCAST)
-        self._module = _EpisodeLoss(learner, objective, autocast is not None)
+        self._added = added_to_own(learner, objective)
+        self._module = _EpisodeLoss(learner, self._added or objective, autocast is not None)
         self._graph: Callable[..., Result] | None = None
         self._known_shapes: set[Any] = set()
         first = next(iter(self.parameters.values()))
@@ -86,7 +88,7 @@ class MetaStep:
             ValueError: If the objective does not return one loss per task that depends on the parameters.
         """
         if self._own is not None:
-            return _own_gradients(self._own, self.parameters, episode)
+            return self._with_added(episode, *_own_gradients(self._own, self.parameters, episode))
         if self._graph is not None:
             self._verify_new_shape(episode)
         return self._eager(episode) if self._graph is None else self._compiled(episode)
@@ -96,7 +98,7 @@ class MetaStep:
         with torch.no_grad():
             if self._own is not None:
                 self._own.meta_gradients(episode)
-            else:
+            if self._own is None or self._added is not None:
                 self._module(episode)
 
     def _compiled(self, episode: Episode) -> Result:
@@ -108,6 +110,13 @@ class MetaStep:
         rest |= {name: self._module.get_parameter(name).detach() for name in self._frozen}
         losses, gradients = self._graph(trainable, rest, episode)
         return losses.detach(), {name: gradients[_PREFIX + name] for name in self.parameters}
+
+    def _with_added(self, episode: Episode, loss: Tensor, gradients: Gradients) -> Result:
+        """The learner's own loss and gradients with those of what the objective adds."""
+        if self._added is None:
+            return loss, gradients
+        losses, slopes = self._eager(episode)
+        return loss + losses.mean(), {name: value + slopes[name] for name, value in gradients.items()}
 
     def _eager(self, episode: Episode) -> Result:
         with torch.enable_grad(), hint_at_ways_out():

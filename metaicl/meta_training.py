@@ -18,7 +18,7 @@ from metaicl.checkpoint import load_weights, save_learner
 from metaicl.distributed import add_up, check_unwrapped, from_first, largest, n_processes, rank, share
 from metaicl.interruption import Interruption
 from metaicl.learner import Learner, Prepares
-from metaicl.objectives import Objective, query_loss
+from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
 from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, derive_seed
@@ -77,7 +77,8 @@ def meta_train(
         tasks: Training and validation tasks.
         config: All other choices.
         directory: Where to write and what to resume; None keeps everything in memory.
-        objective: (learner, episode) -> loss of each task (B,).
+        objective: (learner, episode) -> loss of each task (B,). Learners with `meta_gradients` of their own are trained
+            by these and by what `WithAuxiliary` adds.
         progress: Show a bar on stderr.
         resume: Continue a run in `directory`; False refuses to.
 
@@ -86,7 +87,8 @@ def meta_train(
 
     Raises:
         TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
-        ValueError: If the run in `directory` has another configuration, or nothing can be trained.
+        ValueError: If the run in `directory` has another configuration, nothing can be trained, or the objective would
+            replace the `meta_gradients` of the learner.
         FloatingPointError: If a loss, a gradient or a weight is NaN or infinite; the last checkpoint stands.
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
@@ -95,6 +97,7 @@ def meta_train(
     if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"
         raise TypeError(f"meta_train needs a Learner, a TaskDistribution and a TrainConfig; got {got}")
+    added_to_own(learner, objective)  # an objective that would be ignored is named before anything is written
     if config.device is not None:
         learner.to(config.device)
     with contextlib.ExitStack() as stack:

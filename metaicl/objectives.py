@@ -11,7 +11,7 @@ from metaicl.checks import check_answer
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.learner import AdaptsInStages, Learner, PredictsPrefixes, Regularizes
+from metaicl.learner import AdaptsInStages, HasMetaGradients, Learner, PredictsPrefixes, Regularizes
 
 Objective = Callable[[Learner, Episode], Tensor]
 
@@ -23,6 +23,40 @@ class AnswersPrefixesInStages(Protocol):
     def prefix_stages(self, examples: Examples) -> Sequence[tuple[float, Distribution]]:
         """Weights and answers (B, N), the last answer last; in train mode the weighted losses are summed."""
         ...
+
+
+@runtime_checkable
+class AddsToObjective(Protocol):
+    """An objective that is another one and something more, such as `WithAuxiliary`."""
+
+    @property
+    def base(self) -> Objective:
+        """The other one."""
+        ...
+
+    def added(self, learner: Learner, episode: Episode) -> Tensor:
+        """What is added to it, for each task (B,)."""
+        ...
+
+
+def added_to_own(learner: Learner, objective: Objective) -> Objective | None:
+    """What an objective adds to the training of a learner with `meta_gradients`, which take the place of `query_loss`.
+
+    Returns:
+        An objective of what is added; None where that is nothing, and for learners without `meta_gradients`.
+
+    Raises:
+        ValueError: If the objective would replace what such a learner is trained by.
+    """
+    if not isinstance(learner, HasMetaGradients) or objective is query_loss:
+        return None
+    if isinstance(objective, AddsToObjective) and objective.base is query_loss:
+        return objective.added
+    name, given = type(learner).__name__, getattr(objective, "__qualname__", type(objective).__name__)
+    raise ValueError(
+        f"{name} is trained by its own meta_gradients, and the objective {given} would not be used. Leave it out, or "
+        "add it to them: metaicl.embedding_losses.WithAuxiliary(objective)"
+    )
 
 
 def query_loss(learner: Learner, episode: Episode) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from metaicl.files import atomic_write
 from metaicl.number_text import minutes_text
-from metaicl.statistics import Array, interval, paired
+from metaicl.statistics import LEVEL, Array, interval, intervals, paired
 
 
 def option(default: Any, help: str) -> Any:
@@ -103,6 +103,27 @@ def gain_criterion(name: str, more: Array, less: Array) -> Criterion:
     """
     found = interval(paired(more, less))
     return Criterion(f"{name}, lower end", found.mean if found.low is None else found.low, ">", 0.0, ci=found.ends)
+
+
+def best_gain_criterion(name: str, more: Mapping[str, Array], less: Array) -> tuple[str, Criterion]:
+    """A criterion that the mean of at least one of several is above `less`: the highest of all lower ends is judged.
+
+    Whoever looks for the best of many finds one above by chance. So the intervals are those of 1 - .05 / n, n the
+    number of candidates (Bonferroni): where none is better, the criterion is held in at most 5 % of all studies.
+
+    Args:
+        name: What is gained; the name of the candidate that is judged is put before it.
+        more: Values by candidate, seeds by episodes (S, E).
+        less: On the same episodes, (S, E) or (1, E).
+
+    Returns:
+        The candidate that is judged, and the criterion.
+    """
+    found = intervals([paired(values, less) for values in more.values()], level=1 - (1 - LEVEL) / len(more))
+    lows = {one: gap.mean if gap.low is None else gap.low for one, gap in zip(more, found, strict=True)}
+    best = max(lows, key=lambda one: lows[one])
+    ends = found[list(more).index(best)].ends
+    return best, Criterion(f"{best} {name}, lower end for the best of {len(more)}", lows[best], ">", 0.0, ci=ends)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def interval(values: Array) -> Interval:
     return intervals([values])[0]
 
 
-def intervals(matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 0) -> list[Interval]:
+def intervals(
+    matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 0, level: float = LEVEL
+) -> list[Interval]:
     """95 % crossed-bootstrap intervals of the means of matrices M (S, E), seeds by episodes.
 
     Seeds and episodes are resampled independently by multinomial weights. Three corrections keep the coverage when
@@ -74,6 +76,7 @@ def intervals(matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 
         matrices: Float arrays (S, E) of any sizes; those of one shape share their resamples.
         n_draws: Bootstrap draws.
         seed: Address of the resamples: the same data give the same interval.
+        level: Another coverage than 95 %, such as one that makes up for the number of intervals that are looked at.
 
     Raises:
         ValueError: If a matrix is empty, not two-dimensional or not finite.
@@ -87,7 +90,7 @@ def intervals(matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 
         members = [i for i, array in enumerate(arrays) if array.shape == shape]
         stack = np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
-            found[i] = _summarize(float(mean), draws, *shape)
+            found[i] = _summarize(float(mean), draws, shape[0], shape[1], level)
     return [one for one in found if one is not None]
 
 
@@ -153,10 +156,10 @@ def _checked(values: Array) -> Array:
     return array
 
 
-def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int) -> Interval:
+def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int, level: float) -> Interval:
     if n_seeds == n_episodes == 1:
         return Interval(mean, None, None, None, 1, 1)
-    tail = (1 - LEVEL) / 2
+    tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail]).tolist()
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))

@@ -77,7 +77,8 @@ def outer_loop(
         tasks: Where episodes come from.
         optimizer: Over parameters of the learner, all of them or some.
         steps: Updates in the whole training, those before `start` included.
-        objective: (learner, episode) -> loss of each task (B,). Unused by a learner with `meta_gradients`.
+        objective: (learner, episode) -> loss of each task (B,). Learners with `meta_gradients` are trained by these,
+            and by what `WithAuxiliary` adds.
         meta_batch_size: B, tasks per update.
         micro_batch_size: Tasks in memory at a time; changes the meta-gradient by rounding only. None: all.
         n_shot: Support rows per class, or per task in regression; a pair (low, high) draws one value per update.

@@ -6,6 +6,7 @@ Claim    Episodes of images are drawn at least 50 times as fast as by learn2lear
          fast as faiss flat.
 Run      python recipes/benchmark_metric_retrieval.py --data FOLDER --out runs/benchmark_metric_retrieval
 Smoke    python recipes/benchmark_metric_retrieval.py --data FOLDER --smoke --out runs/benchmark_metric_retrieval
+         Beside it: accuracy after a short training in bfloat16, and the recall of approximate indexes.
 Method   one process; calls of all variants interleaved; medians. Losses and answers are compared before anything is
          timed. easyfsl's way is written here after its documentation. The peers' nets are timed with the same group
          normalization, so that losses are comparable, and with the batch normalization that they come with.
@@ -33,6 +34,7 @@ from metaicl.task import derive_generator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers.episode_samplers import Pool, learn2learn_sampler, loader_sampler
+from peers.half_precision import lost_in_bf16
 from peers.prototype_steps import easyfsl_steps, learn2learn_steps, usual_conv4
 from peers.search import approximate_recall, search_times
 from peers.work import medians
@@ -44,7 +46,7 @@ SEARCH_BOUNDS = {10_000: 2.5, 100_000: 6.0, 1_000_000: 5.0}
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"repeats": 1, "bank_sizes": (2000,), "channels": 4, "rotations": False}
+    SMOKE: ClassVar = {"repeats": 1, "bank_sizes": (2000,), "channels": 4, "rotations": False, "steps": 2}
 
     data: str = option("", "folder with omniglot.npz")
     download: bool = option(False, "fetch the public originals instead")
@@ -52,6 +54,7 @@ class Config(RecipeConfig):
     bank_sizes: tuple[int, ...] = option(tuple(SEARCH_BOUNDS), "rows of the memory banks that are searched")
     n_episodes: int = option(32, "episodes that one call of our sampler draws")
     channels: int = option(64, "filters of Conv4")
+    steps: int = option(200, "updates in float32 and in bfloat16, whose accuracies are compared")
     rotations: bool = option(True, "turned characters are classes of their own")
 
 
@@ -145,9 +148,15 @@ def main(config: Config) -> RecipeResult:
         seconds = search_times(size, repeats=config.repeats)
         note(f"256 queries of {size}", seconds, {"faiss flat": SEARCH_BOUNDS.get(size, 1.0)})
     recall = approximate_recall(min(100_000, max(config.bank_sizes)))
+    criteria += [Criterion(name, value, ">=", 0.9) for name, value in recall.items() if "recall" in name]
     lines.append(
         "approximate indexes, recall and seconds: " + "  ".join(f"{name} {value:.4g}" for name, value in recall.items())
     )
+    lost = lost_in_bf16(tasks, steps=config.steps, channels=config.channels, seed=config.seed)
+    lines.append(f"accuracy after {config.steps} updates, float32 - bf16: {lost.mean:.4f} {lost.ends}")
+    worst = lost.mean if lost.high is None else lost.high
+    criteria.append(Criterion("accuracy lost by bf16, upper end", worst, "<=", 0.02, ci=lost.ends))
+    print("\n".join(lines[-2:]), flush=True)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "table.txt").write_text("\n".join(lines) + "\n")
     claim = "Episodes are drawn 50 times, steps done 1.8 times and neighbors found 2.5 to 6 times as fast as by peers."

@@ -1,11 +1,11 @@
 """CLINC150 and Banking77, 5-way intent classification by class split.  Protocol of Dopierre et al. 2021.
 
-Claim    The best learner on meta-test is clearly above prototypes of TF-IDF vectors, the floor without meta-learning.
-         Only that one is held against the floor; a learner of each family stands beside it on the same episodes.
+Claim    At least one learner is clearly above prototypes of TF-IDF vectors, the floor without meta-learning. A learner
+         of each family is held against it on the same episodes, with intervals that are widened for their number.
 Run      python recipes/few_shot_intents.py --data FOLDER --out runs/few_shot_intents
          python recipes/few_shot_intents.py --download --out runs/few_shot_intents
-         FOLDER holds clinc150.jsonl.gz and banking77.jsonl.gz; --splits 01 02 03 04 05 is the full protocol;
-         --features compares features without training
+         FOLDER holds clinc150.jsonl.gz and banking77.jsonl.gz; --splits 01 02 03 04 05 is the full protocol, and what
+         `make reproduce` runs; --features compares features without training
 Smoke    python recipes/few_shot_intents.py --data FOLDER --smoke --out runs/few_shot_intents
 Differs  no pretrained language model: words start from co-occurrence in meta-training texts and random numbers;
          published numbers (96 % and more with BERT) are not comparable, learners and floor on the same episodes are.
@@ -63,7 +63,7 @@ def main(config: Config) -> RecipeResult:
                 criteria += above_the_floor(compared(task, tasks, fitted, config), task, published)
     if config.features:
         return RecipeResult("few_shot_intents", "TF-IDF prototypes are where they should be.", config, criteria)
-    claim = "On unseen intents the best learner is above TF-IDF prototypes."
+    claim = "On unseen intents at least one learner is above TF-IDF prototypes."
     return RecipeResult("few_shot_intents", claim, config, criteria)
 
 

@@ -10,11 +10,11 @@ Method   trained on 60-way episodes, judged in learners built for 5 and 20 ways;
 """
 
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,42 +22,16 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from metaicl import Learner, Omniglot, TaskSpec, TrainConfig, meta_train
+from metaicl import Learner, Omniglot, TrainConfig, meta_train
 from metaicl.evaluation import evaluate_shots
 from metaicl.files import atomic_write
-from metaicl.learners import (
-    FEAT,
-    Baseline,
-    BaselinePlusPlus,
-    DeepKernel,
-    LogisticHead,
-    MatchingNet,
-    ProtoNet,
-    RelationNet,
-    RidgeHead,
-    SimpleShot,
-    SoftKMeansProtoNet,
-    SVMHead,
-)
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
 from metaicl.statistics import Array, corrected, intervals, paired
 
-HEADS: Mapping[str, Callable[[TaskSpec], Learner]] = {
-    "ProtoNet": ProtoNet,
-    "ProtoNet, cosine": partial(ProtoNet, distance="cosine"),
-    "MatchingNet": MatchingNet,
-    "RelationNet": RelationNet,
-    "R2D2 (ridge)": RidgeHead,
-    "SVMHead": SVMHead,
-    "LogisticHead": LogisticHead,
-    "DeepKernel": DeepKernel,
-    "FEAT": FEAT,
-    "Baseline": Baseline,
-    "BaselinePlusPlus": BaselinePlusPlus,
-    "SimpleShot": SimpleShot,
-    "soft k-means (transductive)": SoftKMeansProtoNet,
-}
+sys.path.insert(0, str(Path(__file__).parent))
+from peers.metric_heads import HEADS
+
 WAYS, SHOTS = (5, 20), (1, 5)
 TRIALS = "Lake trials"
 
@@ -183,10 +157,12 @@ def matrices(heads: Sequence[str], jobs: Sequence[Job], done: Sequence[dict[str,
 
 
 def table_of(setting: str, values: Mapping[str, Array], minutes: Mapping[str, list[float]]) -> list[str]:
-    """Accuracy of each head, and its paired difference from ProtoNet with Holm-corrected p-value."""
+    """Accuracy of each head, and its paired difference from ProtoNet with Holm-corrected p-value; errors in trials."""
+    wrong = setting == TRIALS
+    values = {name: 1 - one if wrong else one for name, one in values.items()}
     means = intervals(list(values.values()))
     gaps = corrected(intervals([paired(each, values["ProtoNet"]) for each in list(values.values())[1:]]))
-    lines = [f"\n{setting}, accuracy in %, difference from ProtoNet"]
+    lines = [f"\n{setting}, {'errors' if wrong else 'accuracy'} in %, difference from ProtoNet"]
     for name, mean, gap in zip(values, means, [None, *gaps], strict=True):
         text = f"{name:28} {100 * mean.mean:6.2f}  {np.mean(minutes[name]):5.1f} CPU minutes"
         if gap is not None and gap.ends is not None:

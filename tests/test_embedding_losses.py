@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from metaicl.embedding_losses import NearestNeighborScore, ProtoTriplet, WithAuxiliary
 from metaicl.episode import Episode, Examples
 from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.metric.baseline import Baseline, BaselinePlusPlus
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.metric.ridge_head import RidgeHead
+from metaicl.learners.metric.simple_shot import SimpleShot
 from metaicl.meta_step import MetaStep
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
 from metaicl.task import EpisodeStream
+from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.functions import LinearRegression
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.train_config import TrainConfig
@@ -161,6 +165,48 @@ def test_training_with_it_works_for_any_learner_with_an_encoder_and_resumes_only
     again, other = ProtoNet(TASKS.spec), WithAuxiliary(ProtoTriplet(), 0.5)
     with pytest.raises(ValueError, match="objective"):
         meta_train(again, TASKS, config, objective=other, directory=tmp_path / "ProtoNet", progress=False)
+
+
+@pytest.mark.parametrize("kind", [Baseline, BaselinePlusPlus, SimpleShot])
+@pytest.mark.parametrize("named", [False, True])
+def test_learners_with_gradients_of_their_own_are_trained_by_what_is_added_too(kind, named: bool):
+    """Pretraining takes the place of the query loss; the auxiliary losses stay, alone and one on another."""
+    tasks: Any = TASKS
+    if named:
+        labels = torch.arange(20).repeat_interleave(10)
+        x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + labels[:, None] % 7
+        tasks = tasks_from_arrays(x, labels, n_way=3)
+    torch.manual_seed(0)
+    learner = kind(tasks.spec)
+    learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=1, split="train", n_shot=2, n_query=3, chunk_size=4)[0]
+    learner, episode = learner.double(), episode.to(dtype=torch.float64)
+    assert (learner.classifier is not None) is named
+    own_loss, own = learner.meta_gradients(episode)
+    first, second = NearestNeighborScore(k=3), ProtoTriplet(margin=2.0)
+    added = 0.5 * first(learner, episode) + 0.25 * second(learner, episode)
+    names = [name for name, value in learner.named_parameters() if value.requires_grad]
+    slopes = torch.autograd.grad(
+        added.mean(), [learner.get_parameter(name) for name in names], allow_unused=True, materialize_grads=True
+    )
+    loss, found = MetaStep(learner, WithAuxiliary(first, 0.5, WithAuxiliary(second, 0.25)))(episode)
+    assert float((loss - own_loss - added.mean()).detach().abs()) < 1e-12
+    gaps = [found[name] - own[name] - slope for name, slope in zip(names, slopes, strict=True)]
+    assert max(float(gap.abs().max()) for gap in gaps) < 1e-12
+    assert max(float(slope.abs().max()) for slope in slopes) > 1e-4
+    plain = MetaStep(learner)(episode)
+    assert all(torch.equal(plain[1][name], own[name]) for name in names)
+
+
+def test_an_objective_that_would_not_be_used_is_named_before_anything_is_written(tmp_path):
+    config = TrainConfig(steps=1, meta_batch_size=2, n_shot=2, n_query=3, validate_every=None)
+    for objective in (ProtoTriplet(), WithAuxiliary(ProtoTriplet(), objective=NearestNeighborScore())):
+        message = "Baseline is trained by its own meta_gradients, and the objective .* would not be used. Leave it out"
+        with pytest.raises(ValueError, match=message):
+            meta_train(
+                Baseline(TASKS.spec), TASKS, config, objective=objective, directory=tmp_path / "run", progress=False
+            )
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

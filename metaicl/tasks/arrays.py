@@ -11,9 +11,9 @@ from torch import Tensor
 from metaicl.checks import check_choice, check_count
 from metaicl.spec import TaskSpec
 from metaicl.task import Split
+from metaicl.tasks.columns import Column, frame_columns, read_csv, take_column, to_matrix, whole_numbers
 from metaicl.tasks.labels import check_ways, index_labels, row_splits, splits_by_name
 from metaicl.tasks.rows import ArrayClasses, GroupRegression, finite, moments, to_numbers
-from metaicl.tasks.tables import Column, frame_columns, read_csv, take_column, to_matrix, whole_numbers
 from metaicl.tasks.text import TextClasses
 
 Inputs = Callable[[np.ndarray], np.ndarray]
@@ -134,6 +134,8 @@ def tasks_from_csv(
 ) -> ArrayClasses | GroupRegression | TextClasses:
     """A task distribution over the rows of a comma-separated file with a header; see `tasks_from_dataframe`.
 
+    Labels and group ids are integers where nothing is lost by that ("07" and "7" are two), else text as it is written.
+
     Args:
         path: The file, UTF-8.
         target: See `tasks_from_dataframe`.
@@ -149,9 +151,11 @@ def tasks_from_csv(
         ValueError: If the file is malformed or a column is not there; else as `tasks_from_arrays`.
     """
     targets = [target] if isinstance(target, str) else list(target)
-    columns = read_csv(path)
     if text is not None:
+        columns = read_csv(path, labels=targets, texts=[text])
         return _from_texts(columns, targets, text=text, refused=(groups, features), where=str(path), **options)
+    labels = [groups] if groups is not None else [] if options.get("kind") == "regression" else targets
+    columns = read_csv(path, labels=labels)
     return _from_columns(columns, targets, groups=groups, features=features, where=str(path), **options)
 
 
@@ -181,7 +185,7 @@ def _from_columns(
         text = [name for name, column in zip(targets, found, strict=True) if column.dtype == object]
         if text or not found:
             raise ValueError(f"targets of a regression must be columns of numbers; {text or targets} are not")
-        return tasks_from_arrays(columns, np.stack(found, 1), groups=ids, **options)
+        return tasks_from_arrays(columns, np.stack(found, 1).astype(np.float64), groups=ids, **options)
     if len(found) != 1:
         raise ValueError(f"classification has one target column; got {targets}")
     return tasks_from_arrays(columns, whole_numbers(found[0]), **options)

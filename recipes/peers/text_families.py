@@ -11,7 +11,7 @@ from metaicl import MAML, InContextTransformer, Learner, ProtoNet, RidgeHead, Ta
 from metaicl.evaluation import evaluate_shots
 from metaicl.learners import DistributionalSignatures, RetrievalAugmented
 from metaicl.nets.backbones import BagOfWords, EncoderWithHead
-from metaicl.recipe import Criterion, gain_criterion
+from metaicl.recipe import Criterion, best_gain_criterion
 from metaicl.report import Report
 from metaicl.statistics import interval, paired
 from metaicl.tasks.text import TextClasses
@@ -169,17 +169,19 @@ def near_the_published(task: str, shots: int, accuracy: float, published: float)
 
 
 def above_the_floor(report: Report, task: str, published: Mapping[int, float]) -> list[Criterion]:
-    """For each number of shots: the floor, and how far the best learner is above it on the same episodes."""
+    """For each number of shots: the floor, and how far the best learner is above it on the same episodes.
+
+    Every learner is held against the floor, with intervals that are widened for their number.
+    """
     criteria = []
     for shots in report.shots(task):
-        means = {
-            name: report.interval(task, name, shots=shots).mean
+        values = {
+            name: report.values(task, name, shots=shots)
             for name in report.learners(task, finished=True)
             if name not in (FLOOR, UNTRAINED)
         }
-        best = max(means, key=lambda name: means[name])
-        name = f"{task}, {shots}-shot: {best} ({means[best]:.3f}) above the floor"
-        criteria.append(gain_criterion(name, *(report.values(task, one, shots=shots) for one in (best, FLOOR))))
+        text = f"above the floor, {task}, {shots}-shot"
+        criteria.append(best_gain_criterion(text, values, report.values(task, FLOOR, shots=shots))[1])
         if shots in published:
             floor = report.interval(task, FLOOR, shots=shots).mean
             criteria.append(near_the_published(task, shots, floor, published[shots]))

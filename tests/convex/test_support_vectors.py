@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from metric_helpers import solution_slope_gaps
-from scipy.optimize import minimize, nnls
+from scipy.optimize import linprog, minimize, nnls
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
@@ -141,3 +141,35 @@ def test_awkward_supports_are_finite_in_float32() -> None:
         (slope,) = torch.autograd.grad(found.square().sum(), x)
         assert bool(found.isfinite().all())
         assert bool(slope.isfinite().all())
+
+
+def test_features_beyond_the_range_of_the_solver_are_named() -> None:
+    features, y = torch.randn(1, 10, 4, generator=torch.Generator().manual_seed(0)), torch.arange(10)[None] % 3
+    with pytest.raises(
+        FloatingPointError, match=r"largest squared length of a row is \d\.\de\+4\d. Scale the features"
+    ):
+        support_vector_weights(1e20 * features, y, 3, slack_penalty=10.0)
+
+
+def test_the_objective_is_exact_up_to_the_scale_that_is_promised() -> None:
+    """Classes that cannot be separated: a linear program gives the hinge loss that large penalties tend to."""
+    source = torch.Generator().manual_seed(1)
+    features, y = torch.randn(1, 25, 3, dtype=torch.float64, generator=source), torch.arange(25)[None] % 5
+    features = features / features.norm(dim=-1).max()
+    rows, scale = [], 1e6
+    for n, own in enumerate(y[0].tolist()):
+        for label in set(range(5)) - {own}:
+            row = np.zeros(15 + 25)
+            row[label:15:5] += features[0, n].numpy()
+            row[own:15:5] -= features[0, n].numpy()
+            row[15 + n] = -1
+            rows.append(row)
+    bounds = [(None, None)] * 15 + [(0, None)] * 25
+    program = linprog(np.r_[np.zeros(15), np.ones(25)], A_ub=np.array(rows), b_ub=-np.ones(len(rows)), bounds=bounds)
+    least, enough = program.fun, program.fun + float(np.square(program.x[:15]).sum()) / 2 / scale
+    weights = support_vector_weights(features, y, 5, slack_penalty=scale)[0]
+    scores = features[0] @ weights
+    margins = scores - scores.gather(1, y[0][:, None]) + 1 - torch.nn.functional.one_hot(y[0], 5)
+    hinge, price = float(margins.amax(1).sum()), float(weights.square().sum()) / 2 / scale
+    assert least * (1 - 1e-9) <= hinge
+    assert hinge + price <= enough * (1 + 1e-9)  # which the program's weights cost

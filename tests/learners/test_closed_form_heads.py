@@ -176,6 +176,19 @@ def test_ridge_head_serves_features_of_a_large_common_offset(n_shot: int) -> Non
     assert bool(learner(support, episode.query.x + 1e4).logits.isfinite().all())
 
 
+@pytest.mark.parametrize("n_shot", [2, 5])
+def test_ridge_head_names_labels_out_of_range_and_does_not_read_those_of_masked_rows(n_shot: int) -> None:
+    learner, support = seeded(lambda: RidgeHead(CLASSES.spec, encoder=smooth())), draw(CLASSES, n_shot=n_shot).support
+    state, wrong = learner.adapt(support), support.y.clone()
+    wrong[:, :2] = torch.tensor([-100, 3])
+    for call in (learner.adapt, lambda rows: learner.update(state, rows)):
+        with pytest.raises(ValueError, match=r"^examples.y must hold labels in \[0, n_way=3\); got \[-100, 3\]; mark"):
+            call(Examples(support.x, wrong))
+        real = (wrong >= 0) & (wrong < 3)
+        found, expected = (call(Examples(support.x, y, real)).weights for y in (wrong, wrong.clamp(0, 2)))
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("head", [RidgeHead, SVMHead, LogisticHead])
 def test_encoders_are_checked_when_a_head_is_built(head) -> None:
     with pytest.raises(ValueError, match=r"an encoder must turn \(2, 4\) into \(2, D\); got \(2, 1, 4\)"):

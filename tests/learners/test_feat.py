@@ -83,11 +83,11 @@ def test_a_class_without_a_row_is_seen_by_no_other() -> None:
     learner, episode = make(), draw(CLASSES)
     support = episode.support
     some = Examples(support.x, support.y, support.y != 2)
-    centers = learner.adapt(some).detach()
+    centers = learner.adapt(some).features.detach()
     spec = CLASSES.spec.with_n_way(2)
     smaller = FEAT(spec, encoder=learner.encoder).double()
     smaller.load_state_dict(learner.state_dict())
-    torch.testing.assert_close(centers[:, :2], smaller.adapt(some).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(centers[:, :2], smaller.adapt(some).features.detach(), rtol=0, atol=1e-12)
     assert bool(torch.isfinite(centers).all())
 
 

@@ -59,7 +59,7 @@ def test_routing_turns_away_from_an_outlier() -> None:
 def test_class_vectors_are_shorter_than_one_and_squash_has_two_derivatives() -> None:
     learner, episode = seeded(lambda: InductionNet(CLASSES.spec, n_slices=4)), draw(CLASSES)
     far = Examples(1e4 * episode.support.x, episode.support.y)
-    assert float(learner.adapt(far).detach().norm(dim=-1).max()) < 1
+    assert float(learner.adapt(far).features.detach().norm(dim=-1).max()) < 1
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(squash, (x,))
     assert torch.autograd.gradgradcheck(squash, (x,))

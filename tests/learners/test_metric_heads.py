@@ -1,6 +1,7 @@
 """What all metric heads share: masks, missing classes, coincident points, large episodes, inputs of every kind."""
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -54,6 +55,9 @@ OTHERS = {
     "BaselinePlusPlus": partial(BaselinePlusPlus, steps=5),
     "SimpleShot": partial(SimpleShot, features="L2N"),
 }
+BY_MEANS = pytest.mark.parametrize(
+    "name", ["ProtoNet", "SimpleShot", *(name for name in HEADS if not name.startswith("MatchingNet"))]
+)
 EVERY = pytest.mark.parametrize("head", (HEADS | OTHERS).values(), ids=HEADS | OTHERS)
 
 
@@ -79,6 +83,25 @@ def test_a_class_without_a_row_has_finite_answers_and_gradients(head) -> None:
         parameters = [p for p in learner.parameters() if p.requires_grad]
         found = torch.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
         assert all(bool(torch.isfinite(g).all()) for g in found if g is not None)
+
+
+@BY_MEANS
+def test_a_class_that_no_row_shows_takes_nothing_from_the_others(name: str) -> None:
+    """Its probability is 1e-30 and a constant; the others are those of a learner that never heard of it."""
+    head = (HEADS | OTHERS)[name]
+    learner, episode = seeded(lambda: head(CLASSES.spec, encoder=smooth())), draw(CLASSES)
+    fewer = seeded(lambda: head(CLASSES.spec.with_n_way(2), encoder=smooth()))
+    fewer.load_state_dict(learner.state_dict())
+    support = Examples(episode.support.x, episode.support.y, episode.support.y < 2)
+    found, expected = (one(support, episode.query.x).logits.log_softmax(-1) for one in (learner, fewer))
+    assert float((found[..., :2] - expected).detach().abs().max()) < 1e-12
+    assert float((found[..., 2] / math.log(10) + 30).detach().abs().max()) < 1e-9
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad(found[..., 2].sum(), parameters, allow_unused=True, retain_graph=True)
+    assert max(float(slope.abs().max()) for slope in slopes if slope is not None) < 1e-12
+    slopes = torch.autograd.grad(found[..., 0].sum(), parameters, allow_unused=True)
+    assert max(float(slope.abs().max()) for slope in slopes if slope is not None) > 1e-3
+    assert all(bool(slope.isfinite().all()) for slope in slopes if slope is not None)
 
 
 @EACH

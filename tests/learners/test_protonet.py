@@ -170,6 +170,35 @@ def test_clients_may_know_different_numbers_of_classes():
     assert same(learner.merge(states[::-1]), central)
 
 
+def test_a_stream_answers_only_what_it_was_shown():
+    """A client with classes 5 and 7 of a stream: the six between and before them have no row, nor prototypes."""
+    learner = nearest_mean(TaskSpec("classification", (3,), n_way=2))
+    rows = rows_of(40, n_classes=2)
+    shown = Examples(rows.x, torch.where(rows.y == 0, 5, 7))
+    state = learner.update(learner.adapt(shown.rows(slice(0))), shown)
+    answer = learner.predict(state, torch.zeros(2, 1, 3))  # where the means of nothing would be
+    expected = nearest_mean(TaskSpec("classification", (3,), n_way=2))(rows, torch.zeros(2, 1, 3))
+    assert float((answer.probs[..., [5, 7]] - expected.probs).detach().abs().max()) < 1e-6
+    assert float(answer.probs.detach()[..., [0, 1, 2, 3, 4, 6]].max()) < 2e-30
+    assert bool(answer.logits.isfinite().all())
+    nothing = learner.predict(learner.adapt(shown.rows(slice(0))), rows.x)
+    assert torch.equal(nothing.probs, torch.full((2, 40, 2), 0.5))
+
+
+def test_labels_out_of_range_are_named_and_those_of_masked_rows_are_not_read():
+    learner, rows = nearest_mean(), rows_of(6)
+    state = learner.adapt(rows)
+    wrong = Examples(rows.x, torch.tensor([[0, -1, 2, 3, -7, 1], [0, 1, 2, 9, 0, 1]]))
+    with pytest.raises(ValueError, match=r"^examples.y must hold labels >= 0; got \[-7, -1\]$"):
+        learner.update(state, wrong)
+    with pytest.raises(ValueError, match=r"^support.y must hold labels in \[0, n_way=4\); got \[-7, -1, 9\]$"):
+        learner.adapt(wrong)
+    real = (wrong.y >= 0) & (wrong.y < 4)
+    expected = Examples(rows.x, torch.where(real, wrong.y, 0), real)
+    assert same(learner.adapt(Examples(rows.x, wrong.y, real)), learner.adapt(expected))
+    assert same(learner.update(state, Examples(rows.x, wrong.y, real)), learner.update(state, expected))
+
+
 def test_merge_refuses_what_cannot_be_joined():
     learner = nearest_mean()
     with pytest.raises(ValueError, match="at least one state to merge; got none"):

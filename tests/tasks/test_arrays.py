@@ -269,6 +269,32 @@ def test_a_text_column_becomes_text_episodes(tmp_path: Path) -> None:
         assert tasks.class_names == [-3, 5, 7, 42, 99, 100]
 
 
+@pytest.mark.parametrize("start", [9 * 10**17, 2**63])
+def test_long_ids_stay_apart(start: int, tmp_path: Path) -> None:
+    ids = [start + 37 * (i // 10) for i in range(200)]
+    frame = pd.DataFrame({"a": np.arange(200.0), "y": np.arange(200) % 7, "id": ids})
+    frame.to_csv(tmp_path / "frame.csv", index=False)
+    as_objects = frame.assign(id=frame["id"].astype(object))
+    nullable = frame.assign(id=frame["id"].astype("UInt64"))
+    for kind in (frame, as_objects, nullable, tmp_path / "frame.csv"):
+        make: Any = tasks_from_csv if isinstance(kind, Path) else tasks_from_dataframe
+        names = make(kind, target="id", features=["a"], n_way=2).class_names
+        assert [int(name) for name in names] == sorted(set(ids))
+        assert make(kind, target="y", features=["a"], groups="id").group_names == names
+    rounded = frame.assign(id=frame["id"].astype(float))
+    with pytest.raises(ValueError, match=r"beyond 2\*\*53 must be integers or text, as floating point numbers merge"):
+        tasks_from_dataframe(rounded, target="id", n_way=2)
+
+
+def test_texts_of_a_csv_are_read_as_they_are(tmp_path: Path) -> None:
+    path, texts = tmp_path / "x.csv", ["none", "12", "null", "na", *(f"word{i}" for i in range(4, 90))]
+    path.write_text("t,y\n" + "\n".join(f"{text},{i % 15:02d}" for i, text in enumerate(texts)))
+    tasks = tasks_from_csv(path, target="y", text="t", n_way=2, max_tokens=2)
+    assert isinstance(tasks, TextClasses)
+    assert tasks.texts == texts
+    assert tasks.class_names == [f"{i:02d}" for i in range(15)]
+
+
 def test_bad_frames_are_named() -> None:
     frame = make_frame()
     with pytest.raises(ValueError, match=r"no column 'lable'; it has"):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from metaicl.checks import check_episode
 from metaicl.task import SPLITS, Split
-from metaicl.tasks.tables import Table, bundled_tables, read_csv, read_folder, read_npz, to_matrix
+from metaicl.tasks.columns import read_csv, to_matrix
+from metaicl.tasks.tables import Table, bundled_tables, read_folder, read_npz
 from metaicl.tasks.tabular import TabularClasses, TabularRegression
 
 SPLIT: dict[Split, list[str]] = {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}
@@ -167,6 +168,55 @@ def test_malformed_csv_files_are_named(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_csv(path)
+
+
+def test_a_word_for_missing_is_missing_in_numbers_and_a_word_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("number,word,label\n1,none,NA\nNA,null,US\n3,?,DE\n,low,none\n")
+    columns = read_csv(path, labels=["label"])
+    assert np.isnan(columns["number"]).tolist() == [False, True, False, True]
+    assert columns["word"].tolist() == ["none", "null", None, "low"]
+    assert columns["label"].tolist() == ["NA", "US", "DE", "none"]
+    path.write_text("t,u\nnone,\n12,?\n?,7\n")
+    assert {name: one.tolist() for name, one in read_csv(path, texts=["t", "u"]).items()} == {
+        "t": ["none", "12", "?"],
+        "u": [None, "?", "7"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["3", "-1", "0"], [3, -1, 0]),
+        (["3.0", "1.00", "2."], [3, 1, 2]),
+        (["07", "7"], ["07", "7"]),
+        (["07", "08"], ["07", "08"]),
+        (["7.0", "7"], ["7.0", "7"]),
+        (["1e3", "1000"], ["1e3", "1000"]),
+        ([str(2**53), str(2**53 + 1)], [2**53, 2**53 + 1]),
+        ([str(2**63 - 1), str(-(2**63))], [2**63 - 1, -(2**63)]),
+        ([str(2**63), "1"], [str(2**63), "1"]),
+        (["0.5", "1"], [0.5, 1.0]),
+    ],
+)
+def test_labels_of_a_csv_lose_nothing(cells: list[str], expected: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("y\n" + "\n".join(cells) + "\n")
+    found = read_csv(path, labels=["y"])["y"].tolist()
+    assert found == expected
+    assert [type(one) for one in found] == [type(one) for one in expected]
+    (tmp_path / "z.csv").write_text("x,y\n" + "\n".join(f"{i},{cell}" for i, cell in enumerate(cells)) + "\n")
+    path.unlink()
+    if not isinstance(expected[0], float):
+        assert len(set(read_folder(tmp_path, kind="classification")[0].y.tolist())) == len(set(cells))
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("latin-1", "e9"), ("utf-16", "ff")])
+def test_a_file_of_another_encoding_is_named(encoding: str, byte: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("a,y\n1,caf\xe9\n".encode(encoding))
+    with pytest.raises(ValueError, match=rf"x\.csv must be UTF-8, and byte 0x{byte} in it is not; save it as UTF-8"):
+        read_csv(path)
 
 
 def test_categories_are_numbered_where_they_may_be_looked_at() -> None:

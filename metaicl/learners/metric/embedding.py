@@ -1,6 +1,6 @@
 """What the learners of this family share: an encoder of single rows, and a head on what it gives."""
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,18 @@ from metaicl.spec import TaskSpec
 State = TypeVar("State")
 
 CLASSIFIER = Traits(kinds=("classification",), instead=(("regression", "RidgeHead"),))
+
+
+class ClassFeatures(NamedTuple):
+    """What a support leaves of its classes.
+
+    Attributes:
+        features: (B, C, ...), of each class; the origin, or what is made of it, for a class without a real row.
+        present: bool (B, C), which classes have a real row.
+    """
+
+    features: Tensor
+    present: Tensor
 
 
 class EmbeddingLearner(Learner[State]):

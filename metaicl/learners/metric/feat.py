@@ -7,9 +7,9 @@ from torch.distributions import Distribution
 from metaicl.checks import check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
-from metaicl.functional import categorical, class_weights, masked_mean, prototypes
+from metaicl.functional import categorical, masked_mean, present_classes, prototypes, without_absent
 from metaicl.learner import Learner
-from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
+from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.nets.similarity import Distance, Similarity
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
@@ -41,7 +41,7 @@ class SetAttention(nn.Module):
         return rows + self.project(weights @ self.to_value(rows))
 
 
-class FEAT(EmbeddingLearner[Tensor]):
+class FEAT(EmbeddingLearner[ClassFeatures]):
     """A prototypical network whose prototypes are adapted to the task by self-attention among them.
 
     A 1,000-way episode needs O(C^2 + Q C) numbers beside the embeddings.
@@ -82,16 +82,17 @@ class FEAT(EmbeddingLearner[Tensor]):
             self.feature_dim, distance=distance, temperature=temperature, learn_temperature=learn_temperature
         )
 
-    def adapt(self, support: Examples) -> Tensor:
+    def adapt(self, support: Examples) -> ClassFeatures:
         """Adapted prototypes (B, C, D). Classes without a real row are seen by none."""
         n_way = self.spec.output_size
         rows = self.embed(support.x)
-        present = class_weights(support.y, n_way, support.mask, rows.dtype).sum(1) > 0
-        return self.attend(prototypes(rows, support.y, n_way, support.mask), present[:, None])
+        present = present_classes(support.y, n_way, support.mask)
+        means = prototypes(rows, support.y, n_way, support.mask)
+        return ClassFeatures(self.attend(means, present[:, None]), present)
 
-    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+    def predict(self, state: ClassFeatures, x: Tensor) -> Distribution:
         """Softmax over the similarities to the adapted prototypes."""
-        return categorical(self.similarity(self.embed(x), state))
+        return categorical(without_absent(self.similarity(self.embed(x), state.features), state.present))
 
 
 class ContrastedLoss:

@@ -6,13 +6,13 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import categorical, class_weights
-from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
+from metaicl.functional import categorical, class_weights, present_classes, without_absent
+from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.nets.pairs import SLOW, NeuralTensor
 from metaicl.spec import TaskSpec
 
 
-class InductionNet(EmbeddingLearner[Tensor]):
+class InductionNet(EmbeddingLearner[ClassFeatures]):
     """Induce a class vector from its rows by dynamic routing, compare it with queries by a neural tensor layer.
 
     Large episodes need O(Q C h) numbers, because every pair passes through the tensor layer, and O(C h D) for its
@@ -48,19 +48,21 @@ class InductionNet(EmbeddingLearner[Tensor]):
             nn.init.zeros_(parameter)
         self.relation = NeuralTensor(self.feature_dim, n_slices=n_slices)
 
-    def adapt(self, support: Examples) -> Tensor:
-        """Class vectors (B, C, D), of length below one; the origin for a class without a real row."""
+    def adapt(self, support: Examples) -> ClassFeatures:
+        """Class vectors (B, C, D), of length below one."""
         rows = self.embed(support.x)
         rows = squash(rows + SLOW * self.transform(rows))
-        return route(rows, support.y, support.real, self.spec.output_size, steps=self.steps)
+        n_way = self.spec.output_size
+        classes = route(rows, support.y, support.real, n_way, steps=self.steps)
+        return ClassFeatures(classes, present_classes(support.y, n_way, support.mask))
 
-    def scores(self, state: Tensor, x: Tensor) -> Tensor:
+    def scores(self, state: ClassFeatures, x: Tensor) -> Tensor:
         """Relation scores (B, Q, C) before the sigmoid."""
-        return self.relation(state, self.embed(x))
+        return self.relation(state.features, self.embed(x))
 
-    def predict(self, state: Tensor, x: Tensor) -> Distribution:
-        """Softmax over the relation scores."""
-        return categorical(self.scores(state, x))
+    def predict(self, state: ClassFeatures, x: Tensor) -> Distribution:
+        """Softmax over the relation scores of classes that have rows."""
+        return categorical(without_absent(self.scores(state, x), state.present))
 
 
 def squash(rows: Tensor) -> Tensor:

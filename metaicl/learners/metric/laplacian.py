@@ -8,14 +8,14 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, prototypes, squared_distances
-from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
+from metaicl.functional import categorical, present_classes, prototypes, squared_distances, without_absent
+from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.learners.metric.soft_kmeans import filled_rows
 from metaicl.nets.similarity import Similarity
 from metaicl.spec import TaskSpec
 
 
-class LaplacianShot(EmbeddingLearner[Tensor]):
+class LaplacianShot(EmbeddingLearner[ClassFeatures]):
     """A prototypical network whose answers for queries that are neighbors are drawn together. Transductive.
 
     The assignments z minimize sum_q z_q . d_q + strength / 2 sum_qp w(q, p) |z_q - z_p|^2 - entropy(z), with d the
@@ -64,19 +64,20 @@ class LaplacianShot(EmbeddingLearner[Tensor]):
         log_strength = torch.tensor(check_positive("strength", strength)).log()
         self.log_strength = nn.Parameter(log_strength, requires_grad=learn_strength)
 
-    def adapt(self, support: Examples) -> Tensor:
+    def adapt(self, support: Examples) -> ClassFeatures:
         """Prototypes (B, C, D)."""
-        return prototypes(self.embed(support.x), support.y, self.spec.output_size, support.mask)
+        about = support.y, self.spec.output_size, support.mask
+        return ClassFeatures(prototypes(self.embed(support.x), *about), present_classes(*about))
 
-    def predict(self, state: Tensor, x: Tensor) -> Distribution:
+    def predict(self, state: ClassFeatures, x: Tensor) -> Distribution:
         """The assignments after the last step."""
         queries = self.embed(x)
-        alone = self.similarity(queries, state)
+        alone = without_absent(self.similarity(queries, state.features), state.present)
         pull = self.log_strength.exp() * nearest_neighbors(queries, filled_rows(x), self.k)
         logits = alone
         for _ in range(self.steps):
             logits = alone + pull @ logits.softmax(-1)
-        return categorical(logits)
+        return categorical(without_absent(logits, state.present))  # what neighbors added is no evidence of it
 
 
 def nearest_neighbors(rows: Tensor, filled: Tensor, k: int) -> Tensor:

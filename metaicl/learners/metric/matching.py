@@ -9,13 +9,11 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import categorical, class_weights
+from metaicl.functional import NOTHING, categorical, class_weights
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.full_context import AttentionalLSTM, SupportLSTM
 from metaicl.nets.similarity import Distance, Similarity
 from metaicl.spec import TaskSpec
-
-_NOTHING = 1e-30  # attention of a class that has no row, beside one for the row of its class that is attended to most
 
 
 class MatchingState(NamedTuple):
@@ -115,4 +113,4 @@ def sum_by_class(scores: Tensor, y: Tensor, real: Tensor, n_way: int) -> Tensor:
     best_of_all = torch.where(best_of_all > lowest, best_of_all, 0)
     best = torch.where(best > lowest, best, best_of_all)
     shares = (scores - best.gather(-1, index)).masked_fill(~real[:, None], -torch.inf).exp()
-    return best + (shares @ class_weights(y, n_way, real, scores.dtype) + _NOTHING).log()
+    return best + (shares @ class_weights(y, n_way, real, scores.dtype) + NOTHING).log()

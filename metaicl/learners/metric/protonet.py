@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_labels
 from metaicl.episode import Examples
-from metaicl.functional import categorical
+from metaicl.functional import categorical, without_absent
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.exact_sums import ClassSums, add_class_sums, class_sums
 from metaicl.nets.similarity import Distance, Similarity
@@ -19,7 +20,8 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
     The state is the sum and the number of the embedded rows of each class, kept such that a state does not depend on
     the order in which rows came, nor on who saw them, to the last bit (see `class_sums`; given equal embeddings: an
     encoder may round a row differently in batches of different sizes). So it can be streamed: `update` adds rows, also
-    of classes that were never seen before, and `merge` joins the states of clients.
+    of classes that were never seen before, and `merge` joins the states of clients. A class that no row has shown has a
+    probability of about 1e-30, as long as others have rows: its mean is not known, and the origin would stand for it.
 
     Args:
         spec: A classification spec. `adapt` answers over its n_way classes; streams may go beyond.
@@ -57,16 +59,20 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
 
     def adapt(self, support: Examples) -> ClassSums:
         """The sums of each class, C = n_way."""
+        check_labels("support.y", support, self.spec.output_size)
         return self._sums(support, self.spec.output_size)
 
     def predict(self, state: ClassSums, x: Tensor) -> Distribution:
-        """Softmax over the similarities to the prototypes, over all classes of the state."""
+        """Softmax over the similarities to the prototypes, over all classes of the state that have rows."""
         queries = self.embed(x)
-        return categorical(self.similarity(queries, state.means().to(queries.dtype)))
+        scores = self.similarity(queries, state.means().to(queries.dtype))
+        return categorical(without_absent(scores, state.counts > 0))
 
     def update(self, state: ClassSums, examples: Examples) -> ClassSums:
         """The state after these rows too; a label that no row had so far adds classes up to it."""
-        n_classes = max(state.n_classes, int(examples.y.max()) + 1 if examples.n_rows else 0)
+        check_labels("examples.y", examples, None)
+        largest = int(examples.y.masked_fill(~examples.real, -1).max()) if examples.n_rows else -1
+        n_classes = max(state.n_classes, largest + 1)
         return add_class_sums([state, self._sums(examples, n_classes)])
 
     def merge(self, states: Sequence[ClassSums]) -> ClassSums:
@@ -79,4 +85,5 @@ class ProtoNet(EmbeddingLearner[ClassSums]):
         return add_class_sums(states)
 
     def _sums(self, rows: Examples, n_classes: int) -> ClassSums:
-        return class_sums(self.embed(rows.x), rows.y, n_classes, rows.mask)
+        y = rows.y if rows.mask is None else rows.y * rows.mask  # masked rows may hold any label
+        return class_sums(self.embed(rows.x), y, n_classes, rows.mask)

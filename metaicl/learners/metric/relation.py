@@ -7,15 +7,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Episode, Examples
-from metaicl.functional import categorical, class_weights, masked_mean, prototypes
+from metaicl.functional import (
+    categorical,
+    class_weights,
+    masked_mean,
+    present_classes,
+    prototypes,
+    without_absent,
+)
 from metaicl.learner import Learner
-from metaicl.learners.metric.embedding import CLASSIFIER
+from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures
 from metaicl.nets.backbones import build_encoder, encode, encoder_shape
 from metaicl.nets.pairs import PairConv, PairMLP
 from metaicl.spec import TaskSpec
 
 
-class RelationNet(Learner[Tensor]):
+class RelationNet(Learner[ClassFeatures]):
     """Compare class feature and query feature by a learned module instead of a fixed distance.
 
     The module is an MLP on vectors, and a convolutional net where the encoder gives feature maps, as published for
@@ -44,8 +51,9 @@ class RelationNet(Learner[Tensor]):
         Sung et al. 2018, arXiv:1711.06025, section 3. Differs: the answer is a softmax over the relation scores,
         trained by its log-likelihood; the paper squashes each score by a sigmoid and regresses it on one-hot labels,
         for which there is `relation_error`. Class features are means, not sums, so that their scale does not grow with
-        the shots; a class without a real row has the origin. By default the module is an MLP on vectors, as in the
-        paper's zero-shot experiments, also for images; see `PairMLP` and `PairConv` for how they start.
+        the shots; a class without a real row has a probability of about 1e-30. By default the module is an MLP on
+        vectors, as in the paper's zero-shot experiments, also for images; see `PairMLP` and `PairConv` for how they
+        start.
     """
 
     traits = CLASSIFIER
@@ -77,19 +85,20 @@ class RelationNet(Learner[Tensor]):
             self.relation = PairConv(shape, hidden=(8,) if hidden is None else hidden)
         self.declare_nets(self.relation)
 
-    def adapt(self, support: Examples) -> Tensor:
+    def adapt(self, support: Examples) -> ClassFeatures:
         """Class features (B, C, D), or maps (B, C, channels, h, w)."""
         rows = encode(self.encoder, support.x)
-        means = prototypes(rows.flatten(2), support.y, self.spec.output_size, support.mask)
-        return means.unflatten(2, rows.shape[2:])
+        about = support.y, self.spec.output_size, support.mask
+        means = prototypes(rows.flatten(2), *about).unflatten(2, rows.shape[2:])
+        return ClassFeatures(means, present_classes(*about))
 
-    def scores(self, state: Tensor, x: Tensor) -> Tensor:
+    def scores(self, state: ClassFeatures, x: Tensor) -> Tensor:
         """Relation scores (B, Q, C) before the sigmoid."""
-        return self.relation(state, encode(self.encoder, x))
+        return self.relation(state.features, encode(self.encoder, x))
 
-    def predict(self, state: Tensor, x: Tensor) -> Distribution:
-        """Softmax over the relation scores."""
-        return categorical(self.scores(state, x))
+    def predict(self, state: ClassFeatures, x: Tensor) -> Distribution:
+        """Softmax over the relation scores of classes that have rows."""
+        return categorical(without_absent(self.scores(state, x), state.present))
 
 
 @runtime_checkable

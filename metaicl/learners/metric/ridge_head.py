@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_positive
+from metaicl.checks import check_labels, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of
 from metaicl.learners.metric.embedding import EmbeddingLearner, solvable
@@ -122,6 +122,8 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
 
     def _rows(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) and targets (B, N, K), masked rows zero."""
+        if self.spec.kind == "classification":
+            check_labels("examples.y", examples, self.spec.output_size)
         features = self._features(examples.x)
         targets = as_numbers(examples.y, self.spec, features.dtype)
         if self.spec.kind == "classification":

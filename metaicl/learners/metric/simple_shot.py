@@ -8,7 +8,15 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.episode import Episode, Examples
-from metaicl.functional import categorical, masked_mean, prototypes, squared_distances, unit_rows
+from metaicl.functional import (
+    categorical,
+    masked_mean,
+    present_classes,
+    prototypes,
+    squared_distances,
+    unit_rows,
+    without_absent,
+)
 from metaicl.learners.metric.pretraining import PretrainedLearner
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
@@ -22,10 +30,12 @@ class Centroids(NamedTuple):
     Attributes:
         center: Mean feature of meta-training rows (B, 1, D), zero where features are not centered.
         means: Class means (B, C, D) of the transformed features.
+        present: bool (B, C), which classes have a real row.
     """
 
     center: Tensor
     means: Tensor
+    present: Tensor
 
 
 class SimpleShot(PretrainedLearner[Centroids]):
@@ -108,12 +118,12 @@ class SimpleShot(PretrainedLearner[Centroids]):
             if not len(self.mean_rows):
                 raise ValueError("CL2N needs the mean of meta-training rows; call prepare(tasks, seed=...) first")
             center = center + self.encoder(self.mean_rows).mean(0)
-        transformed = self._transform(features - center)
-        return Centroids(center, prototypes(transformed, support.y, self.spec.output_size, support.mask))
+        about = support.y, self.spec.output_size, support.mask
+        return Centroids(center, prototypes(self._transform(features - center), *about), present_classes(*about))
 
     def _answer(self, state: Centroids, features: Tensor) -> Distribution:
         distances = squared_distances(self._transform(features - state.center), state.means)
-        return categorical(-distances * self.log_temperature.exp())
+        return categorical(without_absent(-distances * self.log_temperature.exp(), state.present))
 
     def _transform(self, centered: Tensor) -> Tensor:
         return centered if self.features == "UN" else unit_rows(centered)

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import categorical, class_weights
+from metaicl.functional import categorical, class_weights, without_absent
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.similarity import Similarity
 from metaicl.spec import TaskSpec
@@ -30,8 +30,8 @@ class SoftKMeansProtoNet(EmbeddingLearner[LabeledSums]):
     """A prototypical network that lets the queries, as unlabeled rows, move its prototypes. Transductive.
 
     Queries are assigned to the prototypes by a softmax over squared distances, prototypes become weighted means of
-    their labeled rows and of their share of all queries. A query of zeros only, which is what a masked row of an
-    episode holds, is answered but moves nothing.
+    their labeled rows and of their share of all queries. A class without a labeled row gets none of them. A query of
+    zeros only, which is what a masked row of an episode holds, is answered but moves nothing.
 
     Args:
         spec: A classification spec.
@@ -74,12 +74,14 @@ class SoftKMeansProtoNet(EmbeddingLearner[LabeledSums]):
     def predict(self, state: LabeledSums, x: Tensor) -> Distribution:
         """Softmax over negative distances to the refined prototypes."""
         queries, filled = self.embed(x), filled_rows(x)
+        present = state.counts[..., 0] > 0
         centers = state.sums / state.counts.clamp(min=1)
         for _ in range(self.steps):
-            shares = self.similarity(queries, centers).softmax(-1) * filled[..., None]  # (B, Q, C)
+            scores = without_absent(self.similarity(queries, centers), present)
+            shares = scores.softmax(-1) * filled[..., None]  # (B, Q, C)
             total = state.counts + shares.sum(1)[..., None]
             centers = (state.sums + shares.mT @ queries) / total.clamp(min=1e-12)
-        return categorical(self.similarity(queries, centers))
+        return categorical(without_absent(self.similarity(queries, centers), present))
 
 
 def filled_rows(x: Tensor) -> Tensor:
