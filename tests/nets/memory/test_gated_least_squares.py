@@ -97,14 +97,13 @@ def test_pieces_and_gates_that_suddenly_forget() -> None:
     assert off(state.inverse, fit.inverse) < 1e-6
 
 
-def without_asking(*args: Tensor) -> tuple[Tensor, Fit]:
+def without_asking(queries: Tensor, keys: Tensor, values: Tensor, fit: Fit, decay: Tensor) -> tuple[Tensor, Fit]:
     """`least_squares_chunked` under vmap, where gates cannot be looked at."""
 
     def one(queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, inverse: Tensor, decay: Tensor):
         return least_squares_chunked(queries, keys, values, Fit(weights, inverse), decay)
 
-    queries, keys, values, fit, decay = args
-    return torch.func.vmap(one)(queries, keys, values, *fit, decay)
+    return torch.func.vmap(one)(queries, keys, values, fit.weights, fit.inverse, decay)
 
 
 @pytest.mark.parametrize("gate", [0.3, 0.99])
