@@ -121,11 +121,11 @@ class TestTimeTraining(DescentMixer):
 class Titans(DescentMixer):
     """A memory that learns by surprise with momentum, and forgets.
 
-    The steps of a mini-batch of b tokens and of a window of c (1 for Titans) add up. Where all tokens have one unit key,
-    a linear memory's answer m moves by S <- momentum S - step c m*, m <- keep m + S, with m* of up to b tokens ago. At
-    b = 1 that is stable while step c < (1 + keep)(1 + momentum); at b > 1 without momentum while step b c <= 1 + keep^b,
-    and with keep = 1 while step b c < (1 - momentum) min(2, 1 / momentum). A step of at most 1 / (b c) is stable
-    whatever keep is, with momentum up to 1/2, and with any at b = 1.
+    The steps of a mini-batch of b tokens and of a window of c (1 for Titans) add up. Where all tokens have one unit
+    key, a linear memory's answer m moves by S <- momentum S - step c m*, m <- keep m + S, with m* of up to b tokens
+    ago. At b = 1 that is stable while step c < (1 + keep)(1 + momentum); at b > 1 without momentum while
+    step b c <= 1 + keep^b, and with keep = 1 while step b c < (1 - momentum) min(2, 1 / momentum). A step of at most
+    1 / (b c) is stable whatever keep is, with momentum up to 1/2, and with any at b = 1.
 
     Args:
         dim: D.
@@ -133,8 +133,8 @@ class Titans(DescentMixer):
         norm: The memory answers with the key plus its normalized output, which needs keys and values of one size. None
             does so for two layers, whose steps would otherwise grow with the values until they diverge.
         batch: Tokens whose gradients are taken at one place; 1 is the rule itself, more is faster.
-        max_step: Largest rate; None takes 1 / batch where the memory is linear, without `norm` and read in mini-batches,
-            and 1 elsewhere. With keys longer than one the stable rates shrink with the square of their length.
+        max_step: Largest rate; None takes 1 / batch where the memory is linear, without `norm` and read in
+            mini-batches, and 1 elsewhere. With keys longer than one the stable rates shrink with the square of their length.
         options: Those of `FastWeightMixer`.
 
     Reference:
