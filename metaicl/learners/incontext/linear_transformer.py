@@ -82,9 +82,10 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
         if start.shape != self.start.shape:
             raise ValueError(f"start must be (x_size, y_size) = {tuple(self.start.shape)}; got {tuple(start.shape)}")
         if curvature != 0 and bool((start != 0).any()):
+            largest = float(start.detach().abs().max())
             raise ValueError(
                 f"start must be None or zero with curvature != 0, which bends the inputs that W_0 is applied to; got "
-                f"curvature {curvature} and a start up to {float(start.detach().abs().max()):.3g}. Hint: learn y - x W_0"
+                f"curvature {curvature} and a start up to {largest:.3g}. Hint: learn y - x W_0"
             )
         x, y = slice(self.x_size), slice(self.x_size, self.x_size + self.y_size)
         dim = self.x_size + self.y_size + self.scratch
@@ -166,8 +167,8 @@ class LinearTransformer(_LinearAttentionLearner):
 class CausalLinearTransformer(_LinearAttentionLearner):
     """The linear Transformer for streams: rows see themselves and earlier rows, and the support can grow.
 
-    Its arguments are those of `LinearTransformer`. With the weights that `set_gradient_descent` sets, its first layer is
-    a step of gradient descent; deeper ones are not, see there.
+    Its arguments are those of `LinearTransformer`. With the weights that `set_gradient_descent` sets, its first layer
+    is a step of gradient descent; deeper ones are not, see there.
 
     Reference:
         von Oswald et al. 2023, arXiv:2309.05858, section 3. Differs: there one token is both the latest pair and the

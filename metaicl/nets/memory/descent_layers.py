@@ -134,7 +134,7 @@ class Titans(DescentMixer):
             does so for two layers, whose steps would otherwise grow with the values until they diverge.
         batch: Tokens whose gradients are taken at one place; 1 is the rule itself, more is faster.
         max_step: Largest rate; None takes 1 / batch where the memory is linear, without `norm` and read in
-            mini-batches, and 1 elsewhere. With keys longer than one the stable rates shrink with the square of their length.
+            mini-batches, and 1 elsewhere. With longer keys the stable rates shrink with the square of their length.
         options: Those of `FastWeightMixer`.
 
     Reference:
