@@ -65,7 +65,7 @@ class LinearAttention(nn.Module):
     def read(self, h: Tensor, moment: Tensor) -> Tensor:
         """The change (B, T, D) of tokens h (B, T, D) that see a context with second moment `moment` (B, D, D)."""
         seen = self._asked(h).flatten(1, 2) @ moment
-        return self._told(seen.unflatten(1, (h.shape[1], -1)))
+        return self._told(seen.unflatten(1, (h.shape[1], len(self.query))))  # -1 is ambiguous where T = 0
 
     def read_rows(self, h: Tensor, context: Tensor, visible: Tensor) -> Tensor:
         """The change (B, T, D) of tokens h (B, T, D) that see different parts of a context.

@@ -79,6 +79,21 @@ def test_each_prefix_of_a_stream_is_one_gradient_step(masked: bool) -> None:
         assert (found[:, t] - expected).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_deeper_causal_layers_step_on_residuals_that_know_earlier_rows_only(steps: int) -> None:
+    support, start = rows(6), torch.randn(4, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    learner = CausalLinearTransformer(SPEC, depth=steps).double()
+    learner.set_gradient_descent(lr=LR, start=start)
+    residuals, weights = support.x @ start - support.y, start.expand(3, 4, 2)
+    for _ in range(steps):
+        moves = [LR / t * support.x[:, :t].mT @ residuals[:, :t] for t in range(1, 7)]
+        weights = weights - moves[-1]
+        residuals = torch.stack([residuals[:, t] - (support.x[:, t, None] @ moves[t])[:, 0] for t in range(6)], 1)
+    found = learner(support, queries()).mean
+    assert (found - queries() @ weights).abs().max() <= 1e-12
+    assert bool((found - queries() @ descend(support, start, steps)).abs().max() <= 1e-12) == (steps == 1)
+
+
 @pytest.mark.parametrize("options", [{"depth": 3, "heads": 2, "scratch": 3}, {"depth": 2, "loops": 2, "clip": 1.5}])
 def test_streams_in_pieces_equal_streams_in_one(options: dict) -> None:
     learner = CausalLinearTransformer(SPEC, init_variance=0.3, **options).double()
@@ -91,6 +106,19 @@ def test_streams_in_pieces_equal_streams_in_one(options: dict) -> None:
     for t in range(1, 9):
         alone = learner(stream.rows(slice(t)), stream.x[:, t : t + 1]).mean[:, 0]
         assert (found[:, t] - alone).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("make", [LinearTransformer, CausalLinearTransformer])
+def test_no_rows_and_no_queries(make: type) -> None:
+    learner = make(SPEC, depth=2, heads=2).double()
+    nothing, stream = rows(0), rows(5, masked=True)
+    assert learner(stream, nothing.x).mean.shape == (3, 0, 2)
+    assert torch.equal(learner(nothing, queries()).mean, torch.zeros(3, 5, 2))
+    if make is CausalLinearTransformer:
+        state = learner.adapt(stream)
+        for a, b in zip(learner.update(state, nothing), state, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert learner.predict_prefixes(nothing).mean.shape == (3, 0, 2)
 
 
 def test_one_layer_does_not_care_for_causality() -> None:
@@ -135,6 +163,10 @@ def test_an_encoder_makes_it_a_step_on_features() -> None:
         (
             lambda: LinearTransformer(SPEC).set_gradient_descent(lr=1, start=torch.zeros(2, 4)),
             r"\(4, 2\); got \(2, 4\)",
+        ),
+        (
+            lambda: LinearTransformer(SPEC).set_gradient_descent(lr=1, curvature=0.1, start=torch.ones(4, 2)),
+            r"start must be None or zero with curvature != 0, .*got curvature 0.1 and a start up to 1",
         ),
         (lambda: LinearTransformer(SPEC, heads=2).set_gradient_descent(lr=1), r"key_query must be \(H, D, D\)"),
         (lambda: CausalLinearTransformer(SPEC, key_size=3).set_gradient_descent(lr=1), "key_size 3"),

@@ -179,6 +179,15 @@ def test_forgetting_weighs_rows_by_their_age() -> None:
     assert not RecursiveLeastSquares(SPEC, penalty=0.1).traits.order_sensitive
 
 
+@pytest.mark.parametrize("forgetting", [0.3, 0.6, 0.95])
+def test_a_long_stream_is_not_forgotten_into_noise(forgetting: float) -> None:
+    rows = draw(n_rows=1000)
+    weight = (forgetting ** torch.arange(999, -1, -1, dtype=torch.float64))[:, None]
+    direct = torch.linalg.solve(rows.x.mT @ (weight * rows.x), rows.x.mT @ (weight * rows.y))  # nothing else is left
+    found = RecursiveLeastSquares(SPEC, penalty=0.1, forgetting=forgetting).adapt(rows)
+    torch.testing.assert_close(found.weights, direct, rtol=1e-9, atol=1e-10)
+
+
 def test_recursion_has_gradients() -> None:
     rows = draw(2, 4)
     learner = RecursiveLeastSquares(SPEC, penalty=0.3)

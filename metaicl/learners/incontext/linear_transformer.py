@@ -62,13 +62,18 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
     def set_gradient_descent(self, *, lr: float, curvature: float = 0.0, start: Tensor | None = None) -> None:
         """Make every layer one step of gradient descent on 1/(2N) sum_i |x_i W - y_i|^2.
 
+        That is what a query sees of a `LinearTransformer` of any depth and of a `CausalLinearTransformer` of one layer.
+        In a deeper causal one, rows have residuals of their own: row i moves by a step on rows 1 to i as they stand,
+        whose residuals know nothing of later rows, and that is not gradient descent on all rows.
+
         Args:
             lr: Step size; with `per_row` False it is that of the sum.
             curvature: gamma of GD++: inputs also move by -gamma/N X X^T x, which preconditions later steps.
-            start: W_0 (x_size, y_size); None is zero.
+            start: W_0 (x_size, y_size); None is zero, the only one for GD++, whose inputs change under W_0.
 
         Raises:
-            ValueError: If the start has another shape, or the layers more than one head or keys smaller than a token.
+            ValueError: If the start has another shape or is not zero although there is curvature, or the layers have
+                more than one head or keys smaller than a token.
 
         Reference:
             von Oswald et al. 2022, arXiv:2212.07677, Proposition 1 and section 4.2 (GD++).
@@ -76,6 +81,12 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
         start = torch.zeros_like(self.start) if start is None else start
         if start.shape != self.start.shape:
             raise ValueError(f"start must be (x_size, y_size) = {tuple(self.start.shape)}; got {tuple(start.shape)}")
+        if curvature != 0 and bool((start != 0).any()):
+            largest = float(start.detach().abs().max())
+            raise ValueError(
+                f"start must be None or zero with curvature != 0, which bends the inputs that W_0 is applied to; got "
+                f"curvature {curvature} and a start up to {largest:.3g}. Hint: learn y - x W_0"
+            )
         x, y = slice(self.x_size), slice(self.x_size, self.x_size + self.y_size)
         dim = self.x_size + self.y_size + self.scratch
         key_query, project_value = start.new_zeros(1, dim, dim), start.new_zeros(1, dim, dim)
@@ -156,7 +167,8 @@ class LinearTransformer(_LinearAttentionLearner):
 class CausalLinearTransformer(_LinearAttentionLearner):
     """The linear Transformer for streams: rows see themselves and earlier rows, and the support can grow.
 
-    Its arguments are those of `LinearTransformer`.
+    Its arguments are those of `LinearTransformer`. With the weights that `set_gradient_descent` sets, its first layer
+    is a step of gradient descent; deeper ones are not, see there.
 
     Reference:
         von Oswald et al. 2023, arXiv:2309.05858, section 3. Differs: there one token is both the latest pair and the
@@ -171,6 +183,8 @@ class CausalLinearTransformer(_LinearAttentionLearner):
 
     def update(self, state: TokenMoments, examples: Examples) -> TokenMoments:
         """The moments after `examples` too; nothing is computed again."""
+        if examples.n_rows == 0:
+            return state
         tokens, counts, sums = self._tokens(examples), self._counts(state, examples), []
         visible = _lower(examples, diagonal=0)
         for layer, before in zip(self.stack.run(), state.sums, strict=True):

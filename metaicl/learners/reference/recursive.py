@@ -93,4 +93,5 @@ class RecursiveLeastSquares(Learner[Recursion]):
         error = y[:, None] - x[:, None] @ state.weights
         inverse = state.inverse - gain * column.mT
         fade = torch.where(real, inverse.new_tensor(self.forgetting), 1.0)[:, None, None]
-        return Recursion(state.weights + gain * error, inverse / fade)
+        # what rounding adds on one side of the diagonal only would grow as 1 / forgetting^t, whatever the rows
+        return Recursion(state.weights + gain * error, (inverse + inverse.mT) / (2 * fade))

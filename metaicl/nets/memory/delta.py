@@ -114,7 +114,7 @@ def delta_rule_chunked(
     reads = []
     for query, key, value, beta, log_gate in cut((queries, keys, values, strength, decay), check_count("chunk", chunk)):
         since = log_gate.cumsum(-1)
-        overlap = beta[..., None] * (key @ key.mT) * _decay_between(since).tril(-1)
+        overlap = beta[..., None] * (key @ key.mT) * decay_between(since).tril(-1)
         missing = beta[..., None] * (value - since.exp()[..., None] * (key @ memory.mT))
         corrections = torch.linalg.solve_triangular(overlap, missing, upper=False, unitriangular=True)
         read, memory = _gated_chunk(query, key, corrections, log_gate, memory)
@@ -138,13 +138,13 @@ def cut(parts: tuple[Tensor, ...], chunk: int) -> list[tuple[Tensor, ...]]:
 def _gated_chunk(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Reads and memory after a chunk of tokens that are written as they are."""
     since = decay.cumsum(-1)
-    seen = (queries @ keys.mT) * _decay_between(since)
+    seen = (queries @ keys.mT) * decay_between(since)
     reads = seen @ values + since.exp()[..., None] * (queries @ memory.mT)
     left = (since[..., -1:] - since).exp()[..., None]
     return reads, since[..., -1, None, None].exp() * memory + values.mT @ (left * keys)
 
 
-def _decay_between(since: Tensor) -> Tensor:
+def decay_between(since: Tensor) -> Tensor:
     """What is left at token t of token i, (..., t, i), zero for i > t. Cut before `exp`, which could overflow there."""
     n_tokens = since.shape[-1]
     causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=since.device).tril()

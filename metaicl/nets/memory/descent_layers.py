@@ -121,13 +121,20 @@ class TestTimeTraining(DescentMixer):
 class Titans(DescentMixer):
     """A memory that learns by surprise with momentum, and forgets.
 
+    The steps of a mini-batch of b tokens and of a window of c (1 for Titans) add up. Where all tokens have one unit
+    key, a linear memory's answer m moves by S <- momentum S - step c m*, m <- keep m + S, with m* of up to b tokens
+    ago. At b = 1 that is stable while step c < (1 + keep)(1 + momentum); at b > 1 without momentum while
+    step b c <= 1 + keep^b, and with keep = 1 while step b c < (1 - momentum) min(2, 1 / momentum). A step of at most
+    1 / (b c) is stable whatever keep is, with momentum up to 1/2, and with any at b = 1.
+
     Args:
         dim: D.
         hidden: Units of a memory with two layers; None is linear.
         norm: The memory answers with the key plus its normalized output, which needs keys and values of one size. None
             does so for two layers, whose steps would otherwise grow with the values until they diverge.
         batch: Tokens whose gradients are taken at one place; 1 is the rule itself, more is faster.
-        max_step: Largest rate.
+        max_step: Largest rate; None takes 1 / batch where the memory is linear, without `norm` and read in
+            mini-batches, and 1 elsewhere. With longer keys the stable rates shrink with the square of their length.
         options: Those of `FastWeightMixer`.
 
     Reference:
@@ -141,19 +148,14 @@ class Titans(DescentMixer):
         hidden: int | None = None,
         norm: bool | None = None,
         batch: int | None = 1,
-        max_step: float = 1.0,
+        max_step: float | None = None,
         **options: int | bool | None,
     ) -> None:
         """Build the layer."""
+        rule = Descent(batch=batch, norm=_norm(norm, hidden))
         gates = {"step": 0.5, "momentum": 0.1, "keep": 0.99}
-        super().__init__(
-            dim,
-            rule=Descent(batch=batch, norm=_norm(norm, hidden)),
-            gates=gates,
-            max_step=max_step,
-            hidden=hidden,
-            **options,
-        )
+        max_step = (_stable_step(rule, hidden) or 1.0) if max_step is None else max_step
+        super().__init__(dim, rule=rule, gates=gates, max_step=max_step, hidden=hidden, **options)
 
 
 class Omega(DescentMixer):
@@ -167,7 +169,9 @@ class Omega(DescentMixer):
         hidden: Units of a memory with two layers; None is linear.
         norm: As in `Titans`.
         batch: Tokens whose gradients are taken at one place; 1 is the rule itself, more is faster.
-        max_step: Largest rate.
+        max_step: Largest rate, of which a fifth is taken at first. None takes 1 / (batch window), as derived in
+            `Titans`, and four fifths of it at first, where the memory is linear and without `norm` (a batch of None
+            counts as one), and 1 elsewhere and for Muon, whose steps have a length of their own.
         options: Those of `FastWeightMixer`; `degree` gives the polynomial features.
 
     Reference:
@@ -185,14 +189,23 @@ class Omega(DescentMixer):
         hidden: int | None = None,
         norm: bool | None = None,
         batch: int | None = 1,
-        max_step: float = 1.0,
+        max_step: float | None = None,
         **options: int | bool | None,
     ) -> None:
         """Build the layer."""
         rule = Descent(window=window, muon=muon, inner_steps=inner_steps, batch=batch, norm=_norm(norm, hidden))
-        gates = {"step": 0.2, "momentum": 0.1, "keep": 0.99, "importance": 0.9}
+        stable = _stable_step(rule, hidden) if max_step is None else None
+        gates = {"step": 0.8 if stable else 0.2, "momentum": 0.1, "keep": 0.99, "importance": 0.9}
+        max_step = (stable or 1.0) if max_step is None else max_step
         super().__init__(dim, rule=rule, gates=gates, max_step=max_step, hidden=hidden, **options)
 
 
 def _norm(norm: bool | None, hidden: int | None) -> bool:
     return hidden is not None if norm is None else norm
+
+
+def _stable_step(rule: Descent, hidden: int | None) -> float | None:
+    """The largest rate that cannot diverge on unit keys, where one is known; see `Titans`."""
+    if hidden is not None or rule.norm or rule.muon:
+        return None
+    return 1 / (rule.window * (rule.batch or 1))

@@ -199,7 +199,8 @@ class Mesa(FastWeightMixer):
         regularizer: lambda at first; each head learns its own, and it stays positive.
         gate: Learn to forget: gamma is a sigmoid of the token, near one at first. None of it by default.
         recursive: Run token by token with a backward that keeps few inverses, for long streams of small keys, instead
-            of by matrix products over chunks. It is not for `compile=True`.
+            of by matrix products over chunks. It is not for `compile=True`, and with a gate only for keys that keep
+            reaching every direction while the past fades to the rounding of the dtype; chunks bear anything.
         options: Those of `FastWeightMixer`.
 
     Reference:

@@ -3,7 +3,8 @@
 A memory is a pair: the map Phi (..., V, K), and R (..., K, K), the inverse of the regularized covariance of the keys.
 Before any token Phi = 0 and R = lambda I. With a gate the past fades, the regularizer with it:
 A_t = gamma_t A_{t-1} + k_t k_t^T, C_t = gamma_t C_{t-1} + v_t k_t^T, R = A^-1, Phi = C R. A zero key with gate one
-leaves the memory exactly as it is.
+leaves the memory exactly as it is. R grows as 1 / gamma^t along directions that no key reaches. The first two routes
+bear that until the condition of R is that of the dtype, the third one without end.
 
 * `least_squares` is the recursion of Sherman and Morrison as one writes it down. Autograd keeps R of every token.
 * `least_squares_recursive` is the same with its own backward, which keeps few R or none.
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from metaicl.checks import check_count
 from metaicl.nets.memory.delta import cut
+from metaicl.nets.memory.normal_equations import inverse_of, precision_of, write_by_normal_equations
+
+_SHORTEST = 8  # tokens of a chunk below which a product over chunks is no faster than the normal equations
 
 
 class Fit(NamedTuple):
@@ -74,23 +78,32 @@ def least_squares_chunked(
     blocks of I + K R K^T share one Cholesky factor L: with Y = L^-1 (V - K Phi^T) and Z = L^-1 K R Q^T token t reads
     Phi q_t + sum_{i <= t} Z_it Y_i. Since I + K R K^T >= I nothing is ever close to singular.
 
-    With a gate, keys and values are divided by the root of what the gates have left since the start of the chunk. A
-    chunk must be short enough for that product to stay above the smallest number of the dtype.
+    With a gate, keys and values are divided by the root of what the gates have left since the start of the chunk, and
+    the steeper the gates, the shorter are chunks. That is accurate as long as little of the past is lost within a chunk
+    and R is of moderate size. From the first chunk on where that is not so, and in a compiled graph or under vmap,
+    where numbers cannot be asked for, gated tokens are written by the normal equations (`write_by_normal_equations`),
+    which take several times as long and about one inverse per token.
     """
-    decay = torch.zeros_like(keys[..., 0]) if decay is None else decay
-    reads = []
-    for query, key, value, log_gate in cut((queries, keys, values, decay), check_count("chunk", chunk)):
-        since = log_gate.cumsum(-1)
-        rise = (-0.5 * since).exp()[..., None]
-        key, value = rise * key, rise * value
-        reach = fit.inverse @ key.mT  # (..., K, n)
-        gram = key @ reach + torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
-        factor = torch.linalg.cholesky_ex(gram).L
-        residual = torch.linalg.solve_triangular(factor, value - key @ fit.weights.mT, upper=False)
-        gain = torch.linalg.solve_triangular(factor, reach.mT, upper=False)  # (..., n, K)
-        reads.append(query @ fit.weights.mT + (query @ gain.mT).tril() @ residual)
-        inverse = (fit.inverse - gain.mT @ gain) * (-since[..., -1, None, None]).exp()
-        fit = Fit(fit.weights + residual.mT @ gain, inverse)
+    gates, size = torch.zeros_like(keys[..., 0]) if decay is None else decay, check_count("chunk", chunk)
+    while decay is not None and size > _SHORTEST and _knows_to_be(False, _mild(decay.mean(-1) * size)):
+        size //= 2
+    reads, precision = [], None
+    for query, key, value, log_gate in cut((queries, keys, values, gates), size):
+        largest = fit.inverse.diagonal(dim1=-2, dim2=-1).amax(-1) * key.square().sum(-1).amax(-1)
+        mild = _mild(log_gate.sum(-1) - largest.log().clamp(min=0))
+        if precision is None and decay is not None and not _knows_to_be(True, mild):
+            precision = precision_of(fit.inverse)
+        if precision is None:
+            read, fit = _write_chunk(query, key, value, log_gate, fit)
+        else:
+            tokens = (query, key, value, log_gate)
+            read, weights, precision = write_by_normal_equations(tokens, fit.weights, precision)
+            fit = Fit(weights, fit.inverse)
+        reads.append(read)
+    if precision is not None:
+        changed = (gates != 0).any(-1) | (keys != 0).flatten(-2).any(-1)
+        inverse = inverse_of(precision, fit.inverse.dtype)
+        fit = Fit(fit.weights, torch.where(changed[..., None, None], inverse, fit.inverse))
     return torch.cat(reads, -2)[..., : keys.shape[-2], :], fit
 
 
@@ -136,14 +149,50 @@ def ridge_start(regularizer: Tensor, key_size: int, value_size: int) -> Fit:
     return Fit(regularizer.new_zeros(*regularizer.shape, value_size, key_size), regularizer[..., None, None] * eye)
 
 
+def _mild(decay: Tensor) -> Tensor:
+    """Whether what is left of the past, from its logarithm, costs at most a third of the digits of the dtype."""
+    return (decay >= math.log(torch.finfo(decay.dtype).eps) / 3).all()
+
+
+def _knows_to_be(value: bool, flag: Tensor) -> bool:
+    """Whether a flag is known to have this value; in a compiled graph and under vmap nothing is known."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []  # type: ignore[attr-defined]  # has no stub
+    if any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack):  # type: ignore[attr-defined]
+        return False
+    return bool(flag) == value
+
+
+def _write_chunk(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, fit: Fit) -> tuple[Tensor, Fit]:
+    since = decay.cumsum(-1)
+    rise = (-0.5 * since).exp()[..., None]
+    keys, values = rise * keys, rise * values
+    reach = fit.inverse @ keys.mT  # (..., K, n)
+    gram = keys @ reach + torch.eye(keys.shape[-2], dtype=keys.dtype, device=keys.device)
+    factor = torch.linalg.cholesky_ex(gram).L
+    residual = torch.linalg.solve_triangular(factor, values - keys @ fit.weights.mT, upper=False)
+    gain = torch.linalg.solve_triangular(factor, reach.mT, upper=False)  # (..., n, K)
+    reads = queries @ fit.weights.mT + (queries @ gain.mT).tril() @ residual
+    inverse = (fit.inverse - gain.mT @ gain) * (-since[..., -1, None, None]).exp()
+    return reads, Fit(fit.weights + residual.mT @ gain, _symmetric(inverse))
+
+
 def _write(fit: Fit, key: Tensor, value: Tensor, gate: Tensor | None) -> Fit:
-    """One token, key (..., K) and value (..., V), with gamma (...)."""
+    """One token, key (..., K) and value (..., V), with gamma (...).
+
+    R is made symmetric each time: what rounding adds on one side only would grow as 1 / gamma^t, whatever the keys.
+    """
     prior = fit.inverse if gate is None else fit.inverse / gate[..., None, None]
     reach = (prior @ key[..., None])[..., 0]
     gain = reach / (1 + (key * reach).sum(-1, keepdim=True))
     error = value - (fit.weights @ key[..., None])[..., 0]
     weights = fit.weights + error[..., :, None] * gain[..., None, :]
-    return Fit(weights, prior - reach[..., :, None] * gain[..., None, :])
+    return Fit(weights, _symmetric(prior - reach[..., :, None] * gain[..., None, :]))
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
 
 
 def _unwrite(fit: Fit, key: Tensor, value: Tensor, gate: Tensor) -> Fit:
@@ -151,7 +200,7 @@ def _unwrite(fit: Fit, key: Tensor, value: Tensor, gate: Tensor) -> Fit:
     gain = (fit.inverse @ key[..., None])[..., 0]  # R_t k = R k / (1 + k^T R k)
     scale = 1 / (1 - (key * gain).sum(-1, keepdim=True))
     error = scale * (value - (fit.weights @ key[..., None])[..., 0])
-    prior = fit.inverse + scale[..., None] * gain[..., :, None] * gain[..., None, :]
+    prior = _symmetric(fit.inverse + scale[..., None] * gain[..., :, None] * gain[..., None, :])
     return Fit(fit.weights - error[..., :, None] * gain[..., None, :], gate[..., None, None] * prior)
 
 
@@ -217,6 +266,7 @@ def _step_back(
 ) -> Fit:
     """The gradient before a token, from the one after it; fills in those of query, key and value."""
     (key, value, gate), (query, grad_read) = token, read
+    grad_inverse = _symmetric(later.inverse)  # as R_t was made symmetric
     found[0].copy_((after.weights.mT @ grad_read[..., None])[..., 0])
     grad_weights = later.weights + grad_read[..., :, None] * query[..., None, :]
     prior = before.inverse / gate[..., None, None]
@@ -226,15 +276,14 @@ def _step_back(
     error = value - (before.weights @ key[..., None])[..., 0]
     grad_error = (grad_weights @ gain[..., None])[..., 0]
     grad_gain = (grad_weights.mT @ error[..., None])[..., 0]
-    both = later.inverse + later.inverse.mT
     # R_t = P - reach reach^T / scale, gain = reach / scale, scale = 1 + k^T reach, reach = P k
-    turned = (both @ reach[..., None])[..., 0]
+    turned = 2 * (grad_inverse @ reach[..., None])[..., 0]
     grad_scale = ((turned * reach).sum(-1, keepdim=True) / 2 - (grad_gain * reach).sum(-1, keepdim=True)) / scale**2
     grad_reach = (grad_gain - turned) / scale + grad_scale * key
     grad_key = grad_scale * reach + (prior.mT @ grad_reach[..., None])[..., 0]
     found[1].copy_(grad_key - (before.weights.mT @ grad_error[..., None])[..., 0])
     found[2].copy_(grad_error)
-    grad_prior = later.inverse + grad_reach[..., :, None] * key[..., None, :]
+    grad_prior = grad_inverse + grad_reach[..., :, None] * key[..., None, :]
     grad_weights = grad_weights - grad_error[..., :, None] * key[..., None, :]
     return Fit(grad_weights, grad_prior / gate[..., None, None])
 

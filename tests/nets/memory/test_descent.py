@@ -149,7 +149,7 @@ def test_a_window_over_everything_with_many_steps_is_least_squares() -> None:
     assert (reads - expected).abs().max().item() < 1e-6
 
 
-@pytest.mark.parametrize("rule", [Descent(window=2), Descent(batch=2, norm=True)], ids=str)
+@pytest.mark.parametrize("rule", [Descent(window=2), Descent(batch=2, norm=True), Descent(batch=2, window=2)], ids=str)
 def test_first_and_second_derivatives(rule: Descent) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 2), (2, 2), (3, 2), (3, 2), (3, 2), (3,))  # two layers, queries, keys, values, steps
@@ -163,6 +163,24 @@ def test_first_and_second_derivatives(rule: Descent) -> None:
 
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("rule", [Descent(window=2, muon=True), Descent(batch=2, window=2)], ids=str)
+def test_first_and_second_derivatives_in_everything(rule: Descent) -> None:
+    """Of a linear memory, in all rates too."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 2), (3, 2), (3, 2), (3, 2), (3,), (3,), (3,), (3,))  # memory, queries, keys, values, raw rates
+    inputs = [torch.randn(1, 1, *shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    run = descend if rule.batch == 1 else descend_chunked
+
+    def function(memory: Tensor, queries: Tensor, keys: Tensor, values: Tensor, *raw: Tensor) -> tuple[Tensor, ...]:
+        state, real = start_descent((memory,), 2, rule), torch.ones(1, 1, 3, dtype=torch.bool)
+        rates = Rates(*(torch.sigmoid(one) for one in raw))
+        reads, after = run(queries, (keys, values, rates), state, rule, real)
+        return reads, after.weights[0], after.momentum[0]
+
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
 
 
 def test_rules_that_contradict_themselves_are_refused() -> None:

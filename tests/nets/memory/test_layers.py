@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaicl.nets.memory.delta import linear_attention
 from metaicl.nets.memory.descent_layers import Omega, TestTimeTraining, Titans
-from metaicl.nets.memory.layers import DeltaRule, FastWeightMixer, LinearAttention, Mesa
+from metaicl.nets.memory.layers import DeltaRule, FastWeightMixer, LinearAttention, Mesa, set_gates
 from metaicl.nets.memory.state import FastWeights
 
 TASKS, TOKENS, DIM = 2, 7, 8
@@ -159,3 +159,38 @@ def test_mini_batches_of_alike_tokens_do_not_diverge() -> None:
         layer = TestTimeTraining(8, **options)
         out, _ = layer(h, layer.start(1, h), None)
         assert (bool(out.isfinite().all()) and float(out.detach().abs().max()) < 10) == bounded
+
+
+def largest(layer: FastWeightMixer, h: Tensor) -> float:
+    """The largest absolute output; infinite if any is not a number."""
+    with torch.no_grad():
+        out, _ = layer(h, layer.start(len(h), h))
+    return float(out.abs().nan_to_num(torch.inf).max())
+
+
+DESCENTS = [(Titans, batch, {}) for batch in (1, 4, 16)]
+DESCENTS += [(Omega, batch, {"window": window}) for batch in (1, 4, 16) for window in (1, 4, 16)]
+
+
+@pytest.mark.parametrize(("make", "batch", "options"), DESCENTS)
+@pytest.mark.parametrize("alike", [False, True])
+def test_descent_stays_bounded_before_training(make: Any, batch: int, options: dict, alike: bool) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(2, 1 if alike else 300, DIM).expand(2, 300, DIM)
+    assert largest(make(DIM, batch=batch, **options), h) < 5
+
+
+@pytest.mark.parametrize(("make", "batch", "options"), DESCENTS)
+def test_no_rate_up_to_the_largest_diverges_but_larger_ones_do(make: Any, batch: int, options: dict) -> None:
+    """With all gates where training could bring them: the whole step, momentum of a half, nothing or much forgotten."""
+    torch.manual_seed(0)
+    h, stable = torch.randn(1, 1, DIM, dtype=torch.float64).expand(1, 600, DIM), 1 / (batch * options.get("window", 1))
+    for keep in (1 - 1e-9, 0.5, 0.01):
+        for max_step, bounded in ((None, True), ((4.5 if batch == 1 else 2.5) * stable, False)):
+            layer = make(DIM, batch=batch, max_step=max_step, **options).double()
+            assert max_step is not None or layer.max_step == stable
+            gates = {"step": 1 - 1e-9, "momentum": 0.5, "keep": keep, "importance": 1 - 1e-9}
+            assert layer.to_gates is not None
+            set_gates(layer.to_gates, [gates[name] for name in layer.gate_names])
+            if bounded or keep > 0.9:
+                assert (largest(layer, h) < 20) == bounded
