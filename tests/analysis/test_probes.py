@@ -207,7 +207,7 @@ def test_nonsense_is_refused() -> None:
 
 def test_modules_without_a_place_for_each_row_are_named() -> None:
     options = {"targets": {"w": target.true_weights}, "controls": {}, "n_shot": 2, "n_episodes": 16}
-    with pytest.raises(ValueError, match=r"'encoder.0' must have shape \(B, 3, H\)"):
+    with pytest.raises(ValueError, match=r"'encoder.0' must have shape \(B, 1, H\)"):
         probe_layers(RidgeHead(TASKS.spec), TASKS, names=["encoder.*"], **options)
     with pytest.raises(ValueError, match="'head' was not called"):
         probe_layers(ConditionalNeuralProcess(TASKS.spec), TASKS, names=["head"], **options)
