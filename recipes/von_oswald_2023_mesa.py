@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ def probe_criteria(
     """Probe errors of the deep learners fall with depth and rows, below those of untrained copies and of chance."""
     assert isinstance(ridge, RecursiveLeastSquares)
     targets = {"next state": own_target, "preconditioned input": preconditioned_input(ridge.strength)}
-    options = {"n_shot": config.length - 2, "n_episodes": config.n_probed, "seed": EVAL_SEED}
+    options: dict[str, Any] = {"n_shot": config.length - 2, "n_episodes": config.n_probed, "seed": EVAL_SEED}
     reports = [
         probe_layers(one, tasks, names=["stack.layers.*"], targets=targets, controls={"untrained": untrained(one)},
                      **options)
