@@ -205,12 +205,12 @@ def probe_criteria(
         ours, control = late["trained"], min(late["untrained"].min(), late["shuffled"].min())
         label = f"probe of the {name}, error at late rows"
         criteria += [
-            Criterion(f"{label}: least fall from a layer to the next", -np.diff(ours).max(), ">", 0),
-            Criterion(f"{label}: deepest layer / best control", ours[-1] / control, "<=", 1),
+            Criterion(f"{label}: least fall from a layer to the next", float(-np.diff(ours).max()), ">", 0),
+            Criterion(f"{label}: deepest layer / best control", float(ours[-1] / control), "<=", 1),
         ]
         if name == "next state":
             deepest, quarter = mse["trained"][-1], max(len(variance) // 4, 1)
-            fall = deepest[-quarter:].mean() / deepest[:quarter].mean()
+            fall = float(deepest[-quarter:].mean() / deepest[:quarter].mean())
             criteria.append(Criterion(f"probe of the {name}, error: last quarter of the rows / first", fall, "<=", 1))
     return criteria
 
