@@ -18,18 +18,17 @@ Differs  row and target are one token; a probe for each position instead of a le
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from peers.depth_sweep import judge_depths
 
 from metaicl import Episode, Examples, TaskDistribution, TrainConfig, meta_train
 from metaicl.analysis.fingerprint import fingerprint
 from metaicl.analysis.fingerprint_result import Fingerprint
 from metaicl.analysis.probe_report import ProbeReport, probe_layers, untrained
 from metaicl.analysis.probe_targets import least_squares_weights, moment
-from metaicl.analysis.reference_algorithms import reference_library
 from metaicl.evaluation import evaluate_shots
 from metaicl.learner import Learner
 from metaicl.learners import CausalInContextTransformer
@@ -144,29 +143,6 @@ def judge_probes(report: ProbeReport) -> list[Criterion]:
     ]
 
 
-def judge_depths(config: Config) -> list[Criterion]:
-    """Without noise: which of the three stages each depth is at, and how large a penalty it answers with."""
-    tasks, stages = LinearRegression(dim=config.dim), ("GD-1", "ridge", "least squares")
-    library = reference_library(tasks)
-    reached, penalties = [], []
-    for depth in config.depths:
-        models = [train(tasks, config, config.seed + i, config.steps, depth) for i in range(config.seeds)]
-        found = fingerprint(
-            models, tasks, n_shot=config.rows, n_episodes=config.n_episodes, at=(), name=f"{depth} layers",
-            references={name: library[name] for name in stages},
-        )  # fmt: skip
-        print(found)
-        reached.append(stages.index(found.best))
-        penalties.append(found.fits["ridge"].overall.value)
-    back = max(earlier - later for earlier, later in pairwise(reached))
-    rise = max(later / earlier for earlier, later in pairwise(penalties))
-    return [
-        Criterion("depth: stages from one step of descent to ridge to least squares, most steps back", back, "<=", 0),
-        Criterion("depth: stage of the deepest less that of the shallowest", reached[-1] - reached[0], ">=", 1),
-        Criterion("depth: largest factor by which the nearest penalty of ridge rises", rise, "<=", 1.0),
-    ]
-
-
 def main(config: Config) -> RecipeResult:
     """Train at each noise level, take fingerprints, probe the middle one; then sweep over depth, where asked to."""
     if list(config.depths) != sorted(set(config.depths)) or len(config.depths) == 1:
@@ -186,7 +162,9 @@ def main(config: Config) -> RecipeResult:
         if variance == sorted(config.variances)[len(config.variances) // 2]:
             criteria += judge_probes(probes(tasks, models[0], config))
     if config.depths:
-        criteria += judge_depths(config)
+        tasks, seeds = LinearRegression(dim=config.dim), range(config.seed, config.seed + config.seeds)
+        models = {k: [train(tasks, config, seed, config.steps, k) for seed in seeds] for k in config.depths}
+        criteria += judge_depths(models, tasks, n_shot=config.rows, n_episodes=config.n_episodes)
     claim = "A Transformer trained on linear regression answers as ridge regression at the penalty of Bayes."
     return RecipeResult("akyurek_2022_which_algorithm", claim, config, criteria)
 

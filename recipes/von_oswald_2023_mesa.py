@@ -22,16 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
+from peers.mesa_layers import off_block, probe_criteria
 
-from metaicl.analysis.answers import draw_episodes
-from metaicl.analysis.probe_report import ProbeReport, probe_layers, untrained
-from metaicl.analysis.probe_targets import own_target, preconditioned_input
-from metaicl.analysis.weight_structure import block_structure
-from metaicl.collation import concatenate
 from metaicl.learner import Learner
 from metaicl.learners.incontext.linear_transformer import CausalLinearTransformer
 from metaicl.learners.incontext.memory import BareMemory
@@ -96,7 +92,7 @@ def main(config: Config) -> RecipeResult:
         Criterion("few-shot curve, correlation with overlapping pairs", alike, ">=", 0.95),
         Criterion("worst pair, distance to that of overlapping pairs", apart, "<=", 1),
         ratio("one system for all: 1 layer / best step of descent", teacher[0], teacher[1], 0.5),
-        *probe_criteria(trained["4 layers"], tasks, tuned["least squares"], config),
+        *probe_criteria(trained["4 layers"], tasks, tuned["least squares"], config.length, config.n_probed, config.out),
     ]
     claim = "Layers trained on dynamical systems are steps of descent, and a mesa layer is least squares."
     return RecipeResult("von_oswald_2023_mesa", claim, config, criteria)
@@ -177,61 +173,6 @@ def few_shot(learners: Sequence[Learner], config: Config) -> tuple[np.ndarray, n
 def ratio(name: str, ours: Errors, theirs: Errors, bound: float) -> Criterion:
     """A criterion on mean errors over all rows."""
     return ratio_criterion(name, ours.mean(-1), theirs.mean(-1), "<=", bound)
-
-
-def probe_criteria(
-    learners: Sequence[Learner], tasks: TaskDistribution, ridge: Learner, config: Config
-) -> list[Criterion]:
-    """Probe errors of the deep learners fall with depth and rows, below those of untrained copies and of chance."""
-    assert isinstance(ridge, RecursiveLeastSquares)
-    targets = {"next state": own_target, "preconditioned input": preconditioned_input(ridge.strength)}
-    options: dict[str, Any] = {"n_shot": config.length - 2, "n_episodes": config.n_probed, "seed": EVAL_SEED}
-    reports = [
-        probe_layers(one, tasks, names=["stack.layers.*"], targets=targets, controls={"untrained": untrained(one)},
-                     **options)
-        for one in learners
-    ]  # fmt: skip
-    print(reports[0])
-    reports[0].plot(config.out / "probes.png")
-    episode = draw_episodes(tasks, n_query=1, start=0, stop=config.n_probed, split="test", seed=EVAL_SEED,
-                            n_shot=config.length - 2)  # fmt: skip
-    stream, criteria = concatenate(episode.support, episode.query), []
-    for name, target in targets.items():
-        variance = target(stream, episode.latents)[:, 1:].var(0).mean(-1).numpy()
-        mse = {subject: probe_errors(reports, name, subject) * variance for subject in reports[0].r2[name]}
-        if name == "preconditioned input":
-            mse = {subject: one[:-1] for subject, one in mse.items()}  # the last layer only answers
-        late = {subject: one[:, config.dim - 1 :].mean(1) for subject, one in mse.items()}
-        ours, control = late["trained"], min(late["untrained"].min(), late["shuffled"].min())
-        label = f"probe of the {name}, error at late rows"
-        criteria += [
-            Criterion(f"{label}: least fall from a layer to the next", float(-np.diff(ours).max()), ">", 0),
-            Criterion(f"{label}: deepest layer / best control", float(ours[-1] / control), "<=", 1),
-        ]
-        if name == "next state":
-            deepest, quarter = mse["trained"][-1], max(len(variance) // 4, 1)
-            fall = float(deepest[-quarter:].mean() / deepest[:quarter].mean())
-            criteria.append(Criterion(f"probe of the {name}, error: last quarter of the rows / first", fall, "<=", 1))
-    return criteria
-
-
-def probe_errors(reports: Sequence[ProbeReport], target: str, subject: str) -> np.ndarray:
-    """Share of the variance that a probe leaves, mean over seeds: layers by rows."""
-    values = [[[1 - one.mean for one in rows] for rows in report.r2[target][subject].values()] for report in reports]
-    return np.mean(values, 0)
-
-
-def off_block(learner: Learner) -> float:
-    """Share of the squared entries of both products of the only layer that a step of descent has no use for."""
-    assert isinstance(learner, CausalLinearTransformer)
-    dim = learner.x_size
-    key_query, project_value = learner.stack[0].products()
-    read = project_value[0][dim:]  # the other rows change what nothing reads
-    shares = [
-        block_structure(key_query[0], (dim, dim), [(0, 0)]).off_block,
-        block_structure(read, (dim,), [(0, 1)], columns=(dim, dim)).off_block,
-    ]
-    return max(shares)
 
 
 def plot(config: Config, found: Mapping[str, Errors], best: Mapping[str, Errors], *few: np.ndarray) -> None:
