@@ -4,12 +4,18 @@ Claim    Trained to predict the next state of linear systems, a new one in every
          is a step of gradient descent, several layers are preconditioned descent, and a mesa layer is recursive least
          squares. Few-shot pairs are then read as one overlapping stream, so that the error rises before it falls.
          Where all sequences share one system, the same layer does better than any descent: it has learned the system.
+         Linear probes of the four layers read the next state, and the input that descent on the rows so far would
+         precondition, the better the deeper the layer; the next state also the better the more rows were seen.
 Paper    von Oswald et al. 2023, Uncovering mesa-optimization in Transformers, arXiv:2309.05858, figures 2 and 4.
 Run      python recipes/von_oswald_2023_mesa.py --out runs/von_oswald_2023_mesa
          (--dim 10 --length 50 --seeds 1: some two core-hours; --paper: 30,000 updates of that size, for a GPU)
 Smoke    python recipes/von_oswald_2023_mesa.py --smoke --out runs/von_oswald_2023_mesa
 Expect   at dim 10 for each dimension: one step about .7, least squares .13.
 Differs  5 dimensions and 25 states by default; queries are tokens of their own; a cosine schedule, fewer updates.
+         Probes: of the queries' tokens after each of 4 layers, at each row by itself; preconditioned inputs are the
+         exact ones at the penalty of the tuned least squares, not six Chebyshev steps, are looked for before the last
+         layer, and not judged over rows: they shrink with the rows, so that controls err less and less too. Tokens are
+         built of pairs, so no probe asks whether the state before was copied.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +26,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from peers.mesa_layers import off_block, probe_criteria
 
-from metaicl.analysis.weight_structure import block_structure
 from metaicl.learner import Learner
 from metaicl.learners.incontext.linear_transformer import CausalLinearTransformer
 from metaicl.learners.incontext.memory import BareMemory
@@ -46,7 +52,7 @@ Errors = np.ndarray  # squared errors per dimension, seeds by episodes by rows (
 class Config(RecipeConfig):
     """Options of this recipe."""
 
-    SMOKE: ClassVar = {"steps": 3, "seeds": 1, "n_episodes": 30, "n_tuning": 50, "length": 9, "dim": 3}
+    SMOKE: ClassVar = {"steps": 3, "seeds": 1, "n_episodes": 30, "n_tuning": 50, "n_probed": 64, "length": 9, "dim": 3}
     PAPER: ClassVar = {"dim": 10, "length": 50, "steps": 30_000, "batch": 256}
 
     dim: int = option(5, "dimension of the states")
@@ -57,6 +63,7 @@ class Config(RecipeConfig):
     seeds: int = option(3, "training seeds")
     n_episodes: int = option(2000, "meta-test sequences")
     n_tuning: int = option(2000, "sequences that the references are tuned on")
+    n_probed: int = option(2000, "sequences of the probes")
 
 
 def main(config: Config) -> RecipeResult:
@@ -65,7 +72,8 @@ def main(config: Config) -> RecipeResult:
     layers, seeds = kinds(config), range(config.seed, config.seed + config.seeds)
     trained = {name: [train(make, tasks, config, seed) for seed in seeds] for name, make in layers.items()}
     found = {name: errors(learners, tasks, config) for name, learners in trained.items()}
-    best = {name: errors([learner], tasks, config) for name, learner in references(tasks, config).items()}
+    tuned = references(tasks, config)
+    best = {name: errors([learner], tasks, config) for name, learner in tuned.items()}
     for name, one in {**found, **best}.items():
         print(f"{name}: {one.mean():.4f} for each dimension and row")
     control = [train(layers["1 layer"], fixed, config, seed) for seed in seeds]
@@ -84,6 +92,7 @@ def main(config: Config) -> RecipeResult:
         Criterion("few-shot curve, correlation with overlapping pairs", alike, ">=", 0.95),
         Criterion("worst pair, distance to that of overlapping pairs", apart, "<=", 1),
         ratio("one system for all: 1 layer / best step of descent", teacher[0], teacher[1], 0.5),
+        *probe_criteria(trained["4 layers"], tasks, tuned["least squares"], config.length, config.n_probed, config.out),
     ]
     claim = "Layers trained on dynamical systems are steps of descent, and a mesa layer is least squares."
     return RecipeResult("von_oswald_2023_mesa", claim, config, criteria)
@@ -164,19 +173,6 @@ def few_shot(learners: Sequence[Learner], config: Config) -> tuple[np.ndarray, n
 def ratio(name: str, ours: Errors, theirs: Errors, bound: float) -> Criterion:
     """A criterion on mean errors over all rows."""
     return ratio_criterion(name, ours.mean(-1), theirs.mean(-1), "<=", bound)
-
-
-def off_block(learner: Learner) -> float:
-    """Share of the squared entries of both products of the only layer that a step of descent has no use for."""
-    assert isinstance(learner, CausalLinearTransformer)
-    dim = learner.x_size
-    key_query, project_value = learner.stack[0].products()
-    read = project_value[0][dim:]  # the other rows change what nothing reads
-    shares = [
-        block_structure(key_query[0], (dim, dim), [(0, 0)]).off_block,
-        block_structure(read, (dim,), [(0, 1)], columns=(dim, dim)).off_block,
-    ]
-    return max(shares)
 
 
 def plot(config: Config, found: Mapping[str, Errors], best: Mapping[str, Errors], *few: np.ndarray) -> None:

@@ -1,8 +1,9 @@
-"""What modules compute while a learner answers: collected through forward hooks that are always taken away again."""
+"""What modules compute while a learner answers: recorded on the way, and every trace of it is taken away again."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from metaicl.analysis.answers import batches, still
 from metaicl.checks import check_choice
 from metaicl.collation import concatenate
 from metaicl.episode import Episode
-from metaicl.learner import Learner
-from metaicl.prefixes import predict_prefixes
+from metaicl.learner import Learner, PredictsPrefixes
+from metaicl.nets.sequence.mixer import Mixer
+from metaicl.prefixes import take_prefix
 from metaicl.training import place
 
 
 @contextmanager
 def recording(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Record the outputs of submodules; on leaving, also by an error, every hook is gone.
+
+    What a `Mixer` answers to `peek` and `peek_prefixes` is recorded too: that is where queries pass it.
 
     Args:
         module: Whose submodules.
@@ -36,23 +40,16 @@ def recording(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, lis
     modules = dict(module.named_modules())
     chosen = [name for pattern in names for name in _matching(pattern, modules)]
     outputs: dict[str, list[Tensor]] = {name: [] for name in dict.fromkeys(chosen)}
-    handles = []
 
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            if tensors:
-                outputs[name].append(tensors[0].detach())
+    def keep(name: str, output: Any) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if tensors:
+            outputs[name].append(tensors[0].detach())
 
-        return hook
-
-    try:
+    with ExitStack() as undo:
         for name in outputs:
-            handles.append(modules[name].register_forward_hook(keep(name)))
+            _listen(modules[name], partial(keep, name), undo)
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def collect_activations(
@@ -72,9 +69,11 @@ def collect_activations(
         episode: B tasks.
         names: Modules, see `recording`.
         run: "prefixes" answers every row of the stream support then query from the rows before it, so that position t
-            of a causal model has seen t rows; "query" adapts to the support and answers the query.
-        call: Which call of a module that is called more than once per batch; -1 is the last one. The bundled causal
-            Transformers call their blocks once for the context (all but the last block), then once for the queries.
+            of a causal model has seen t rows; "query" adapts to the support and answers the query. A learner without
+            `predict_prefixes` answers one prefix at a time, and the places of its one query are put side by side.
+        call: Which call of a module that is called more than once per batch; -1 is the last one. The bundled learners
+            pass context and queries through their layers one after the other, the queries last; those that loop do so
+            in every loop.
         batch_size: Tasks together.
         seed: Of the learner's own randomness.
 
@@ -89,17 +88,69 @@ def collect_activations(
     with still(learner, seed), torch.no_grad():
         for part in batches(episode, batch_size):
             part = place(part, learner)
-            with recording(learner, names) as outputs:
-                if run == "prefixes":
-                    predict_prefixes(learner, concatenate(part.support, part.query))
-                else:
-                    learner(part.support, part.query.x)
-            for name, calls in outputs.items():
-                parts.setdefault(name, []).append(_picked(name, calls, call, part.n_tasks))
+            for name, value in _run(learner, part, names, run, call).items():
+                parts.setdefault(name, []).append(value)
     return {name: torch.cat(found).cpu() for name, found in parts.items()}
 
 
-def _picked(name: str, calls: Sequence[Tensor], call: int, n_tasks: int) -> Tensor:
+def _listen(module: nn.Module, keep: Callable[[Any], None], undo: ExitStack) -> None:
+    """Let `keep` have every output of a module, until `undo` is closed."""
+    undo.callback(module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove)
+    if not isinstance(module, Mixer):
+        return
+    for name in ("peek", "peek_prefixes"):
+        before = module.__dict__.get(name)  # of a recording that surrounds this one
+        undo.callback(_restore, module, name, before)
+        object.__setattr__(module, name, _reporting(getattr(module, name), keep))
+
+
+def _reporting(method: Callable[..., Any], keep: Callable[[Any], None]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        output = method(*args, **options)
+        keep(output)
+        return output
+
+    return call
+
+
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        del module.__dict__[name]
+    else:
+        module.__dict__[name] = before
+
+
+def _run(learner: Learner, part: Episode, names: Sequence[str], run: str, call: int) -> dict[str, Tensor]:
+    """The picked output of every module on one batch."""
+    if run == "query":
+        with recording(learner, names) as outputs:
+            learner(part.support, part.query.x)
+        return _picked(outputs, call, part.n_tasks)
+    stream = concatenate(part.support, part.query)
+    if isinstance(learner, PredictsPrefixes):
+        with recording(learner, names) as outputs:
+            learner.predict_prefixes(stream)
+        return _picked(outputs, call, part.n_tasks)
+    columns: dict[str, list[Tensor]] = {}
+    for t in range(stream.n_rows):
+        with recording(learner, names) as outputs:
+            learner(take_prefix(stream, t), stream.x[:, t : t + 1])
+        for name, value in _picked(outputs, call, part.n_tasks).items():
+            if value.ndim != 3 or value.shape[1] != 1:
+                raise ValueError(
+                    f"{type(learner).__name__} answers one prefix at a time, so the output of {name!r} must have shape "
+                    f"(B, 1, H), with a place for the one query; got {tuple(value.shape)}"
+                )
+            columns.setdefault(name, []).append(value)
+    return {name: torch.cat(found, 1) for name, found in columns.items()}
+
+
+def _picked(outputs: Mapping[str, Sequence[Tensor]], call: int, n_tasks: int) -> dict[str, Tensor]:
+    return {name: _pick(name, calls, call, n_tasks) for name, calls in outputs.items()}
+
+
+def _pick(name: str, calls: Sequence[Tensor], call: int, n_tasks: int) -> Tensor:
     if not calls:
         raise ValueError(f"names must be of modules that an answer runs through; {name!r} was not called")
     if not -len(calls) <= call < len(calls):

@@ -158,7 +158,7 @@ class _Look:
             "relative": _curves({name: relative[name] for name in order}),
             "overall": overall,
             "overall_ties": ties,
-            "nearest": find_nearest(relative, cut, order),
+            "nearest": find_nearest(relative, cut, order, free),
             "values": {name: relative[name].mean(-1) for name in order},
         }
 

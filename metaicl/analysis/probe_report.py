@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor, nn
+from torch import nn
 
-from metaicl.analysis.activations import collect_activations
 from metaicl.analysis.answers import check_learners, draw_episodes
+from metaicl.analysis.prefix_activations import prefix_activations
 from metaicl.analysis.probe_targets import Target
 from metaicl.analysis.probes import probe, shuffled
 from metaicl.collation import concatenate
@@ -102,6 +102,9 @@ def probe_layers(
     controls: Mapping[str, Learner],
     n_shot: int,
     kind: Literal["linear", "mlp"] = "linear",
+    positions: slice | None = None,
+    sees_target: bool = False,
+    call: int = -1,
     n_episodes: int = 1000,
     split: Split = "test",
     seed: int = EVAL_SEED,
@@ -109,22 +112,29 @@ def probe_layers(
     """Probe modules of a learner while it answers every row of addressed streams from the rows before it.
 
     Args:
-        learner: Whose prefix answers run through the modules, such as `CausalInContextTransformer`.
+        learner: Whose prefix answers run through the modules, such as `CausalInContextTransformer`. One that has no
+            `predict_prefixes` answers one prefix at a time.
         tasks: What it reads.
-        names: Modules or patterns, such as "transformer.blocks.*"; each must output (B, T, H) with a place per row in
-            its last call. Of several matches all are probed.
+        names: Modules or patterns, such as "transformer.blocks.*"; each must output (B, T, H) with a place per row.
+            Of several matches all are probed.
         targets: By name; see `metaicl.analysis.probe_targets`.
         controls: Learners of the same make that cannot know: untrained (see `untrained`), or trained on one fixed task.
             They are probed alike on the same episodes. A control with shuffled targets is always there.
         n_shot: Rows of the stream.
         kind: "linear" or "mlp".
+        positions: Which places of an output are the rows, where there are more: see `prefix_activations`. None finds
+            the inputs among interleaved tokens.
+        sees_target: Probe places that know their own target, such as `positions=slice(1, None, 2)` of interleaved
+            tokens; elsewhere such activations are refused, for a probe would read what is to be predicted.
+        call: Of modules that are called more than once (loops), which call; see `collect_activations`.
         n_episodes: Half fit, a quarter chooses, a quarter is judged.
         split: Which tasks.
         seed: The address.
 
     Raises:
         TypeError: If a learner is none.
-        ValueError: If a name matches nothing, a shape does not fit, or there are no targets.
+        ValueError: If a name matches nothing, a shape does not fit, an activation knows the target of its own row or of
+            later ones, a target is the same in all episodes, or there are no targets.
 
     Reference:
         Akyürek et al. 2022, arXiv:2211.15661, section 5; Hewitt & Liang 2019, arXiv:1909.03368, for control tasks.
@@ -140,8 +150,9 @@ def probe_layers(
     wanted = {name: target(stream, episode.latents)[:, 1:] for name, target in targets.items()}
     found: dict[str, dict[str, dict[str, tuple[Interval, ...]]]] = {name: {} for name in targets}
     for subject, one in subjects.items():
-        activations = collect_activations(one, episode, names, seed=seed)
-        _check_places(activations, stream.n_rows)
+        activations = prefix_activations(
+            one, episode, names, positions=positions, sees_target=sees_target, call=call, seed=seed
+        )
         for name, values in wanted.items():
             found[name][subject] = {
                 module: probe(rows[:, 1:], values, kind=kind, seed=seed).r2 for module, rows in activations.items()
@@ -152,13 +163,6 @@ def probe_layers(
                     for module, rows in activations.items()
                 }
     return ProbeReport(found, kind, n_episodes)
-
-
-def _check_places(activations: Mapping[str, Tensor], n_rows: int) -> None:
-    for name, rows in activations.items():
-        if rows.ndim != 3 or rows.shape[1] != n_rows:
-            expected = f"(B, {n_rows}, H), with a place for each row of the stream"
-            raise ValueError(f"the last output of {name!r} must have shape {expected}; got {tuple(rows.shape)}")
 
 
 def untrained(learner: Learner, *, seed: int = 0) -> Learner:

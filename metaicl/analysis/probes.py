@@ -54,7 +54,8 @@ def probe(
         seed: Of the mlp's first weights.
 
     Raises:
-        ValueError: If shapes do not fit, values are not finite, or there are fewer than 16 episodes.
+        ValueError: If shapes do not fit, values are not finite, there are fewer than 16 episodes, or a target is the
+            same in all of them, so that no share of its variance can be named.
     """
     check_choice("kind", kind, ("linear", "mlp"))
     if activations.ndim != 3 or targets.ndim != 3 or activations.shape[:2] != targets.shape[:2]:
@@ -76,6 +77,9 @@ def probe(
         )
     judged = y[:, 3 * n // 4 :]
     total = (judged - judged.mean(1, keepdim=True)).square().sum(-1)
+    constant = (total.sum(-1) == 0).nonzero()[:, 0].tolist()
+    if constant:
+        raise ValueError(f"targets must differ between episodes at every position; they are constant at {constant}")
     values = explained(residual.square().sum(-1), total)
     return ProbeFit(tuple(intervals([row[None].numpy() for row in values])), n // 2, judged.shape[1])
 

@@ -34,12 +34,17 @@ def rank_overall(
 
 
 def find_nearest(
-    relative: Mapping[str, Array], cut: Mapping[str, Array], preferred: Sequence[str]
+    relative: Mapping[str, Array], cut: Mapping[str, Array], preferred: Sequence[str], free: Collection[str]
 ) -> tuple[Nearest, ...]:
     """The nearest reference at each length, from length 1 (the first of the last axis).
 
-    Of references that give the same answers there, the first in `preferred` is named. See `rank_overall`.
+    Args:
+        relative: As in `rank_overall`.
+        cut: As there.
+        preferred: Of references that give the same answers at a length, the first of these is named ...
+        free: ... but one with a free number only where all of them have one.
     """
+    preferred = sorted(preferred, key=lambda name: name in free)  # stable: otherwise their order stays
     n_lengths = next(iter(relative.values())).shape[-1]
     found = []
     for i in range(n_lengths):

@@ -62,6 +62,14 @@ class LinearAttention(nn.Module):
             ):
                 parameter.copy_(value)
 
+    def forward(self, h: Tensor, change: Tensor, clip: float | None = None) -> Tensor:
+        """Tokens (B, T, D) after the layer: h moved by what `read` or `read_rows` found, kept in [-clip, clip].
+
+        It is a call of its own so that forward hooks see the tokens that leave each layer.
+        """
+        h = h + change
+        return h if clip is None else h.clamp(-clip, clip)
+
     def read(self, h: Tensor, moment: Tensor) -> Tensor:
         """The change (B, T, D) of tokens h (B, T, D) that see a context with second moment `moment` (B, D, D)."""
         seen = self._asked(h).flatten(1, 2) @ moment
@@ -142,7 +150,6 @@ class LinearAttentionStack(nn.Module):
             for index in range(len(self)):
                 yield self[index]
 
-    def step(self, h: Tensor, change: Tensor) -> Tensor:
+    def step(self, layer: LinearAttention, h: Tensor, change: Tensor) -> Tensor:
         """Tokens after a layer that changes them by `change`."""
-        h = h + self.damping * change
-        return h if self.clip is None else h.clamp(-self.clip, self.clip)
+        return layer(h, self.damping * change, self.clip)

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from metaicl.analysis.fingerprint import fingerprint
 from metaicl.analysis.fingerprint_result import Fingerprint
+from metaicl.analysis.ranking import find_nearest
 from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
@@ -71,9 +72,25 @@ def test_ridge_is_found_with_its_penalty() -> None:
     """The bundled Ridge fits a bias that it does not penalize; the reference with a bias is that algorithm."""
     found = look(Ridge(TASKS.spec, penalty=1.7))
     assert (found.best, found.overall_ties) == ("ridge + bias", ())
-    assert found.stretches == [("ridge + bias", 1, 6)]
+    assert found.stretches[1:] == [("ridge + bias", 2, 6)]
     assert found.fits["ridge + bias"].overall.value == pytest.approx(1.7, rel=1e-5)
     assert found.overall["ridge"].mean > 1e-2
+
+
+def test_of_the_same_answers_one_without_a_free_number_is_named() -> None:
+    """From one row ridge with a bias can only answer its target, as the mean and its neighbors do without a number."""
+    found = look(Ridge(TASKS.spec, penalty=1.7))
+    same = {"mean", "1-NN", "3-NN", "ridge + bias", "kernel smoother"}
+    first = found.nearest[0]
+    assert {first.reference, *first.ties} == same
+    assert all(found.relative[name][0].mean < 1e-8 for name in same)
+    assert first.reference not in found.fits
+
+
+def test_of_references_with_free_numbers_alone_the_preferred_one_is_named() -> None:
+    values = {name: np.zeros((1, 20, 1)) for name in "abc"} | {"far": np.ones((1, 20, 1))}
+    assert find_nearest(values, values, ["far", "b", "a", "c"], {"b", "a", "c"})[0].reference == "b"
+    assert find_nearest(values, values, ["far", "b", "a", "c"], {"b"})[0].reference == "a"
 
 
 def test_bayes_is_ridge_at_noise_over_prior() -> None:

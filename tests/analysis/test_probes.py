@@ -61,6 +61,26 @@ def test_an_mlp_probe_finds_the_product_too() -> None:
         assert one.mean < 0.05
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("value", [0.0, 7.0, 0.1])
+def test_a_constant_target_has_no_r2(kind: Any, value: float) -> None:
+    """It has no variance to explain; an R^2 of one would be reached by anything, by shuffled targets too."""
+    hidden, values = planted(40)
+    values[:, 1] = value
+    for wanted in (values, shuffled(values)):
+        with pytest.raises(ValueError, match=r"constant at \[1\]"):
+            probe(hidden, wanted, kind=kind, steps=10)
+    values[:, 1, 0] = hidden[:, 1, 0]  # one output of two is enough
+    assert probe(hidden, values, kind=kind, steps=10).r2[1].mean < 1
+
+
+def test_a_target_that_is_constant_among_the_judged_has_no_r2() -> None:
+    hidden, values = planted(40)
+    values[30:, 1] = 0.0
+    with pytest.raises(ValueError, match="constant"):
+        probe(hidden, values)
+
+
 def test_probes_are_deterministic() -> None:
     hidden, values = planted(100)
     for kind in ("linear", "mlp"):
@@ -187,7 +207,7 @@ def test_nonsense_is_refused() -> None:
 
 def test_modules_without_a_place_for_each_row_are_named() -> None:
     options = {"targets": {"w": target.true_weights}, "controls": {}, "n_shot": 2, "n_episodes": 16}
-    with pytest.raises(ValueError, match=r"'encoder.0' must have shape \(B, 3, H\)"):
+    with pytest.raises(ValueError, match=r"'encoder.0' must have shape \(B, 1, H\)"):
         probe_layers(RidgeHead(TASKS.spec), TASKS, names=["encoder.*"], **options)
     with pytest.raises(ValueError, match="'head' was not called"):
         probe_layers(ConditionalNeuralProcess(TASKS.spec), TASKS, names=["head"], **options)

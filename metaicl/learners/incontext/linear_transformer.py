@@ -103,7 +103,7 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
         """Answer each query from the moments."""
         tokens, count = self._queries(x), self._divisor(state.count[:, None])
         for layer, moment in zip(self.stack.run(), state.sums, strict=True):
-            tokens = self.stack.step(tokens, layer.read(tokens, moment) / count)
+            tokens = self.stack.step(layer, tokens, layer.read(tokens, moment) / count)
         return self._answer(tokens)
 
     def _tokens(self, support: Examples) -> Tensor:
@@ -160,7 +160,8 @@ class LinearTransformer(_LinearAttentionLearner):
         sums = []
         for layer in self.stack.run():
             sums.append(tokens.mT @ tokens)
-            tokens = self.stack.step(tokens, layer.read(tokens, sums[-1]) / self._divisor(count[:, None]))
+            change = layer.read(tokens, sums[-1]) / self._divisor(count[:, None])
+            tokens = self.stack.step(layer, tokens, change)
         return TokenMoments(tuple(sums), count)
 
 
@@ -190,7 +191,7 @@ class CausalLinearTransformer(_LinearAttentionLearner):
         for layer, before in zip(self.stack.run(), state.sums, strict=True):
             sums.append(before + tokens.mT @ tokens)
             change = layer.read(tokens, before) + layer.read_rows(tokens, tokens, visible)
-            tokens = self.stack.step(tokens, change / self._divisor(counts)) * examples.real[..., None]
+            tokens = self.stack.step(layer, tokens, change / self._divisor(counts)) * examples.real[..., None]
         return TokenMoments(tuple(sums), counts[:, -1])
 
     def predict_prefixes(self, examples: Examples) -> Distribution:
@@ -200,11 +201,11 @@ class CausalLinearTransformer(_LinearAttentionLearner):
         earlier = self._divisor(counts - examples.real.to(counts.dtype))
         upto, before = _lower(examples, diagonal=0), _lower(examples, diagonal=-1)
         for index, layer in enumerate(layers := list(self.stack.run())):
-            queries = self.stack.step(queries, layer.read_rows(queries, tokens, before) / earlier)
-            if index + 1 == len(layers):
-                break  # rows after the last layer are never read
-            change = layer.read_rows(tokens, tokens, upto) / self._divisor(counts)
-            tokens = self.stack.step(tokens, change) * examples.real[..., None]
+            change = layer.read_rows(queries, tokens, before) / earlier
+            if index + 1 < len(layers):  # rows after the last layer are never read
+                moved = layer.read_rows(tokens, tokens, upto) / self._divisor(counts)
+                tokens = self.stack.step(layer, tokens, moved) * examples.real[..., None]
+            queries = self.stack.step(layer, queries, change)  # after the rows: a layer's last call is for the queries
         return self._answer(queries)
 
     def _nothing(self, examples: Examples) -> TokenMoments:

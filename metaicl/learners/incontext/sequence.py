@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -39,6 +39,8 @@ class SequenceLearner(Learner[Any]):
     """
 
     traits = Traits(order_sensitive=True)
+    input_places: ClassVar[slice] = slice(0, None, 2)
+    """Where the inputs stand among the tokens of a stream."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class SequenceLearner(Learner[Any]):
     def predict_prefixes(self, examples: Examples) -> Distribution:
         """Answer every row (B, N) from the rows before it, in one pass."""
         h, real = self.tokens(examples)
-        return self.head(self._read(h, self.model.start(examples.n_tasks, h), real, slice(0, None, 2))[0])
+        return self.head(self._read(h, self.model.start(examples.n_tasks, h), real, self.input_places)[0])
 
     def _read(self, h: Tensor, state: Any, real: Tensor | None, places: slice) -> tuple[Tensor, Any]:
         """Outputs at some places, and the new state; a stack need not compute the others."""
@@ -175,7 +177,7 @@ class LoopedTransformer(SequenceLearner):
         h, real = self.tokens(examples)
         passes = self._looped.passes(h, self._looped.start(examples.n_tasks, h), real)
         judged = [out for index, (out, _) in enumerate(passes) if self._looped.is_judged(index)]
-        return [(1 / len(judged), self.head(out[:, 0::2])) for out in judged]
+        return [(1 / len(judged), self.head(out[:, self.input_places])) for out in judged]
 
     @property
     def _looped(self) -> Looped:

@@ -66,8 +66,10 @@ class Looped(Mixer[tuple[Any, ...]]):
         z, of_context = torch.zeros_like(h), torch.zeros_like(context)
         for index, before in self._states(state):
             with self._recorded(index):
-                z = self.body.peek_prefixes(z + h, of_context + context, before, real)
-                of_context = self.body(of_context + context, before, real)[0]
+                told = of_context + context
+                if index + 1 < self.loops:  # nothing reads the context after the last pass
+                    of_context = self.body(told, before, real)[0]
+                z = self.body.peek_prefixes(z + h, told, before, real)
         return z
 
     def is_judged(self, index: int) -> bool:

@@ -147,11 +147,15 @@ class SequenceModel(Mixer[StackState]):
         return self.norm(h)
 
     def peek_prefixes(self, h: Tensor, context: Tensor, state: StackState, real: Tensor | None = None) -> Tensor:
-        """See `Mixer.peek_prefixes`: the context goes through the blocks too, beside the tokens that peek at it."""
+        """See `Mixer.peek_prefixes`: the context goes through the blocks too, beside the tokens that peek at it.
+
+        In every block the context comes first, so that what a block computes last is about the tokens that peek.
+        """
         h, context = self._placed(h, state, real), self._placed(context, state, real)
-        for block, before in zip(self._blocks(), state.layers, strict=True):
-            h = block.peek_prefixes(h, context, before, real)
-            context = block(context, before, real)[0]
+        for index, (block, before) in enumerate(zip(self._blocks(), state.layers, strict=True)):
+            is_last = index + 1 == len(self.blocks)  # nothing reads the context after it
+            after = context if is_last else block(context, before, real)[0]
+            h, context = block.peek_prefixes(h, context, before, real), after
         return self.norm(h)
 
     def _blocks(self) -> tuple[Block, ...]:
