@@ -4,23 +4,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaicl.checks import check_count, check_positive
-from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.checkpointing import recompute
 from metaicl.inner_loop.factored import (
     FactoredLinear,
     Factors,
     FastWeights,
-    NotFactorable,
     Shape,
-    applied,
     check_all_called,
     descend,
-    formed,
     no_factors,
     rows_of,
     split,
@@ -242,29 +238,6 @@ def unroll_path(
         found, state = segment(*arguments) if checkpoint is False else recompute(segment, *arguments)
         fast, path = found[-1], [*path, *found] if whole else found
     return path
-
-
-def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> Tensor:
-    """Outputs (B, Q, ...) of `net` under each task's fast weights, for inputs x (B, Q, ...).
-
-    Args:
-        net: Any module; left alone. Factors are added to its own weights.
-        fast: Weights or their factors with leading axis B.
-        frozen: Weights and buffers shared by all tasks.
-        x: Inputs.
-    """
-    plain, factors = split(fast)
-    starts = {name: value for name, value in net.named_parameters() if name in factors}
-
-    def one_task(weights: Params, factors: Mapping[str, Factors], inputs: Tensor) -> Tensor:
-        with applied(starts, factors):
-            return call_net(net, {**frozen, **starts, **weights}, (inputs,))
-
-    try:
-        with twice_differentiable():
-            return vmap(one_task, randomness="different")(plain, factors, x)
-    except NotFactorable:  # a net that does something else in evaluation mode, say
-        return call_tasks(net, formed(starts, fast), frozen, x)
 
 
 def _segment(loop: _Loop, first: int, stop: int, data: Sequence[Any], whole: bool) -> Callable[..., Any]:

@@ -8,11 +8,12 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
+from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
 from metaicl.learners.gradient.shared import answer, check_support, output_scale

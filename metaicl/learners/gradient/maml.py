@@ -7,10 +7,10 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
-from metaicl.inner_loop.unrolling import call_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
 from metaicl.nets.backbones import build_net

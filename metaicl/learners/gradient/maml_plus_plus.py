@@ -8,6 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.parameters import (
@@ -18,7 +19,6 @@ from metaicl.inner_loop.parameters import (
     select_parameters,
 )
 from metaicl.inner_loop.rates import Rate
-from metaicl.inner_loop.unrolling import call_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
 from metaicl.nets.backbones import build_net

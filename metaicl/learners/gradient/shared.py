@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, positive
+from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
@@ -20,7 +21,7 @@ from metaicl.inner_loop.parameters import (
     select_parameters,
 )
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_path, unroll_tasks
+from metaicl.inner_loop.unrolling import unroll_path, unroll_tasks
 from metaicl.learner import Learner
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec

@@ -6,9 +6,10 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian
+from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.parameters import adapted_tensors, frozen_tensors, select_parameters
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import call_tasks, unroll_tasks
+from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.reference.simple import mean_and_scale
 from metaicl.nets.backbones import build_net

@@ -1,0 +1,35 @@
+"""What a net answers under the fast weights of every task."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.func import vmap
+
+from metaicl.inner_loop.calling import call_net
+from metaicl.inner_loop.factored import Factors, FastWeights, NotFactorable, applied, formed, split
+from metaicl.second_order import twice_differentiable
+
+Params = Mapping[str, Tensor]
+
+
+def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> Tensor:
+    """Outputs (B, Q, ...) of `net` under each task's fast weights, for inputs x (B, Q, ...).
+
+    Args:
+        net: Any module; left alone. Factors are added to its own weights.
+        fast: Weights or their factors with leading axis B.
+        frozen: Weights and buffers shared by all tasks.
+        x: Inputs.
+    """
+    plain, factors = split(fast)
+    starts = {name: value for name, value in net.named_parameters() if name in factors}
+
+    def one_task(weights: Params, factors: Mapping[str, Factors], inputs: Tensor) -> Tensor:
+        with applied(starts, factors):
+            return call_net(net, {**frozen, **starts, **weights}, (inputs,))
+
+    try:
+        with twice_differentiable():
+            return vmap(one_task, randomness="different")(plain, factors, x)
+    except NotFactorable:  # a net that does something else in evaluation mode, say
+        return call_tasks(net, formed(starts, fast), frozen, x)
