@@ -203,11 +203,14 @@ def _linear(spec: TaskSpec, scale: float) -> list[Reference]:
 
 
 def _nearest_mean(spec: TaskSpec, scale: float) -> Reference:
-    def read(prefix: Examples) -> Tensor:
-        return prototypes(raw_features(prefix.x, spec).double(), prefix.y, spec.output_size, prefix.real)
+    def read(prefix: Examples) -> tuple[Tensor, Tensor]:
+        present = present_classes(prefix.y, spec.output_size, prefix.real)
+        return prototypes(raw_features(prefix.x, spec).double(), prefix.y, spec.output_size, prefix.real), present
 
-    def answer(state: Tensor, x: Tensor, parameter: Number) -> Tensor:
-        return torch.softmax(-parameter * squared_distances(raw_features(x, spec).double(), state), -1)
+    def answer(state: tuple[Tensor, Tensor], x: Tensor, parameter: Number) -> Tensor:
+        centers, present = state
+        scores = -parameter * squared_distances(raw_features(x, spec).double(), centers)
+        return torch.softmax(without_absent(scores, present), -1)
 
     return Reference("nearest mean", read, answer, "β", _grid(1e-3 / scale, 1e1 / scale, 33))
 

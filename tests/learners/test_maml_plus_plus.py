@@ -53,14 +53,14 @@ def written_out(learner, episode, task, weights_of_steps):
     """The loss of one task, by hand: the normalization of a step stands in the net during and after this step."""
     x, y = episode.support.x[task], episode.support.y[task]
     fast = {name: value for name, value in learner.net.named_parameters() if not name.startswith("1.")}
-    rates, total = learner.optimizer.learned["lr"].value, 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for step in range(STEPS):
         own = {name: learner.net.get_parameter(name) for name in ("1.weight", "1.bias")}
         norm = own if step == 0 else {name: learner.later_norms[dotless(name)][step - 1] for name in own}
         loss = F.cross_entropy(functional_call(learner.net, {**fast, **norm}, (x,)), y)
         gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-        places = enumerate(zip(fast.items(), gradients, strict=True))
-        fast = {name: value - rates[step, place] * gradient for place, ((name, value), gradient) in places}
+        moves = zip(fast.items(), gradients, strict=True)
+        fast = {name: value - learner.optimizer.rate("lr", name, step) * slope for (name, value), slope in moves}
         logits = functional_call(learner.net, {**fast, **norm}, (episode.query.x[task],))
         total = total + weights_of_steps[step] * F.cross_entropy(logits, episode.query.y[task])
     return total
@@ -87,11 +87,11 @@ def test_normalization_does_not_adapt_and_is_learned_per_step():
     learner = make()
     assert learner.adapted == {"0.weight", "3.weight", "3.bias"}
     assert {name: tuple(value.shape) for name, value in learner.later_norms.items()} == {
-        "1/weight": (STEPS - 1, 5),
-        "1/bias": (STEPS - 1, 5),
+        dotless("1.weight"): (STEPS - 1, 5),
+        dotless("1.bias"): (STEPS - 1, 5),
     }
     state = learner.adapt(episode().support)
-    assert torch.equal(state["1.weight"], learner.later_norms["1/weight"][-1].expand(4, -1))
+    assert torch.equal(state["1.weight"], learner.later_norms[dotless("1.weight")][-1].expand(4, -1))
     assert len(make(inner_steps=1).later_norms) == 0
 
 
@@ -117,7 +117,7 @@ def test_more_steps_than_in_training_share_the_last_normalization():
     learner = make()
     learner.inner_steps = STEPS + 2
     state = learner.adapt(episode().support)
-    assert torch.equal(state["1.bias"], learner.later_norms["1/bias"][-1].expand(4, -1))
+    assert torch.equal(state["1.bias"], learner.later_norms[dotless("1.bias")][-1].expand(4, -1))
 
 
 def test_frozen_normalization_stays_with_the_net():
