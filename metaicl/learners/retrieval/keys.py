@@ -11,7 +11,16 @@ from metaicl.learners.retrieval.bank import Found, MemoryBank
 from metaicl.learners.retrieval.content import arbitrary_keys, content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.learners.retrieval.retriever import Oracle
-from metaicl.learners.retrieval.words import SKETCH, bag_values, bags, search_bags, sketches, unit_weights, word_weights
+from metaicl.learners.retrieval.words import (
+    SKETCH,
+    bag_values,
+    bags,
+    exact_numbers,
+    search_bags,
+    sketches,
+    unit_weights,
+    word_weights,
+)
 from metaicl.nets.backbones import MLP
 from metaicl.spec import TaskSpec
 
@@ -22,7 +31,8 @@ class SearchKeys(nn.Module):
     """Fixed unit keys (..., K) of groups of rows; their inner product is the similarity. Nothing here is trained.
 
     Classification: the mean of the rows' raw features; for texts, of their unit word counts, beyond 1,024 words as a
-    sketch of that size, see `Retriever`. Regression: the kernel mean embedding of the joint rows
+    sketch of that size, see `Retriever`. Many texts are equally alike, and rounding must not say which is found: their
+    numbers are multiples of 2**-12. Regression: the kernel mean embedding of the joint rows
     (x, y) in random Fourier features of a Gaussian kernel of width one, which tells any two distributions apart;
     words share 1,024 places there.
 
@@ -51,7 +61,7 @@ class SearchKeys(nn.Module):
         For classification y is not read.
         """
         if self.spec.vocabulary is not None and self.spec.kind == "classification":
-            return sketches(*self._words(x, real), self.spec.vocabulary)
+            return exact_numbers(sketches(*self._words(x, real), self.spec.vocabulary))
         features = _flat_rows(self.spec, x)
         if self.spec.kind == "regression":
             features = torch.cos(torch.cat([features, y], -1) @ self.frequencies + self.phases)
@@ -61,7 +71,10 @@ class SearchKeys(nn.Module):
 
     def values(self, x: Tensor) -> Mapping[str, Tensor]:
         """What a bank has to hold beside the keys of groups x (M, R, *x_shape), so that `search` can rank by words."""
-        return bag_values(x, self._importance()) if self._are_sketches else {}
+        if not self._are_sketches:
+            return {}
+        values = bag_values(x, self._importance())
+        return {**values, "word_weights": exact_numbers(values["word_weights"])}
 
     def search(
         self, bank: MemoryBank, queries: Tensor, x: Tensor, real: Tensor, k: int, *, exclude: Exclusion
@@ -70,7 +83,7 @@ class SearchKeys(nn.Module):
         if not self._are_sketches:
             return bank.search(queries, k, exclude=exclude)
         words, weights = self._words(x, real)
-        whole = bags(words, unit_weights(words, weights), self.spec.vocabulary or 0)
+        whole = exact_numbers(bags(words, unit_weights(words, weights), self.spec.vocabulary or 0))
         return search_bags(bank, queries, whole, k, exclude=exclude)
 
     @property

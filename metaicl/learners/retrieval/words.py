@@ -14,12 +14,15 @@ from metaicl.learners.retrieval.exclusion import Exclusion
 SKETCH = 1024
 """Places of a sketch. A vocabulary that is no larger has a place for each word, and its sketches are the bags."""
 
+_STEPS = 2**12
 _PLACES = 4  # of a word in a sketch
 _SPARE = 256  # items beyond k that sketches propose; of the best five among 8,192 headlines they miss 2 in 1,000
 
 
 def word_weights(tokens: Tensor, importance: Tensor, real: Tensor | None = None) -> Tensor:
-    """Weight of each place of an item, such that the bag of the item is the mean of its rows' unit bags.
+    """Weight of each place of an item, such that the bag of the item is the sum of its rows' unit bags.
+
+    Nothing is divided by the number of rows: words that occur alike then weigh the same to the last bit.
 
     Args:
         tokens: long (..., R, T), 0 = padding.
@@ -33,10 +36,7 @@ def word_weights(tokens: Tensor, importance: Tensor, real: Tensor | None = None)
     ordered, places = tokens.sort(-1).values, tokens.contiguous()
     times = torch.searchsorted(ordered, places, right=True) - torch.searchsorted(ordered, places)
     weights = weights * ((weights.square() * times).sum(-1, keepdim=True) + 1e-12).rsqrt()
-    if real is None:
-        return weights / tokens.shape[-2]
-    shares = real.to(weights.dtype) / real.sum(-1, keepdim=True).clamp(min=1)
-    return weights * shares[..., None]
+    return weights if real is None else weights * real[..., None]
 
 
 def unit_weights(words: Tensor, weights: Tensor) -> Tensor:
@@ -67,7 +67,12 @@ def sketches(words: Tensor, weights: Tensor, vocabulary: int) -> Tensor:
         return unit_rows(bags(words, weights, SKETCH))
     drawn = hashed(words[..., None] * _PLACES + torch.arange(_PLACES, device=words.device)).flatten(-2)
     sign = 1 - 2 * ((drawn >> 40) & 1)
-    return unit_rows(bags(drawn % SKETCH, weights.repeat_interleave(_PLACES, -1) * sign, SKETCH))
+    return exact_numbers(unit_rows(bags(drawn % SKETCH, weights.repeat_interleave(_PLACES, -1) * sign, SKETCH)))
+
+
+def exact_numbers(keys: Tensor) -> Tensor:
+    """Unit keys as multiples of 2**-12: their inner products are exact in float32, in whatever order they are added."""
+    return (keys * _STEPS).round() / _STEPS
 
 
 def bag_values(tokens: Tensor, importance: Tensor) -> Mapping[str, Tensor]:
