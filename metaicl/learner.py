@@ -26,6 +26,8 @@ class Traits:
         instead: For a kind it does not serve, the name of a learner that does, as (kind, name) pairs.
         trainable: There is something to meta-train; False for closed-form and from-scratch references.
         approximate: The meta-gradient is meant to be another than the slope of the query loss: first order, implicit.
+        reads_support: An answer depends on the support; False for a learner that finds in the query and its memory all
+            that it needs.
     """
 
     transductive: bool = False
@@ -34,6 +36,7 @@ class Traits:
     instead: tuple[tuple[Kind, str], ...] = ()
     trainable: bool = True
     approximate: bool = False
+    reads_support: bool = True
 
 
 _METHODS = (

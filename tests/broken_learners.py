@@ -122,6 +122,10 @@ class IgnoresSupport(Honest):
         return 0 * super().adapt(support)
 
 
+class DeniesItsSupport(Honest):
+    traits = Traits(reads_support=False)
+
+
 class PeeksAtQueries(Honest):
     def predict(self, state: Any, x: Tensor) -> Distribution:
         return super().predict(state, x - x.mean(1, keepdim=True))

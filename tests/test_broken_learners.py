@@ -17,6 +17,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.WritesIntoEpisode, "episode_untouched", set()),
     (broken.IgnoresSupport, "support_used", {"meta_gradient", "learns"}),
     (broken.IgnoresSupport, "learns", {"meta_gradient", "support_used"}),
+    (broken.DeniesItsSupport, "support_used", set()),
     (broken.PeeksAtQueries, "query_independence", set()),
     (broken.MixesEpisodes, "episode_independence", {"batch_equals_loop", "batch_gradient", "masked_rows"}),
     (broken.MixesEpisodes, "batch_equals_loop", {"episode_independence", "batch_gradient", "masked_rows"}),

@@ -92,6 +92,7 @@ class Conv4(nn.Module):
 
 
 _WORD_GAIN = 10.0  # a word is met rarely, so its vector has to move further in an update than shared layers do
+_LEAST_IMPORTANCE = 1e-8  # its logarithm is a parameter, and finite
 
 
 class BagOfWords(nn.Module):
@@ -103,8 +104,8 @@ class BagOfWords(nn.Module):
     Args:
         vocabulary: Token ids, padding (0) included.
         dim: Size of the vectors.
-        importance: Start of the importances (vocabulary,), positive; for instance inverse document frequencies of
-            meta-training texts. None starts every word at one.
+        importance: Start of the importances (vocabulary,), not negative; for instance inverse document frequencies of
+            meta-training texts. Zero starts a word at next to nothing. None starts every word at one.
         vectors: Start of the word vectors (vocabulary, D), of any common scale; then `dim` is their D. None draws them.
     """
 
@@ -124,7 +125,7 @@ class BagOfWords(nn.Module):
         nn.init.zeros_(self.log_importance.weight)
         with torch.no_grad():
             if importance is not None:
-                self.log_importance.weight.copy_(importance.log()[:, None] / _WORD_GAIN)
+                self.log_importance.weight.copy_(importance.clamp(min=_LEAST_IMPORTANCE).log()[:, None] / _WORD_GAIN)
             if vectors is not None:
                 self.vectors.weight.copy_(vectors / _WORD_GAIN)
 

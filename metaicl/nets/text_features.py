@@ -141,7 +141,7 @@ def cooccurrence_vectors(documents: Tensor, vocabulary: int, *, dim: int = 100, 
 
 def _positive_information(documents: Tensor, vocabulary: int, smoothing: float) -> Tensor:
     """The sparse matrix PPMI (vocabulary, vocabulary) of pairs of different tokens."""
-    codes = []
+    codes = [documents.new_zeros(0, dtype=torch.long)]  # documents of one token have no pairs
     for distance in range(1, documents.shape[1]):
         one, other = documents[:, :-distance].long(), documents[:, distance:].long()
         kept = (one != 0) & (other != 0) & (one != other)

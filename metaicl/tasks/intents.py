@@ -48,6 +48,7 @@ class _Intents(TextClasses):
     _source: ClassVar[Published]
     _splits: ClassVar[dict[str, str]]
     _n_rows: ClassVar[int]
+    _names: ClassVar[str]
     _read: ClassVar[Callable[[Path], Rows]]
 
     def __init__(
@@ -69,6 +70,7 @@ class _Intents(TextClasses):
             original=type(self)._read,
             n_rows=self._n_rows,
             n_classes=len(owners),
+            names=self._names,
         )
         names = sorted(set(labels))
         class_splits: dict[Split, list[str]] = {
@@ -99,7 +101,7 @@ class CLINC150(_Intents):
         folder: Where `clinc150.jsonl.gz` (one JSON object with text and label per line) or the original
             `data_full.json` lies; None looks into the cache folder.
         download: Fetch the original (2.5 MB) if it is not there. Downloads are verified by SHA-256, files in
-            `folder` by their numbers of rows and classes.
+            `folder` by their numbers of rows and the names of the classes.
         max_tokens: Words kept of each utterance; the longest has 28.
         vocabulary: See `TextClasses`.
         words: See `TextClasses`.
@@ -107,7 +109,7 @@ class CLINC150(_Intents):
     Raises:
         FileNotFoundError: If there is no file and `download` is False.
         OSError: If a file is damaged or could not be fetched.
-        ValueError: If the rows or classes are not as many as published.
+        ValueError: If the rows or classes are not as many as published, or classes have other names.
 
     Reference:
         Larson et al., 2019, arXiv:1909.02027 (CC BY 3.0). Class splits: Dopierre et al., 2021, ProtAugment,
@@ -128,6 +130,7 @@ class CLINC150(_Intents):
     )
     _splits = _CLINC_SPLITS
     _n_rows = 22_500
+    _names = "f4b11963a29da5b27a4aeb4d41ffaa5a9a82167da24320165446eda6b180b42a"
 
     @staticmethod
     def _read(path: Path) -> Rows:
@@ -151,7 +154,7 @@ class Banking77(_Intents):
     Raises:
         FileNotFoundError: If there is no file and `download` is False.
         OSError: If a file is damaged or could not be fetched.
-        ValueError: If the rows or classes are not as many as published.
+        ValueError: If the rows or classes are not as many as published, or classes have other names.
 
     Reference:
         Casanueva et al., 2020, arXiv:2003.04807 (CC BY 4.0). Class splits: Dopierre et al., 2021, ProtAugment,
@@ -176,6 +179,7 @@ class Banking77(_Intents):
     )
     _splits = _BANKING_SPLITS
     _n_rows = 13_083
+    _names = "e919f977c41df2c670c5f921b982da9f8dde8aa162f2413b30413188b68a3227"
 
     @staticmethod
     def _read(path: Path) -> Rows:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Published:
         original: Callable[[Path], Rows],
         n_rows: int,
         n_classes: int,
+        names: str | None = None,
     ) -> Rows:
         """The rows of all files.
 
@@ -80,16 +82,18 @@ class Published:
             original: Reads an original file.
             n_rows: As many as were published.
             n_classes: Likewise.
+            names: `names_checksum` of the classes, where a class split goes by their order.
 
         Raises:
             OSError: If a file cannot be read as what it should be.
-            ValueError: If rows or classes are not as many as published.
+            ValueError: If rows or classes are not as many as published, or classes have other names.
         """
         texts: list[str] = []
         labels: list[Any] = []
         for path in paths:
             try:
                 found = (prepared if path.name == self.prepared else original)(path)
+                _check_rows(*found)
             except _DAMAGED as error:
                 kind = type(error).__name__
                 raise OSError(f"{path} is damaged, or no file of {self.name}: {kind}: {error}") from error
@@ -99,4 +103,22 @@ class Published:
                 f"{self.name} must have {n_rows} rows of {n_classes} classes; got {len(texts)} of {len(set(labels))} "
                 f"in {', '.join(map(str, paths))}. Is it complete, and not another set?"
             )
+        if names is not None and names_checksum(labels) != names:
+            found = ", ".join(sorted({str(label) for label in labels}))
+            raise ValueError(
+                f"{self.name} must have its {n_classes} classes under their published names, as the class split goes "
+                f"by their sorted order; {', '.join(map(str, paths))} holds other names: {found}"
+            )
         return texts, labels
+
+
+def names_checksum(labels: list[Any]) -> str:
+    """The SHA-256 of the names of classes, each once, sorted, one a line."""
+    return hashlib.sha256("\n".join(sorted({str(label) for label in labels})).encode()).hexdigest()
+
+
+def _check_rows(texts: list[str], labels: list[Any]) -> None:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings; row {row} is {text!r}")
+    hash(tuple(labels))  # a list is no label

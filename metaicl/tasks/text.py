@@ -11,7 +11,7 @@ from metaicl.spec import TaskSpec
 from metaicl.task import Split
 from metaicl.tasks.classes import ClassEpisodes
 from metaicl.tasks.labels import check_ways, index_labels, row_splits, splits_by_name
-from metaicl.tasks.tokenizer import FittedWords, HashedWords, encode, split_words
+from metaicl.tasks.tokenizer import UNKNOWN, FittedWords, HashedWords, encode, split_words
 
 _UNIQUE, _REPEATED, _AMBIGUOUS = range(3)
 
@@ -41,6 +41,7 @@ class TextClasses(ClassEpisodes):
 
     Attributes:
         texts: The texts in use, in the order of `Examples.ids`.
+        unknown: The id that all words share which a fitted vocabulary does not know; None if words are hashed.
         dropped: Rows left out, {"within_class": ..., "across_classes": ...}.
 
     Raises:
@@ -84,6 +85,7 @@ class TextClasses(ClassEpisodes):
         train = row_splits(classes, splits)["train"].tolist()
         fitting = (row for row, of_train in zip(rows, train, strict=True) if of_train)
         word_ids = HashedWords(vocabulary) if words == "hashed" else FittedWords(fitting, vocabulary)
+        self.unknown = UNKNOWN if words == "fitted" else None
         self._tokens = encode(rows, word_ids, max_tokens)
         spec = TaskSpec("classification", (max_tokens,), "tokens", n_way=n_way, vocabulary=word_ids.vocabulary)
         super().__init__(spec, labels=classes, class_splits=splits, class_names=names)

@@ -32,8 +32,15 @@ def training_documents(tasks: ClassEpisodes) -> Tensor:
 
 
 def fit_tfidf(tasks: TextClasses) -> TfIdf:
-    """TF-IDF with document frequencies of meta-training texts."""
-    return TfIdf(training_documents(tasks), _vocabulary(tasks.spec))
+    """TF-IDF with document frequencies of meta-training texts.
+
+    Words that a fitted vocabulary does not know weigh nothing: they share an id, and two texts that hold different
+    unknown words have nothing in common.
+    """
+    features = TfIdf(training_documents(tasks), _vocabulary(tasks.spec))
+    if tasks.unknown is not None:
+        features.idf[tasks.unknown] = 0.0
+    return features
 
 
 def fit_word_vectors(
@@ -43,7 +50,8 @@ def fit_word_vectors(
 
     Classes that share no words with one another still share the company their words keep. Words that meta-training
     texts lack start at the origin; `random` places of random numbers beside the others tell them apart, which
-    helps where texts of a class repeat each other's words.
+    helps where texts of a class repeat each other's words. Words that a fitted vocabulary does not know share an id
+    and start without weight.
 
     Args:
         tasks: Texts by class; those of meta-training classes are read.
@@ -62,6 +70,9 @@ def fit_word_vectors(
         importance = inverse_document_frequencies(documents, vocabulary)
     else:
         importance = smooth_inverse_frequencies(documents, vocabulary, smoothing=smoothing)
+    if tasks.unknown is not None:
+        importance[tasks.unknown] = 0.0
+        vectors[tasks.unknown] = 0.0
     return BagOfWords(vocabulary, importance=importance, vectors=vectors)
 
 

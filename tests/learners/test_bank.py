@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaicl.checkpoint import load_learner_weights, save_checkpoint, save_learner
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.retrieval import exclusion
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.bank import CorruptBankError, MemoryBank
 from metaicl.learners.retrieval.content import content_ids
@@ -151,7 +152,9 @@ def test_changes_are_followed(backend: str) -> None:
         torch.testing.assert_close(found.score, (bank.keys[found.index] @ queries[..., None])[..., 0])
 
 
-def test_heavy_exclusion_takes_the_comparing_way_with_the_same_result() -> None:
+@pytest.mark.parametrize("at_once", [2**26, 64, 1])
+def test_heavy_exclusion_takes_a_table_with_the_same_result(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exclusion, "_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(3)
     keys, queries = torch.randn(500, 4, generator=generator), torch.randn(7, 4, generator=generator)
     bank = MemoryBank(chunk=100)
@@ -159,6 +162,15 @@ def test_heavy_exclusion_takes_the_comparing_way_with_the_same_result() -> None:
     found = bank.search(queries, 4, exclude=Exclusion(tasks=torch.tensor([0])))
     expected = brute_force(queries, keys, (torch.arange(500) % 2 == 0).expand(7, 500)).topk(4, 1).indices
     assert torch.equal(found.index, expected)
+    rows = torch.randint(-1, 300, (500, 3), generator=generator)
+    bank = MemoryBank(chunk=100)
+    bank.add(keys, {}, rows=rows, tasks=torch.arange(500) % 5)
+    wanted, tasks = torch.randint(-1, 300, (7, 60), generator=generator), torch.randint(5, (7, 2), generator=generator)
+    excluded = ((wanted[:, None, :, None] == rows[:, None]) & (rows[:, None] >= 0)).flatten(2).any(-1)
+    excluded |= (tasks[:, None] == (torch.arange(500) % 5)[:, None]).any(-1)
+    assert 0.5 < float(excluded.float().mean()) < 0.9
+    found = bank.search(queries, 4, exclude=Exclusion(rows=wanted, tasks=tasks))
+    assert torch.equal(found.index, brute_force(queries, keys, excluded).topk(4, 1).indices)
 
 
 def test_a_bank_survives_its_file(tmp_path: Path) -> None:

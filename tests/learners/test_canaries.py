@@ -1,6 +1,7 @@
 """Nothing of held-out classes reaches what a learner prepares: bank, vocabulary, statistics, checkpoint.
 
-Each source is built twice; only rows of held-out classes differ. What is prepared must not differ in a single bit.
+Each source is built twice; only rows of held-out classes differ, or which of these classes they are of. What is
+prepared must not differ in a single bit.
 """
 
 import importlib
@@ -31,33 +32,35 @@ from metaicl.tasks.text import TextClasses
 N_CLASSES, N_ROWS, HELD_OUT = 18, 6, 12  # classes 12 .. 17 are held out
 SPLITS = {"train": list(range(12)), "validation": [12, 13, 14], "test": [15, 16, 17]}
 LABELS = torch.arange(N_CLASSES).repeat_interleave(N_ROWS)
+EXCHANGED = LABELS.clone()  # rows of validation and test classes change places
+EXCHANGED[LABELS >= HELD_OUT] = (LABELS[LABELS >= HELD_OUT] - HELD_OUT + 3) % 6 + HELD_OUT
 CANARY = 123.456  # a value that occurs nowhere else
 
 
-def arrays(with_canaries: bool) -> TaskDistribution:
+def arrays(with_canaries: bool, labels: torch.Tensor = LABELS) -> TaskDistribution:
     x = torch.randn(len(LABELS), 4, generator=torch.Generator().manual_seed(0))
     if with_canaries:
         x = torch.where(LABELS[:, None] >= HELD_OUT, CANARY + x, x)
     spec = TaskSpec("classification", (4,), n_way=3)
-    return ArrayClasses(spec, x, labels=LABELS, class_splits=SPLITS, class_names=list(range(N_CLASSES)))
+    return ArrayClasses(spec, x, labels=labels, class_splits=SPLITS, class_names=list(range(N_CLASSES)))
 
 
-def images(with_canaries: bool) -> TaskDistribution:
+def images(with_canaries: bool, labels: torch.Tensor = LABELS) -> TaskDistribution:
     pixels = torch.rand(len(LABELS), 1, 16, 16, generator=torch.Generator().manual_seed(0))
     if with_canaries:
         pixels[LABELS >= HELD_OUT] = pixels[LABELS >= HELD_OUT].flip(-1).round()
-    return ImageClasses(pixels, LABELS, n_way=3, class_splits=SPLITS)
+    return ImageClasses(pixels, labels, n_way=3, class_splits=SPLITS)
 
 
-def texts(with_canaries: bool) -> TextClasses:
+def texts(with_canaries: bool, labels: torch.Tensor = LABELS) -> TextClasses:
     rows = []
     for row, label in enumerate(LABELS.tolist()):
         other = "canary bird" if with_canaries and label >= HELD_OUT else "plain words"
         rows.append(f"topic{label % 4} item{row} {other} word{row % 5}")
-    return TextClasses(rows, LABELS.tolist(), n_way=3, class_splits=SPLITS, words="fitted", max_tokens=6)
+    return TextClasses(rows, labels.tolist(), n_way=3, class_splits=SPLITS, words="fitted", max_tokens=6)
 
 
-SOURCES: dict[str, Callable[[bool], TaskDistribution]] = {"arrays": arrays, "images": images, "texts": texts}
+SOURCES: dict[str, Callable[..., TaskDistribution]] = {"arrays": arrays, "images": images, "texts": texts}
 
 
 KINDS = {
@@ -116,6 +119,15 @@ def test_what_is_prepared_does_not_depend_on_held_out_rows(name: str, source: st
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), f"{key} depends on held-out rows"
+
+
+@pytest.mark.parametrize(("name", "source"), PAIRS)
+def test_what_is_prepared_does_not_tell_held_out_classes(name: str, source: str) -> None:
+    plain, exchanged = (SOURCES[source](False, labels) for labels in (LABELS, EXCHANGED))
+    ours, theirs = prepared(name, plain).state_dict(), prepared(name, exchanged).state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), f"{key} depends on the classes of held-out rows"
 
 
 def test_the_check_would_notice() -> None:

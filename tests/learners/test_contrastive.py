@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 from test_contract import sentences
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from metaicl.episode import Episode, Examples
 from metaicl.functional import unit_rows
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.retrieval.contrastive import contrastive_loss, pretrain_codes, tagged_pairs
@@ -52,6 +54,20 @@ def test_partners_share_their_tag() -> None:
     assert torch.equal(first, mixture.support.x[:, 0])
     assert torch.equal(second, mixture.query.x[:, 0])
     assert tags.tolist() == list(range(6))
+
+
+def test_pairs_stay_on_the_device_of_their_episode() -> None:
+    # Tensors without values that know their device: an operation that mixes two devices is an error.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, y = torch.randn(4, 3, 2, device="meta"), torch.zeros(4, 3, dtype=torch.long, device="meta")
+        labeled = Examples(x, y, None, y)
+        numbers = Examples(x[:, :1], torch.randn(4, 1, 1, device="meta"))
+        for rows, classes in ((labeled, torch.zeros(10, dtype=torch.long)), (labeled, None), (numbers, None)):
+            first, second, tags = tagged_pairs(Episode(rows, rows), classes)
+            assert {value.device.type for value in (first, second, tags)} == {"meta"}
+            for anywhere in (tags, torch.zeros(len(first), dtype=torch.long)):
+                loss = contrastive_loss(first.flatten(1), second.flatten(1), anywhere)
+                assert loss.device.type == "meta"
 
 
 def hits(learner: DemonstrationRetrieval, tasks: TaskMixture) -> float:

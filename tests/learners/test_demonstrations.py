@@ -16,13 +16,16 @@ from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import InContextTransformer
+from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.reference.linear import LeastSquares
 from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
 from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.mixture import TaskMixture
+from metaicl.tasks.rows import ArrayClasses
 from metaicl.testing import parametrize_with_checks
 
 POOL = TaskMixture(n_pool=12)
@@ -240,3 +243,24 @@ def test_a_float32_state_runs_in_a_float64_learner(name: str) -> None:
     assert found.dtype == torch.float64
     expected = learner(episode.support, episode.query.x).log_prob(episode.query.y)
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_new_classes_are_found_at_once() -> None:
+    labels = torch.arange(24).repeat_interleave(8)
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(24, 4, generator=generator)[labels] + 0.1 * torch.randn(len(labels), 4, generator=generator)
+    splits = {"train": list(range(16)), "validation": list(range(16, 20)), "test": list(range(20, 24))}
+    spec = TaskSpec("classification", (4,), n_way=3)
+    tasks = ArrayClasses(spec, x, labels=labels, class_splits=splits, class_names=list(range(24)))
+    learner = DemonstrationRetrieval(spec, learner=ProtoNet, k=2, n_items=32, rows_per_item=1, retriever="frozen")
+    learner.prepare(tasks, seed=0)
+    size = len(learner.retriever.bank)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=3, n_query=2, chunk_size=1)[0]
+    learner.remember(episode.support)
+    found = learner.retriever(episode.query.x, 2, classes=learner.adapt(episode.support).classes)
+    assert bool((found.real & (found.index >= size)).all())
+    # Tasks of meta-training are still kept from rows of their own classes.
+    train = EpisodeStream(tasks, seed=0, split="train", n_shot=3, n_query=2, chunk_size=20)[0]
+    found = learner.retriever(train.query.x, 2, classes=learner.adapt(train.support).classes)
+    own = train.latents["class_ids"][:, None, None, :]
+    assert not bool((learner.retriever.bank.class_ids[found.index][..., None] == own).any())

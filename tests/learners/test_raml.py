@@ -9,10 +9,14 @@ from test_contract import sentences
 from metaicl.episode import Episode, Examples
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.content import content_ids
+from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.learners.retrieval.raml import RAML
+from metaicl.learners.retrieval.retriever import Retriever
 from metaicl.nets.backbones import BagOfWords
 from metaicl.nets.text import WordTransformer
+from metaicl.nets.text_features import TfIdf
 from metaicl.objectives import query_loss
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
@@ -83,11 +87,36 @@ def test_frozen_keys_find_the_nearest_texts() -> None:
     learner.prepare(TEXTS, seed=0)
     query = draw("test").query
     found = learner.retriever(query.x, 3)
-    keys = learner.retriever.keys(query.x[:, :, None])
-    expected = (keys @ learner.retriever.bank.keys.T).topk(3, -1).values
-    torch.testing.assert_close((keys[..., None, :] * learner.retriever.bank.keys[found.index]).sum(-1), expected)
-    rare = learner.retriever.importance[TEXTS.rows(torch.tensor([0]))[0, :3] % 1024]
+    tfidf = TfIdf(learner.retriever.bank.values["x"], TEXTS.spec.vocabulary)
+    cosines = tfidf(query.x.flatten(0, 1)) @ tfidf(learner.retriever.bank.values["x"]).T
+    expected = cosines.topk(3, -1).values
+    torch.testing.assert_close(cosines.gather(-1, found.index.flatten(0, 1)), expected)
+    rare = learner.retriever.importance[TEXTS.rows(torch.tensor([0]))[0, :3]]
     assert float(rare[1]) > float(rare[0])  # "cat" says more than "the"
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("backend", ["exact", "faiss-flat"])
+def test_a_long_vocabulary_is_compared_by_all_words(n_rows: int, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 20_000, (1500, n_rows, 8), generator=generator)
+    words[..., :3] = torch.randint(1, 60, (1500, n_rows, 3), generator=generator)  # many texts share a word or two
+    words[:, :, 6:] = words[:, :, 6:] * torch.randint(0, 2, (1500, n_rows, 2), generator=generator)
+    queries = torch.randint(1, 60, (1, 100, 8), generator=generator)
+    spec = TaskSpec("classification", (8,), "tokens", n_way=2, vocabulary=20_000)
+    retriever = Retriever(spec, mode="frozen", weighs=False, backend=backend)
+    retriever.fill(words[:1400], {})
+    retriever.grow(words[1400:], {})
+    with torch.no_grad():
+        found = retriever(queries, 5)
+        tfidf = TfIdf(words[:1400].flatten(0, 1), 20_000)
+        rows = torch.cat([tfidf(part.flatten(0, 1)).unflatten(0, (-1, n_rows)).mean(1) for part in words.split(100)])
+        cosines = tfidf(queries[0]) @ torch.nn.functional.normalize(rows, dim=-1).T
+    best = cosines.topk(5, -1).values
+    score = retriever._search(queries, retriever.keys(queries[:, :, None]), 5, Exclusion()).score
+    torch.testing.assert_close(score[0], cosines.gather(-1, found.index[0]), rtol=1e-4, atol=1e-5)
+    assert float((score[0] >= best[:, -1:] - 1e-5).double().mean()) > 0.97
+    assert retriever.bank.keys.shape == (1500, 1024)
 
 
 def test_it_starts_as_a_prototypical_network() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from retrieval_helpers import clustered_rows, find_all, mixture_learner, share_of_the_same_task
 from training_helpers import assert_resume_is_exact
 
 from metaicl.episode import Episode, Examples
@@ -26,6 +26,7 @@ from metaicl.learners.metric.simple_shot import SimpleShot
 from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
+from metaicl.learners.retrieval.groups import asking_groups
 from metaicl.learners.retrieval.raml import RAML
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
@@ -40,13 +41,7 @@ from metaicl.train_config import TrainConfig
 
 @pytest.fixture(scope="module")
 def finite_source() -> ArrayClasses:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(30).repeat_interleave(8)
-    centers = 3 * torch.randn(30, 4, generator=generator)
-    x = centers[labels] + 0.1 * torch.randn(240, 4, generator=generator)
-    splits = {"train": list(range(18)), "validation": list(range(18, 24)), "test": list(range(24, 30))}
-    spec = TaskSpec("classification", (4,), n_way=3)
-    return ArrayClasses(spec, x, labels=labels, class_splits=splits, class_names=list(range(30)))
+    return clustered_rows()
 
 
 def test_the_memory_holds_meta_training_classes_only(finite_source: ArrayClasses) -> None:
@@ -82,15 +77,6 @@ def test_rows_are_excluded_where_classes_are_unknown(finite_source: ArrayClasses
     expected = (support.ids[:, :, None, None] == learner.bank.row_ids).any(1).any(-1)
     assert torch.equal(find_all(learner, support), ~expected)
     assert expected.any()
-
-
-def find_all(learner: RetrievalAugmented, support: Examples) -> Tensor:
-    """Bool (B, M): what a task may retrieve if it asks for everything."""
-    n_items = len(learner.bank)
-    queries = learner.bank.keys[:1].expand(support.n_tasks, 1, -1)
-    found = learner.bank.search(queries, n_items, exclude=learner._exclusion(support))
-    allowed = torch.zeros(support.n_tasks, n_items, dtype=torch.long)
-    return allowed.scatter_add(1, found.index[:, 0], found.real[:, 0].long()) > 0
 
 
 def test_k_zero_is_the_wrapped_learner() -> None:
@@ -206,7 +192,7 @@ def test_random_retrieval_says_nothing_about_the_rows_but_is_repeatable() -> Non
     learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=400, k=1, retriever="random")
     learner.prepare(tasks, seed=0)
     support = EpisodeStream(tasks, seed=0, split="test", n_shot=2, n_query=1, chunk_size=200)[0].support
-    asking = learner._asking_groups(support)
+    asking = asking_groups(support, tasks.spec)
     keys = learner.search_keys(support.x[:, None], support.x[:, None, :, :0], asking)
     assert torch.equal(keys, learner.search_keys(support.x[:, None].flip(2), support.x[:, None, :, :0], asking.flip(2)))
     found = learner.bank.search(keys, 1).index.flatten()
@@ -264,24 +250,6 @@ def test_a_closed_form_reader_has_no_training_term() -> None:
         learner = wrapper(tasks.spec, learner=partial(Ridge, penalty=0.1), k=2, n_items=12, rows_per_item=2)
         learner.prepare(tasks, seed=0)
         assert torch.equal(query_loss(learner.train(), episode), query_loss(learner.eval(), episode))
-
-
-def mixture_learner(tasks: TaskMixture, **options: Any) -> RetrievalAugmented:
-    torch.manual_seed(0)
-    options = {"n_items": 120, "rows_per_item": 6, "k": 6, "weight": 0.9, **options}
-    learner = RetrievalAugmented(tasks.spec, learner=partial(Ridge, penalty=1e-2), **options)
-    learner.prepare(tasks, seed=0)
-    return learner
-
-
-def share_of_the_same_task(learner: RetrievalAugmented, tasks: TaskMixture) -> float:
-    """How many of the groups that a support retrieves are of its own latent task."""
-    episode = EpisodeStream(tasks, seed=1, split="test", n_shot=1, n_query=1, chunk_size=100)[0]
-    x, y = episode.support.x[:, None], episode.support.y[:, None]
-    asking = learner._asking_groups(episode.support)
-    found = learner.bank.search(learner._keys(x, y, asking, learner._code(x, y, asking)), 2).index[:, 0]
-    shown = tasks.codes(learner.bank.values["x"]).sum(1).argmax(-1)[found]
-    return float((shown == episode.latents["task_ids"]).float().mean())
 
 
 def test_a_learned_search_comes_to_find_what_helps() -> None:
@@ -413,3 +381,24 @@ def test_a_float32_state_runs_in_a_float64_learner(retriever: str) -> None:
     found = fresh(wide.support, wide.query.x).logits
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), learner(episode.support, episode.query.x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("retriever", ["learned", "frozen", "random"])
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_a_class_without_a_support_row_gets_none(retriever: str, weight: float | None) -> None:
+    tasks = GaussianClasses(n_way=3, dim=4)
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20, k=2, retriever=retriever, weight=weight)
+    learner.prepare(tasks, seed=0)
+    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, 2]]), torch.tensor([[True, True, False, False]]))
+    augmented, log_weights, _ = learner._retrieve(support)
+    assert not bool((augmented.real & (augmented.y == 2)).any())
+    assert (augmented.real & (augmented.y == 1)).sum(1).tolist() == [1, 3, 3]
+    assert bool(log_weights.isfinite().all())
+    _, nothing, content = learner._retrieve(Examples(support.x[:, :0], support.y[:, :0]))
+    assert nothing.exp().tolist() == [[1.0, 0.0, 0.0]]
+    assert int(content.max()) == -1
+    tasks = Sinusoid()
+    learner = RetrievalAugmented(tasks.spec, learner=Ridge, n_items=20, k=2, retriever=retriever, weight=weight)
+    learner.prepare(tasks, seed=0)
+    empty = Examples(torch.zeros(1, 0, 1), torch.zeros(1, 0, 1))
+    assert learner._retrieve(empty)[1].exp().tolist() == [[1.0, 0.0, 0.0]]

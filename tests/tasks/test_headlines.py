@@ -75,7 +75,14 @@ def test_lines_of_both_layouts() -> None:
 @pytest.mark.parametrize("name", ["huffpost.jsonl.gz", "huffpost.json"])
 def test_damaged_files_are_named(name: str, shared_data: Path, tmp_path: Path) -> None:
     whole = (shared_data / "huffpost.jsonl.gz").read_bytes()
-    damaged = [whole[:1000], b"a page of a proxy", b'{"label": 1}\n', b"[1]\n", b"\xff\xfe"]
+    damaged = [
+        whole[:1000],
+        b"a page of a proxy",
+        b'{"label": 1}\n',
+        b"[1]\n",
+        b"\xff\xfe",
+        b'{"text": null, "label": 1}\n',
+    ]
     for content in damaged if name.endswith(".gz") else damaged[1:]:
         packed = content if content in damaged[:2] or name.endswith(".json") else gzip.compress(content)
         (tmp_path / name).write_bytes(packed)

@@ -173,3 +173,14 @@ def test_damaged_files_are_named(loader: type[CLINC150], key: str, shared_data: 
         path.write_bytes(content)
         with pytest.raises(OSError, match=f"{path.name} is damaged, or no file of"):
             loader(folder=tmp_path)
+
+
+@pytest.mark.parametrize(("loader", "key"), [(CLINC150, "clinc150"), (Banking77, "banking77")])
+def test_renamed_classes_are_named(loader: type[CLINC150], key: str, shared_data: Path, tmp_path: Path) -> None:
+    rows = read_jsonl(shared_data / f"{key}.jsonl.gz")
+    first = next(row["label"] for row in rows if row["label"] != "oos")
+    renamed = [{**row, "label": "zzz_renamed" if row["label"] == first else row["label"]} for row in rows]
+    path = tmp_path / f"{key}.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, renamed)).encode()))
+    with pytest.raises(ValueError, match=f"under their published names.*{path.name} holds other names.*zzz_renamed"):
+        loader(folder=tmp_path)

@@ -77,3 +77,29 @@ def test_bad_functions_are_named() -> None:
         EmbeddedTexts(tasks, lambda texts: torch.zeros(3))
     with pytest.raises(ValueError, match="finite features; 42 of 42 texts have NaN or Inf"):
         EmbeddedTexts(tasks, lambda texts: torch.full((len(texts), 2), torch.nan))
+
+
+def test_unknown_words_of_a_fitted_vocabulary_weigh_nothing() -> None:
+    texts = [f"word{c} thing{i}" + (f" only{c} new{i}" if c >= 3 else "") for c in range(7) for i in range(6)]
+    labels = [c for c in range(7) for _ in range(6)]
+    tasks = TextClasses(texts, labels, n_way=2, class_splits=SPLIT, max_tokens=4, words="fitted")
+    assert tasks.unknown == 1
+    held_out = tasks.rows(torch.tensor([18, 24]))  # of two classes: "thing0" is known, the others are not
+    assert (held_out == 1).sum(1).tolist() == [3, 3]
+    known = held_out.masked_fill(held_out == 1, 0)
+    encoders = [fit_tfidf(tasks)] + [fit_word_vectors(tasks, dim=5, random=4, smoothing=s) for s in (1e-3, None)]
+    for encoder in encoders:
+        torch.testing.assert_close(encoder(held_out), encoder(known))
+        assert not bool(encoder(torch.ones(1, 4, dtype=torch.long)).any())
+        assert bool(encoder(known).any())
+        assert all(bool(value.isfinite().all()) for value in encoder.state_dict().values())
+    hashed = make_tasks()
+    assert hashed.unknown is None
+    assert float(fit_tfidf(hashed).idf[1]) > 1  # there it is the id of any word
+
+
+def test_texts_of_one_word_have_no_company() -> None:
+    tasks = TextClasses(
+        [f"w{i} x" for i in range(42)], [i // 6 for i in range(42)], n_way=2, class_splits=SPLIT, max_tokens=1
+    )
+    assert not bool(fit_word_vectors(tasks, dim=5).vectors.weight.any())

@@ -1,9 +1,8 @@
 """Retrieval augmentation of any learner: similar meta-training tasks join the support."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,35 +10,29 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.checks import check_choice, check_count
-from metaicl.collation import concatenate
 from metaicl.episode import Examples
-from metaicl.functional import class_weights, unit_rows
+from metaicl.functional import unit_rows
 from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
-from metaicl.learners.retrieval.bank import MemoryBank
-from metaicl.learners.retrieval.content import content_ids
+from metaicl.learners.retrieval.bank import Found, MemoryBank
+from metaicl.learners.retrieval.content import arbitrary_keys, content_ids, ids_in_all_precisions
 from metaicl.learners.retrieval.exclusion import Exclusion
-from metaicl.learners.retrieval.keys import GroupEncoder, RandomKeys, SearchKeys
+from metaicl.learners.retrieval.groups import (
+    RetrievalState,
+    asking_groups,
+    check_switches,
+    group_classes,
+    ready_made,
+    set_log_weights,
+    with_groups,
+)
+from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
+from metaicl.learners.retrieval.retriever import Oracle
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 
-RETRIEVERS = ("learned", "frozen", "random", "none")
-SEARCHES = ("fixed", "learned")
-
-
-class RetrievalState(NamedTuple):
-    """What `predict` needs.
-
-    Attributes:
-        inner: States of the wrapped learner for S = k + 1 supports per task (axis B S).
-        log_weights: Log-weights of the sets (B, S).
-        content: long (B, S, rows), `content_ids` of the retrieved rows; -1 where a row cannot be one that is asked.
-    """
-
-    inner: Any
-    log_weights: Tensor
-    content: Tensor
+RETRIEVERS = ("learned", "frozen", "random", "oracle", "none")
 
 
 class RetrievalAugmented(Learner[RetrievalState]):
@@ -56,20 +49,30 @@ class RetrievalAugmented(Learner[RetrievalState]):
     `search="learned"` it compares what the similarity is made of: a few keys of the memory are made anew before each
     update, all of them `n_refreshes` times in a training run.
 
-    The memory is filled by `prepare`, from meta-training tasks only. A task never retrieves its own rows nor, where
-    the source names classes, its own classes. Where it names rows but no classes, a query that is among the retrieved
-    rows is answered without that set.
+    The memory is filled by `prepare`, from meta-training tasks only, or is a `bank` of yours. A task never retrieves
+    its own rows nor, where the source names classes, its own classes. Otherwise a query that is among the retrieved
+    rows is answered without that set. A class without a support row retrieves nothing.
+
+    `retriever="oracle"` is told what a learner cannot know, and serves as a bound in training and evaluation: what the
+    best retrieval would be worth. It retrieves the true class of each group, other rows of it than those of the
+    support, or what a function says belongs together. Classes that the memory lacks, such as those of meta-testing in
+    a memory of meta-training rows, retrieve nothing by class: give a bank that holds them.
 
     Args:
         spec: The tasks.
         learner: What is augmented: a learner, or a factory spec -> learner.
         k: Retrieved groups; 0 leaves the wrapped learner alone.
         retriever: "learned" weighs the retrieved groups by a trained similarity, "frozen" by the fixed keys of the
-            search; "random" retrieves allowed groups at random (the same ones for the same support) with equal
-            weights; "none" is k = 0.
+            search; "random" retrieves allowed groups at random (the same ones for the same support), "oracle" those
+            that belong to it, both with equal weights; "none" is k = 0.
         weight: The sum of the weights of the retrieved sets, in (0, 1); None learns it.
-        n_items: Groups in the memory.
+        n_items: Groups in the memory; None takes 512.
         rows_per_item: Rows kept (and retrieved) per group; None takes 2 for classification and 10 for regression.
+        bank: A ready-made memory: values "x" (M, R, *x_shape) and, for regression, "y" (M, R, y_dim), the rows of a
+            group; for classification these are of one class. Its `row_ids` and `class_ids` must count as those of
+            the tasks do, or be -1. Its items are copied; keys are made by this learner.
+        oracle: For retriever "oracle": inputs (..., *x_shape) to codes of what belongs together, in place of the
+            source's classes; own classes are then left out as ever.
         encoder: (rows, any) -> (rows, D) for the learned similarity, applied to raw features; None builds an MLP.
         search: "fixed", or "learned": what is retrieved, and not only its weight, follows the learned similarity.
         n_refreshes: How often each key of a learned search is made anew in a training run.
@@ -78,8 +81,9 @@ class RetrievalAugmented(Learner[RetrievalState]):
     Raises:
         TypeError: If the learner is none, or is trained by `meta_gradients` of its own, as `Reptile` is. By `predict`,
             if it answers by anything but a Categorical, a Gaussian or a mixture of these.
-        ValueError: If a switch is unknown or without effect, a number is out of range, or the learner was built for
-            another spec. By `prepare`, if classes or tasks have fewer than rows_per_item rows.
+        ValueError: If a switch is unknown or without effect, a number is out of range, the learner was built for
+            another spec or the bank is for another one, or an oracle has neither classes nor a function. By `prepare`,
+            if classes or tasks have fewer than rows_per_item rows, or an oracle needs classes and the source has none.
 
     Reference:
         The marginal is that of Lewis et al. 2020, arXiv:2005.11401, equation 1 (RAG-sequence), and Guu et al. 2020,
@@ -96,60 +100,77 @@ class RetrievalAugmented(Learner[RetrievalState]):
         k: int = 3,
         retriever: str = "learned",
         weight: float | None = None,
-        n_items: int = 512,
+        n_items: int | None = None,
         rows_per_item: int | None = None,
+        bank: MemoryBank | None = None,
+        oracle: Oracle | None = None,
         encoder: nn.Module | None = None,
         search: str = "fixed",
         n_refreshes: int = 20,
         backend: str = "exact",
     ) -> None:
-        """Build the wrapped learner, an empty memory and the similarity."""
+        """Build the wrapped learner, a memory, empty without a bank, and the similarity."""
         super().__init__(spec)
         self.learner = wrapped_learner(learner, spec)
         self.retriever = check_choice("retriever", retriever, RETRIEVERS)
-        if encoder is not None and retriever != "learned":
-            raise ValueError(f"an encoder goes with retriever 'learned' alone; got one for {retriever!r}")
-        if check_choice("search", search, SEARCHES) == "learned" and retriever != "learned":
-            raise ValueError(f"search 'learned' goes with retriever 'learned' alone; got {retriever!r}")
+        check_switches(spec, retriever, search=search, encoder=encoder, oracle=oracle)
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
         self.search, self.n_refreshes = search if self.k else "fixed", check_count("n_refreshes", n_refreshes)
-        self.n_items = check_count("n_items", n_items, minimum=max(1, self.k))
+        self.by_class = retriever == "oracle" and oracle is None and self.k > 0
+        self.ready_made = bank is not None
+        if self.ready_made and (n_items is not None or rows_per_item is not None or not self.k):
+            raise ValueError("a ready-made bank has its own n_items and rows_per_item, and is of no use with k = 0")
+        self.n_items = check_count("n_items", 512 if n_items is None else n_items, minimum=max(1, self.k))
         default_rows = 2 if spec.kind == "classification" else 10
         self.rows_per_item = check_count("rows_per_item", default_rows if rows_per_item is None else rows_per_item)
         if weight is not None and not 0 < weight < 1:
             raise ValueError(f"weight must be in (0, 1), the share of what is retrieved, or None; got {weight!r}")
         self.weight = weight
         self.bank = MemoryBank(backend=backend)
-        self.search_keys = RandomKeys(spec) if retriever == "random" else SearchKeys(spec)
+        self.search_keys = search_keys(spec, retriever, oracle)
         self.sources = SourceClasses()
         self.similarity = GroupEncoder(spec, encoder=encoder) if retriever == "learned" and self.k else None
         if self.search == "learned":
             self.register_buffer("refreshed", torch.tensor(0))  # keys made anew so far in this training run
         if self.k and weight is None:
             self.nothing = nn.Parameter(torch.tensor(8.0))
-        if self.k and retriever != "random":
+        if self.k and retriever in ("learned", "frozen"):
             self.log_sharpness = nn.Parameter(torch.tensor(2.0))
         own = any(not name.startswith("learner.") for name, _ in self.named_parameters())
         self.traits = replace(self.learner.traits, trainable=own or self.learner.traits.trainable)
+        if bank is not None:
+            self._fill(*ready_made(bank, spec, like=self.bank.keys))
 
     def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
-        """Fill the memory with groups of meta-training rows drawn at the address (seed, "memory")."""
+        """Fill the memory with groups of meta-training rows drawn at the address (seed, "memory"), unless it is ready.
+
+        Of the tasks, the classes of the rows are noted that the memory holds.
+        """
         if isinstance(self.learner, Prepares):
             self.learner.prepare(tasks, seed=seed)
+        if self.by_class and tasks.source_classes is None:
+            raise ValueError("retriever 'oracle' needs a source that names classes, or oracle=..., a function")
         self.sources.read(tasks)
-        groups = draw_items(tasks, self.n_items, rows_per_item=self.rows_per_item, seed=seed, like=self.bank.keys)
-        ids = torch.full_like(groups.real, -1, dtype=torch.long) if groups.ids is None else groups.ids
-        y = groups.y if self.spec.kind == "regression" else self.bank.keys.new_zeros(*ids.shape, 0)
-        classes = self.sources.of(groups)
-        # A query of the same task can be among these rows only if rows are named and own classes cannot be kept out.
-        content = content_ids(groups.x, self.spec).masked_fill((ids < 0) | (classes >= 0), -1)
-        self.bank.clear()
-        with torch.no_grad():
-            code = self._code(groups.x, groups.y, groups.real)
-        keys = self._keys(groups.x, y, groups.real, code)
-        self.bank.add(keys, {"x": groups.x, "y": y, "content": content}, rows=ids, classes=classes[:, 0])
+        if not self.ready_made:
+            groups = draw_items(tasks, self.n_items, rows_per_item=self.rows_per_item, seed=seed, like=self.bank.keys)
+            ids = torch.full_like(groups.real, -1, dtype=torch.long) if groups.ids is None else groups.ids
+            classes = self.sources.of(groups)
+            # A query of the same task can be among these rows only if rows are named and own classes are not kept out.
+            apart = (ids < 0) | (classes >= 0) & (not self.by_class)
+            content = ids_in_all_precisions(groups.x, self.spec).masked_fill(apart[..., None], -1)
+            self._fill(groups.x, groups.y, ids, classes[:, 0], content)
         # Only classes of the bank can be found, and those of other splits are nobody's business.
         self.sources.keep(self.bank.class_ids)
+
+    def _fill(self, x: Tensor, y: Tensor, rows: Tensor, classes: Tensor, content: Tensor) -> None:
+        """Put groups x (M, R, *x_shape) into the memory, y (M, R, y_dim) for regression, content (M, R, any)."""
+        y = y if self.spec.kind == "regression" else self.bank.keys.new_zeros(*x.shape[:2], 0)
+        with torch.no_grad():
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            keys = self._keys(x, y, real, self._code(x, y, real), classes)
+        values = {"x": x, "y": y, "content": content.flatten(1), **self.search_keys.values(x)}
+        self.bank.clear()
+        self.bank.add(keys, values, rows=rows, classes=classes)
 
     def at(self, fraction: float) -> None:
         """Make some keys of a learned search anew, in turns: all of them `n_refreshes` times in a training run."""
@@ -174,7 +195,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
         selected = selected.to(self.bank.keys.device)
         x, y = self.bank.values["x"][selected], self.bank.values["y"][selected]
         with torch.no_grad():
-            code = self._code(x, y, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+            code = self._code(x, y)
         assert code is not None  # a learned search has a similarity
         self.bank.refresh(selected, code)
 
@@ -214,74 +235,64 @@ class RetrievalAugmented(Learner[RetrievalState]):
         """The support alone and with each retrieved group, axis (B S), log-weights (B, S) and content (B, S, rows)."""
         if self.k == 0:
             return support, support.x.new_zeros(support.n_tasks, 1), support.y.new_zeros(support.n_tasks, 1, 0)
-        asking = self._asking_groups(support)  # (B, G, N): rows of each group that looks for its like
+        asking = asking_groups(support, self.spec)  # (B, G, N): rows of each group that looks for its like
         y = support.y if self.spec.kind == "regression" else self.bank.keys.new_zeros(*support.y.shape, 0)
         code = self._code(support.x[:, None], support.y[:, None], asking)
-        queries = self._keys(support.x[:, None], y[:, None], asking, code).to(self.bank.keys.dtype)
-        found = self.bank.search(queries, self.k, exclude=self._exclusion(support))  # (B, G, k)
-        scores = self._scores(code, queries, found.index)
+        found = self._find(support, y, asking, code)  # (B, G, k)
+        scores = self._scores(code, found)
         count = found.real.sum(1)
         scores = (scores * found.real).sum(1) / count.clamp(min=1)  # a retrieved set has one group per class
         scores = scores.masked_fill(count == 0, -torch.inf)
         content = self.bank.values["content"][found.index].masked_fill(~found.real[..., None], -1)  # (B, G, k, R)
         content = F.pad(content.transpose(1, 2).flatten(2), (0, 0, 1, 0), value=-1)
-        return self._augment(support, found.index, found.real), self._log_weights(scores), content
+        x, y = self.bank.values["x"][found.index], self.bank.values["y"][found.index]
+        augmented = with_groups(support, x, y, found.real, labeled=self.spec.kind == "classification")
+        log_weights = set_log_weights(scores, self.nothing if self.weight is None else self.weight)
+        return augmented, log_weights, content
 
-    def _log_weights(self, scores: Tensor) -> Tensor:
-        """Log-weights (B, S) of nothing and of the retrieved sets with these scores (B, k), -inf for an empty set."""
-        if self.weight is None:
-            return torch.log_softmax(torch.cat([self.nothing.expand(len(scores), 1), scores], 1), 1)
-        empty = scores.isneginf().all(1, keepdim=True)
-        kept = scores.new_full((len(scores), 1), math.log1p(-self.weight)).masked_fill(empty, 0.0)
-        among = torch.log_softmax(scores.masked_fill(empty, 0.0), 1) + math.log(self.weight)
-        return torch.cat([kept, among.masked_fill(empty, -torch.inf)], 1)
+    def _find(self, support: Examples, y: Tensor, asking: Tensor, code: Tensor | None) -> Found:
+        """The k groups (B, G, k) for each asking one; none for a group without rows."""
+        classes = group_classes(self.sources.of(support), asking)
+        queries = self._keys(support.x[:, None], y[:, None], asking, code, classes).to(self.bank.keys.dtype)
+        exclude = self._exclusion(support)
+        if self.search == "learned":
+            found = self.bank.search(queries, self.k, exclude=exclude)
+        else:
+            found = self.search_keys.search(self.bank, queries, support.x[:, None], asking, self.k, exclude=exclude)
+        real = found.real & asking.any(-1, keepdim=True)
+        if self.by_class:
+            real &= (self.bank.class_ids[found.index] == classes[..., None]) & (classes[..., None] >= 0)
+        return found._replace(real=real)
 
-    def _code(self, x: Tensor, y: Tensor, real: Tensor) -> Tensor | None:
+    def _code(self, x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor | None:
         """What the learned similarity compares, unit vectors (..., D) for groups of rows; None without one."""
+        real = x.new_ones(x.shape[: x.ndim - len(self.spec.x_shape)], dtype=torch.bool) if real is None else real
         return None if self.similarity is None else unit_rows(self.similarity(x, y, real))
 
-    def _keys(self, x: Tensor, y: Tensor, real: Tensor, code: Tensor | None) -> Tensor:
-        """What the search compares, (..., K), for groups with these rows and this code."""
+    def _keys(self, x: Tensor, y: Tensor, real: Tensor, code: Tensor | None, classes: Tensor) -> Tensor:
+        """What the search compares, (..., K), for groups with these rows, this code and these classes."""
+        if self.by_class:
+            return arbitrary_keys(classes, self.bank.keys.dtype)
         if self.search == "learned" and code is not None:
             return code.detach()
         return self.search_keys(x, y, real)
 
-    def _scores(self, code: Tensor | None, queries: Tensor, index: Tensor) -> Tensor:
-        """Scores (B, G, k) of the groups `index`, for asking groups with these codes and search keys."""
-        if self.retriever == "random":
-            return queries.new_zeros(index.shape)
+    def _scores(self, code: Tensor | None, found: Found) -> Tensor:
+        """Scores (B, G, k) of the groups found, for asking groups with these codes."""
+        if self.retriever in ("random", "oracle"):
+            return torch.zeros_like(found.score)
         if code is None:
-            scores = (self.bank.keys[index] @ queries[..., None])[..., 0]
+            scores = found.score.masked_fill(~found.real, 0.0)
         else:
-            x, y = self.bank.values["x"][index], self.bank.values["y"][index]
-            there = self._code(x, y, torch.ones(x.shape[:4], dtype=torch.bool, device=index.device))  # (B, G, k, D)
+            x, y = self.bank.values["x"][found.index], self.bank.values["y"][found.index]
+            there = self._code(x, y)  # (B, G, k, D)
             assert there is not None
             scores = (there @ code[..., None])[..., 0]
         return scores * self.log_sharpness.exp()
 
-    def _asking_groups(self, support: Examples) -> Tensor:
-        if self.spec.kind == "regression":
-            return support.real[:, None]
-        return class_weights(support.y, self.spec.output_size, support.mask, torch.float32).mT > 0
-
-    def _augment(self, support: Examples, index: Tensor, found: Tensor) -> Examples:
-        n_tasks, n_groups, k = index.shape
-        x = self.bank.values["x"][index].transpose(1, 2)  # (B, k, G, R, *x_shape)
-        n_rows = x.shape[3]
-        if self.spec.kind == "classification":
-            labels = torch.arange(n_groups, device=index.device)[None, None, :, None]
-            y = labels.expand(n_tasks, k, n_groups, n_rows)
-        else:
-            y = self.bank.values["y"][index].transpose(1, 2)
-        real = found.transpose(1, 2)[..., None].expand(n_tasks, k, n_groups, n_rows)
-        # Set 0 is the support alone: its retrieved rows are masked.
-        x, y = (torch.cat([value[:, :1], value], 1).flatten(0, 1).flatten(1, 2) for value in (x, y))
-        real = F.pad(real.flatten(2), (0, 0, 1, 0), value=False).flatten(0, 1)
-        own = Examples(*(value.repeat_interleave(k + 1, 0) for value in (support.x, support.y, support.real)))
-        return concatenate(own, Examples(x, y, real))
-
     def _exclusion(self, support: Examples) -> Exclusion:
-        """The rows and classes of a task (B, 1, N), which none of its groups may retrieve."""
+        """The rows and classes of a task (B, 1, N), which none of its groups may retrieve. An oracle may: classes."""
         if support.ids is None:
             return Exclusion()
-        return Exclusion(rows=support.ids[:, None], classes=self.sources.of(support)[:, None])
+        classes = None if self.by_class else self.sources.of(support)[:, None]
+        return Exclusion(rows=support.ids[:, None], classes=classes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metaicl.learners.retrieval.exact_search import Mask, Scored, best_items
-from metaicl.learners.retrieval.exclusion import ComparingMask, IdIndex, PairMask
+from metaicl.learners.retrieval.exclusion import IdIndex, PairMask, TableMask
 from metaicl.learners.retrieval.faiss_search import FaissIndex
 
 _QUERIES = 256  # compared with the keys at once
@@ -80,16 +80,15 @@ class BankSearch:
     def _mask(self, wanted: Ids, ids: Ids, n_items: int) -> Mask | None:
         if not wanted:
             return None
-        comparing = ComparingMask(list(wanted.values()), [ids[name].reshape(n_items, -1) for name in wanted])
         if torch.compiler.is_compiling():
-            return comparing
+            return _table_mask(wanted, ids)
         found = []
         for name, value in wanted.items():
             index = self._id_index(name, ids[name])
             found.append((index, *index.ranges(value)))
         n_queries = len(next(iter(wanted.values())))
         if _DENSE * sum(int(count.sum()) for _, _, count in found) > n_queries * n_items:
-            return comparing
+            return _table_mask(wanted, ids)
         query, item = zip(*(index.pairs(first, count) for index, first, count in found), strict=True)
         return PairMask(torch.cat(query), torch.cat(item))
 
@@ -121,6 +120,10 @@ class BankSearch:
             rest = self._exact(keys, queries[left], k, {name: value[left] for name, value in wanted.items()}, ids)
             score[left], item[left] = rest
         return Scored(score, item)
+
+
+def _table_mask(wanted: Ids, ids: Ids) -> TableMask:
+    return TableMask(list(wanted.values()), [ids[name].reshape(len(ids[name]), -1) for name in wanted])
 
 
 def _are_excluded(items: Tensor, wanted: Ids, ids: Ids) -> Tensor:

@@ -6,14 +6,17 @@ from torch import Tensor
 from metaicl.functional import unit_rows
 from metaicl.spec import TaskSpec
 
+_PRECISIONS = {torch.bfloat16: 1, torch.float16: 2}  # rows that rounding made alike are no copies of any other row
+
 
 def content_ids(x: Tensor, spec: TaskSpec) -> Tensor:
     """A 63-bit hash of the content of each row: equal rows have equal ids, on every machine and device.
 
     It is the id of a row whose source names none, and how a learner that is shown inputs only keeps a query from
-    retrieving its own row or a copy of it. Numbers are compared as float32, so that a row keeps its id in another
-    precision; 0.0 and -0.0 are equal. Padding at the end of a text (id 0) changes nothing. Two different rows share
-    an id with a probability of about 2**-63; one of them is then excluded in vain.
+    retrieving its own row or a copy of it. Numbers are compared as float32, so that a row keeps its id in float64; in
+    half precision it has another one, see `ids_in_all_precisions`. 0.0 and -0.0 are equal. Padding at the end of a text
+    (id 0) changes nothing. Two different rows share an id with a probability of about 2**-63; one of them is then
+    excluded in vain.
 
     Args:
         x: Rows (..., *x_shape) with any leading axes.
@@ -35,7 +38,26 @@ def content_ids(x: Tensor, spec: TaskSpec) -> Tensor:
         # Adding 0.0 turns -0.0 into 0.0; the others keep their bits.
         words = _mixed((values.to(torch.float32) + 0.0).view(torch.int32).long() + 1)
     places = _mixed(torch.arange(1, values.shape[-1] + 1, device=x.device)) | 1
-    return _mixed((words * places).sum(-1)) & (2**63 - 1)
+    return hashed((words * places).sum(-1) + _PRECISIONS.get(x.dtype, 0))
+
+
+def ids_in_all_precisions(x: Tensor, spec: TaskSpec) -> Tensor:
+    """The ids that rows have as they are and once they are rounded to half precision, long (..., P).
+
+    A memory that is filled with these finds the row of a query in any precision that the learner is cast to later,
+    because both are then rounded alike. P is 1 for tokens and 3 for numbers.
+
+    Args:
+        x: Rows (..., *x_shape) with any leading axes, in the precision they come in.
+        spec: Their kind and shape.
+    """
+    versions = [x] if spec.x_kind == "tokens" else [x.float(), x.bfloat16(), x.half()]
+    return torch.stack([content_ids(version, spec) for version in versions], -1)
+
+
+def hashed(value: Tensor) -> Tensor:
+    """Integers as hashes of 63 bits, long (...), at least 0: the same ones on every machine and device."""
+    return _mixed(value) & (2**63 - 1)
 
 
 def arbitrary_keys(ids: Tensor, dtype: torch.dtype, *, size: int = 32) -> Tensor:

@@ -17,7 +17,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, tags: Tensor, *, temperature
     Args:
         queries: Unit rows (n, D).
         keys: Unit rows (n, D); row i is the partner of query i.
-        tags: long (n,), what the pair shares. Keys of the same tag are no negatives.
+        tags: long (n,), what the pair shares, on any device. Keys of the same tag are no negatives.
         temperature: The cosines are divided by it.
 
     Returns:
@@ -32,6 +32,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, tags: Tensor, *, temperature
         arXiv:2004.11362, make positives of them).
     """
     logits = queries @ keys.mT / check_positive("temperature", temperature)
+    tags = tags.to(logits.device)
     itself = torch.eye(len(tags), dtype=torch.bool, device=tags.device)
     alike = (tags[:, None] == tags) & ~itself
     logits = logits.masked_fill(alike, -torch.inf)
@@ -45,19 +46,20 @@ def tagged_pairs(episode: Episode, source_classes: Tensor | None) -> tuple[Tenso
     Args:
         episode: Drawn with n_shot = n_query = 1.
         source_classes: See `TaskDistribution.source_classes`; where it is None a class is another one in every task.
+            It goes to the device of the episode, if it is not there.
 
     Returns:
-        Inputs (n, *x_shape) twice, row i of both of one tag, and tags, long (n,).
+        Inputs (n, *x_shape) twice, row i of both of one tag, and tags, long (n,), on the device of the episode.
     """
     support, query = episode.support, episode.query
-    n_tasks, n_pairs = support.real.shape
+    (n_tasks, n_pairs), device = support.real.shape, support.y.device
     if support.y.dtype != torch.long:
-        return support.x[:, 0], query.x[:, 0], torch.arange(n_tasks)
+        return support.x[:, 0], query.x[:, 0], torch.arange(n_tasks, device=device)
     first, second = support.y.argsort(1), query.y.argsort(1)
-    task = torch.arange(n_tasks)[:, None]
-    tags = torch.arange(n_tasks * n_pairs).reshape(n_tasks, n_pairs)
+    task = torch.arange(n_tasks, device=device)[:, None]
+    tags = torch.arange(n_tasks * n_pairs, device=device).reshape(n_tasks, n_pairs)
     if source_classes is not None and support.ids is not None:
-        tags = source_classes[support.ids[task, first]]
+        tags = source_classes.to(device)[support.ids[task, first]]
     return support.x[task, first].flatten(0, 1), query.x[task, second].flatten(0, 1), tags.flatten()
 
 
@@ -95,10 +97,11 @@ def pretrain_codes(
     optimizer = torch.optim.Adam(parameters, lr=check_positive("learning_rate", learning_rate))
     generator, losses = derive_generator(seed, "contrastive"), []
     n_tasks = max(2, _PAIRS_PER_UPDATE // (tasks.spec.n_way or 1))
+    classes = None if tasks.source_classes is None else tasks.source_classes.to(retriever.importance.device)
     for _ in range(check_count("steps", steps, minimum=0)):
         episode = tasks.sample(n_tasks, split="train", n_shot=1, n_query=1, generator=generator)
         episode = episode.to(retriever.importance.device, retriever.importance.dtype)
-        first, second, tags = tagged_pairs(episode, tasks.source_classes)
+        first, second, tags = tagged_pairs(episode, classes)
         with torch.enable_grad():
             queries, keys = (retriever.codes(retriever.keys(x[:, None])) for x in (first, second))
             loss = contrastive_loss(queries, keys, tags, temperature=temperature)

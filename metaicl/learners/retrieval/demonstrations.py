@@ -50,7 +50,7 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
     at once.
 
     The memory is filled by `prepare` from meta-training tasks only. A query never retrieves a demonstration that holds
-    the query itself or a copy of it, nor, where the source names classes, one of its task's own classes.
+    the query itself or a copy of it, nor, where the source names classes, meta-training rows of its task's own classes.
 
     Args:
         spec: The tasks.
@@ -129,11 +129,14 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
             like=self.retriever.importance,
         )
         self.retriever.fill(items.x, {"x": items.x, "y": items.y}, classes=self.sources.of(items)[:, 0])
+        self.sources.keep(self.retriever.bank.class_ids)  # those of other splits are nobody's business
         if self.pretraining_steps and self.retriever.mode == "learned":
             self.pretraining_losses = pretrain_codes(self.retriever, tasks, steps=self.pretraining_steps, seed=seed)
 
     def remember(self, examples: Examples) -> None:
         """Add demonstrations, the real rows of axis B in groups of `rows_per_item`; nothing is trained.
+
+        Rows of classes that were not in the memory count as rows without a class: tasks of these classes find them.
 
         Raises:
             ValueError: If there is no memory, or the rows do not come in such groups.

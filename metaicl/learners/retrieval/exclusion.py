@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_COMPARISONS = 2**26  # held in memory at once
+_AT_ONCE = 2**26  # entries of a table
 
 
 class Exclusion(NamedTuple):
@@ -74,8 +74,11 @@ class PairMask:
         return scores
 
 
-class ComparingMask:
-    """Many excluded items, or a graph that must not depend on data: every item is compared with every id.
+class TableMask:
+    """Many excluded items, or a graph that must not depend on data: a table tells for each query and id.
+
+    The ids that any query excludes are numbered, so that the table has a column for each of them and one for all
+    others. A piece of the items then takes a look into it, whatever number of ids a query excludes.
 
     Args:
         wanted: Excluded ids, long (Q, E) each.
@@ -83,17 +86,52 @@ class ComparingMask:
     """
 
     def __init__(self, wanted: Sequence[Tensor], ids: Sequence[Tensor]) -> None:
-        """Keep both."""
-        self.wanted, self.ids = wanted, ids
+        """Number the ids."""
+        self.ids = ids
+        static = torch.compiler.is_compiling()  # where the number of different ids must not matter
+        self.known = [value.flatten().sort().values if static else value.unique() for value in wanted]
+        self.excluded = [_numbers(value, known) for value, known in zip(wanted, self.known, strict=True)]
+        self.tables = [
+            self._table(numbers, len(known)) if numbers.shape[0] * len(known) <= _AT_ONCE else None
+            for numbers, known in zip(self.excluded, self.known, strict=True)
+        ]
 
     def __call__(self, scores: Tensor, start: int) -> Tensor:
         """Scores (Q, c) of the items from `start` on, with -inf where an item is excluded."""
         part = slice(start, start + scores.shape[1])
-        for all_wanted, ids in zip(self.wanted, self.ids, strict=True):
-            at_once = max(1, _COMPARISONS // max(1, scores.numel() * ids.shape[1]))
-            for wanted in all_wanted.split(at_once, 1):
-                same = wanted[:, None, :, None] == ids[part, None]  # (Q, c, E, R)
-                excluded = (same & (ids[part, None] >= 0)).flatten(2).any(-1)
-                missing = scores.shape[1] - excluded.shape[1]  # scores that belong to no item
-                scores = scores.masked_fill(F.pad(excluded, (0, missing)), -torch.inf)
+        for excluded, ids, known, table in zip(self.excluded, self.ids, self.known, self.tables, strict=True):
+            number = _numbers(ids[part], known)  # (c, R)
+            if table is not None:
+                scores = _masked(scores, table, number)
+                continue
+            n_queries = max(1, _AT_ONCE // len(known))  # a table for all of them would be too large
+            scores = torch.cat(
+                [
+                    _masked(some, self._table(numbers, len(known)), number)
+                    for some, numbers in zip(scores.split(n_queries), excluded.split(n_queries), strict=True)
+                ]
+            )
         return scores
+
+    @staticmethod
+    def _table(numbers: Tensor, n_known: int) -> Tensor:
+        """Bool (Q, U + 1): which of U known ids each query excludes; the last column is for all other ids."""
+        table = torch.zeros(len(numbers), n_known + 1, dtype=torch.bool, device=numbers.device)
+        table.scatter_(1, numbers, True)
+        table[:, -1] = False
+        return table
+
+
+def _numbers(ids: Tensor, known: Tensor) -> Tensor:
+    """The first place of each id, long (any, any), among sorted known ones, and their number where it is not there."""
+    place = torch.searchsorted(known, ids.contiguous()).clamp(max=len(known) - 1)
+    return place.masked_fill((known[place] != ids) | (ids < 0), len(known))
+
+
+def _masked(scores: Tensor, table: Tensor, number: Tensor) -> Tensor:
+    """Scores (Q, c) with -inf where the table (Q, U + 1) has an id, by its number (c or fewer, R), of an item."""
+    excluded = table[:, number[:, 0]]
+    for other in number[:, 1:].unbind(1):
+        excluded = excluded | table[:, other]
+    missing = scores.shape[1] - excluded.shape[1]  # scores that belong to no item
+    return scores.masked_fill(F.pad(excluded, (0, missing)), -torch.inf)

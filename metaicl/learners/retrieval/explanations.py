@@ -97,7 +97,7 @@ class ExplanationRetrieval(Learner[Tensor]):
         (4 sets of 2, there 6 of 6 or 4 of 4) and half as many refreshes (there five in each of 20 epochs).
     """
 
-    traits = Traits(kinds=("classification",), instead=(("regression", "RetrievalAugmented"),))
+    traits = Traits(kinds=("classification",), instead=(("regression", "RetrievalAugmented"),), reads_support=False)
     retriever_open: Tensor
     refreshed: Tensor
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_choice, check_count
-from metaicl.functional import raw_features, unit_rows
-from metaicl.learners.retrieval.bank import MemoryBank
-from metaicl.learners.retrieval.content import arbitrary_keys, content_ids
+from metaicl.functional import unit_rows
+from metaicl.learners.retrieval.bank import Found, MemoryBank
+from metaicl.learners.retrieval.content import arbitrary_keys, content_ids, ids_in_all_precisions
 from metaicl.learners.retrieval.exclusion import Exclusion
+from metaicl.learners.retrieval.words import SKETCH, bag_values, bags, search_bags, sketches, word_weights
 from metaicl.nets.backbones import MLP
+from metaicl.nets.text_features import inverse_document_frequencies
 from metaicl.spec import TaskSpec
 
 RETRIEVERS = ("learned", "frozen", "random", "oracle")
@@ -20,7 +22,6 @@ RETRIEVERS = ("learned", "frozen", "random", "oracle")
 Oracle = Callable[[Tensor], Tensor]
 """Inputs (..., *x_shape) to codes (..., K) whose inner products say what belongs together."""
 
-_BUCKETS = 1024
 _SHARPNESS = 10.0
 
 
@@ -43,17 +44,19 @@ class Retriever(nn.Module):
     """A memory bank and what is compared in it.
 
     The keys of the bank are fixed features of inputs: unit word counts weighted by inverse document frequency for
-    tokens, unit vectors for other inputs, and the mean of such rows for an item of several. "frozen" takes the items
-    whose keys are most alike. "learned" lets the fixed keys propose candidates and ranks those by the cosine of codes,
-    which an encoder makes from the keys of query and items at every call: the index never grows stale, and the scores
-    have a gradient. "random" takes arbitrary items, the same ones for the same input. "oracle" compares the codes of a
-    function that is given.
+    tokens, unit vectors for other inputs, and the mean of such rows for an item of several. Beyond 1,024 words the keys
+    are sketches of that size, so that a bank needs 4 kB for each item; they propose k + 256 items, which are then
+    compared by all words (of the best five by all words, at least 98 in 100 are found among 8,192 headlines). "frozen"
+    takes the items whose features are most alike. "learned" lets these propose candidates and ranks them by the cosine
+    of codes, which an encoder makes from the keys of query and items at every call: the index never grows stale, and
+    the scores have a gradient. "random" takes arbitrary items, the same ones for the same input. "oracle" compares the
+    codes of a function that is given.
 
     Args:
         spec: The inputs.
         mode: "learned", "frozen", "random" or "oracle".
-        encoder: (rows, K) -> (rows, any) for learned codes; None builds a linear map for tokens and an MLP for
-            other inputs, of size 64.
+        encoder: (rows, K) -> (rows, any) for learned codes of keys, K = 1,024 for tokens; None builds a linear map for
+            tokens and an MLP for other inputs, of size 64.
         n_candidates: Items that fixed keys propose to a learned ranking; None ranks the whole bank.
         weighs: The scores are used as weights, so that their sharpness is trained.
         oracle: For mode "oracle".
@@ -86,8 +89,9 @@ class Retriever(nn.Module):
             raise ValueError(f"an encoder goes with retriever 'learned' alone; got one for {mode!r}")
         self.n_candidates = None if n_candidates is None else check_count("n_candidates", n_candidates)
         self.bank = MemoryBank(backend=backend)
-        size = _BUCKETS if spec.x_kind == "tokens" else math.prod(spec.x_shape)
-        self.register_buffer("importance", torch.ones(size))
+        self.has_sketches = spec.vocabulary is not None and spec.vocabulary > SKETCH
+        size = SKETCH if spec.x_kind == "tokens" else math.prod(spec.x_shape)
+        self.register_buffer("importance", torch.ones(spec.vocabulary or size))
         if mode == "learned":
             plain = nn.Linear(size, 64, bias=False) if spec.x_kind == "tokens" else MLP((size, 64, 64))
             self.encoder = plain if encoder is None else encoder
@@ -104,16 +108,17 @@ class Retriever(nn.Module):
         """
         self.bank.clear()
         if self.spec.x_kind == "tokens":
-            documents = (raw_features(x, self.spec, buckets=_BUCKETS) > 0).flatten(0, 1)
-            frequency = documents.sum(0).to(self.importance.dtype)
-            self.importance.copy_(torch.log((1 + len(documents)) / (1 + frequency)) + 1)
+            self.importance.copy_(inverse_document_frequencies(x.flatten(0, 1), len(self.importance)))
         self.grow(x, values, classes=classes)
 
     def grow(self, x: Tensor, values: Mapping[str, Tensor], *, classes: Tensor | None = None) -> None:
         """Append items; nothing is fitted or trained. Arguments as in `fill`."""
         with torch.no_grad():
             keys = self._search_keys(x, "key")
-        self.bank.add(keys, values, rows=content_ids(x, self.spec), classes=classes)
+            if self.has_sketches:
+                values = {**values, **bag_values(x, self.importance)}
+        rows = ids_in_all_precisions(x, self.spec).flatten(1)
+        self.bank.add(keys, values, rows=rows, classes=classes)
 
     def forward(self, x: Tensor, k: int, *, classes: Tensor | None = None) -> Retrieved:
         """The k items for each input, never one that holds the input itself or a copy of it.
@@ -128,14 +133,14 @@ class Retriever(nn.Module):
         )
         queries = self._search_keys(x[:, :, None], "query")
         if self.mode != "learned":
-            found = self.bank.search(queries, k, exclude=exclude)
+            found = self._search(x, queries, k, exclude)
             score = found.score.masked_fill(~found.real, 0.0).to(queries.dtype)
             sharpness = {"random": 0.0, "frozen": 0.0, "oracle": _SHARPNESS}[self.mode]
             if hasattr(self, "log_sharpness"):
                 sharpness = self.log_sharpness.exp()
             return Retrieved(found.index, score * sharpness, found.real)
         n_candidates = len(self.bank) if self.n_candidates is None else min(self.n_candidates, len(self.bank))
-        found = self.bank.search(queries, max(n_candidates, k), exclude=exclude)
+        found = self._search(x, queries, max(n_candidates, k), exclude)
         score = (self.codes(queries) @ self.codes(self.bank.keys).mT).gather(-1, found.index)
         best = score.detach().masked_fill(~found.real, -torch.inf).topk(k, -1).indices
         index, real, score = (value.gather(-1, best) for value in (found.index, found.real, score))
@@ -144,14 +149,22 @@ class Retriever(nn.Module):
 
     def keys(self, x: Tensor) -> Tensor:
         """Fixed unit keys (..., K) of items x (..., R, *x_shape)."""
-        leading = x.shape[: x.ndim - len(self.spec.x_shape)]
-        rows = raw_features(x.reshape(1, -1, *self.spec.x_shape), self.spec, buckets=_BUCKETS)
-        rows = unit_rows(rows.to(self.importance.dtype) * self.importance)
-        return unit_rows(rows.reshape(*leading, rows.shape[-1]).mean(-2))
+        if self.spec.x_kind == "tokens":
+            return sketches(x.flatten(-2), word_weights(x, self.importance).flatten(-2), len(self.importance))
+        rows = unit_rows(x.flatten(x.ndim - len(self.spec.x_shape)).to(self.importance.dtype))
+        return unit_rows(rows.mean(-2))
 
     def codes(self, keys: Tensor) -> Tensor:
         """Learned unit codes (..., any) of fixed keys (..., K)."""
         return unit_rows(self.encoder(keys.flatten(0, -2)).unflatten(0, keys.shape[:-1]))
+
+    def _search(self, x: Tensor, queries: Tensor, k: int, exclude: Exclusion) -> Found:
+        """The k items whose fixed features are most like inputs x (B, Q, *x_shape) with these keys (B, Q, K)."""
+        whole_bank = self.mode == "learned" and k >= len(self.bank)  # then its order is of no use
+        if not self.has_sketches or self.mode not in ("frozen", "learned") or whole_bank:
+            return self.bank.search(queries, k, exclude=exclude)
+        whole = bags(x, word_weights(x[..., None, :], self.importance)[..., 0, :], len(self.importance))
+        return search_bags(self.bank, queries, whole, k, exclude=exclude)
 
     def _search_keys(self, x: Tensor, role: str) -> Tensor:
         """What the bank compares, (..., K), for items or queries x (..., R, *x_shape)."""
