@@ -17,7 +17,15 @@ from torch import Tensor
 
 from metaicl.analysis.answers import as_answers, real_prefix, shape_of, zero_answer
 from metaicl.episode import Examples
-from metaicl.functional import class_weights, masked_mean, prototypes, raw_features, squared_distances
+from metaicl.functional import (
+    class_weights,
+    masked_mean,
+    present_classes,
+    prototypes,
+    raw_features,
+    squared_distances,
+    without_absent,
+)
 from metaicl.learner import Learner
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors
 from metaicl.spec import TaskSpec

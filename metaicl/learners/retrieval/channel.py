@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_positive
+from metaicl.checks import check_labels, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
 from metaicl.learner import Learner, Traits
@@ -82,6 +82,7 @@ class ChannelHead(Learner[ChannelState]):
 
     def adapt(self, support: Examples) -> ChannelState:
         """Count the words of every label."""
+        check_labels("support.y", support, self.spec.output_size)
         labels = class_weights(support.y, self.spec.output_size, support.mask, self.background.dtype)
         words = labels.new_zeros(*support.real.shape, len(self.background))
         words = words.scatter_add(-1, support.x, (support.x != 0).to(words.dtype))
