@@ -123,6 +123,16 @@ def _check_inputs(name: str, part: Examples, spec: TaskSpec) -> None:
         )
 
 
+def check_built_for(name: str, built: TaskSpec, tasks: TaskSpec) -> None:
+    """Refuse a learner of other rows, answers or ways than those of the tasks.
+
+    Raises:
+        ValueError: If shapes or kinds differ.
+    """
+    if built.shapes != tasks.shapes:
+        raise ValueError(f"{name} was built for {built}; the tasks are {tasks}. Build one with tasks.spec")
+
+
 def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
     if spec.kind == "regression":
         if part.y.ndim != 3 or part.y.shape[2] != spec.y_dim or not part.y.is_floating_point():

@@ -84,6 +84,8 @@ class Entry:
     def build(self, spec: TaskSpec, seed: int) -> Learner:
         """A learner of its own, its parameters drawn from the address (seed, "init").
 
+        A copy of what the factory gives: a net that it holds would otherwise go on from one run to the next.
+
         Raises:
             TypeError: If the factory gives something else.
             ValueError: If the learner refuses the spec.
@@ -94,7 +96,7 @@ class Entry:
             learner = self.source(spec)
         if not isinstance(learner, Learner):
             raise TypeError(f"learners[{self.name!r}] must give a Learner for a spec; got {type(learner).__name__}")
-        return learner
+        return copy.deepcopy(learner)
 
 
 @dataclass(frozen=True)

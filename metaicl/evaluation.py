@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metaicl.checks import check_count, check_device
+from metaicl.checks import check_built_for, check_count, check_device
 from metaicl.episode import Episode, Examples
 from metaicl.evaluation_tally import Tally
 from metaicl.learner import Learner
@@ -202,8 +202,7 @@ def _check_served(learner: Learner, tasks: TaskDistribution, name: str) -> None:
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
     check_distribution(tasks)
-    if learner.spec.kind != tasks.spec.kind:
-        raise ValueError(f"{name} was built for {learner.spec.kind}; the tasks are {tasks.spec.kind}")
+    check_built_for(name, learner.spec, tasks.spec)
 
 
 @contextmanager

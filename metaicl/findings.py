@@ -152,6 +152,9 @@ class Findings:
             task: Name of the task distribution.
             baseline: The second of every pair; None compares all pairs.
             metric: By default the primary one.
+
+        Returns:
+            Intervals by pair; without pairs of learners that finished no seed in common.
         """
         names = self.learners(task, finished=True)
         if baseline is not None:
@@ -159,8 +162,9 @@ class Findings:
             pairs = [(name, baseline) for name in names if name != baseline]
         else:
             pairs = [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
-        matrices = [self._paired(task, first, second, metric) for first, second in pairs]
-        return dict(zip(pairs, corrected(intervals(matrices)), strict=True))
+        found = {pair: self._paired(task, *pair, metric) for pair in pairs}
+        matrices = {pair: matrix for pair, matrix in found.items() if matrix is not None}
+        return dict(zip(matrices, corrected(intervals(list(matrices.values()))), strict=True))
 
     def regret(self, task: str, learner: str, metric: str | None = None) -> Interval | None:
         """How much worse than the first reference on the same episodes; positive is worse, None without a reference."""
@@ -168,7 +172,7 @@ class Findings:
         if reference is None or reference == learner:
             return None
         gap = self._paired(task, learner, reference, metric)
-        return interval(-gap if metric == "accuracy" else gap)
+        return None if gap is None else interval(-gap if metric == "accuracy" else gap)
 
     def rows(self, task: str) -> list[Row]:
         """The table of one task distribution."""
@@ -206,14 +210,14 @@ class Findings:
             raise ValueError(f"{learner!r} was not evaluated at {shots} shots on {task!r}; there is {self.shots(task)}")
         return found
 
-    def _paired(self, task: str, first: str, second: str, metric: str | None) -> Array:
-        """The difference first - second (S, E) on the seeds that both finished."""
+    def _paired(self, task: str, first: str, second: str, metric: str | None) -> Array | None:
+        """The difference first - second (S, E) on the seeds that both finished; None where there is no such seed."""
         seeds = [[result.seed for result in self.of(task, name)] for name in (first, second)]
         values = [self.values(task, name, metric) for name in (first, second)]
         if None not in seeds[0] and None not in seeds[1]:
             common = [seed for seed in seeds[0] if seed in seeds[1]]
             if not common:
-                raise ValueError(f"{first!r} and {second!r} have no finished seed in common on {task!r}; got {seeds}")
+                return None
             values = [one[[own.index(seed) for seed in common]] for one, own in zip(values, seeds, strict=True)]
         return paired(*values)
 

@@ -15,13 +15,14 @@ import torch
 from tqdm import tqdm
 
 from metaicl.checkpoint import load_weights, save_learner
+from metaicl.checks import check_built_for
 from metaicl.distributed import add_up, check_unwrapped, from_first, largest, n_processes, rank, share
 from metaicl.interruption import Interruption
 from metaicl.learner import Learner, Prepares
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
-from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, derive_seed
+from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, check_distribution, derive_seed
 from metaicl.train_config import TrainConfig, make_optimizer
 from metaicl.training import Step, device_of, isolated_randomness, outer_loop, place, training_mode
 
@@ -87,8 +88,8 @@ def meta_train(
 
     Raises:
         TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
-        ValueError: If the run in `directory` has another configuration, nothing can be trained, or the objective would
-            replace the `meta_gradients` of the learner.
+        ValueError: If the learner was built for other tasks, the run in `directory` has another configuration, nothing
+            can be trained, or the objective would replace the `meta_gradients` of the learner.
         FloatingPointError: If a loss, a gradient or a weight is NaN or infinite; the last checkpoint stands.
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
@@ -97,6 +98,8 @@ def meta_train(
     if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"
         raise TypeError(f"meta_train needs a Learner, a TaskDistribution and a TrainConfig; got {got}")
+    check_distribution(tasks)
+    check_built_for(type(learner).__name__, learner.spec, tasks.spec)
     added_to_own(learner, objective)  # an objective that would be ignored is named before anything is written
     if config.device is not None:
         learner.to(config.device)

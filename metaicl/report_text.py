@@ -99,10 +99,14 @@ def summary_sentence(findings: Findings, task: str) -> str:
     if len(ranked) == 1:
         return f"{lead}."
     family = findings.differences(task, baseline=best)
-    tied = [name for name in ranked[1:] if (p := family[name, best].p) is None or p >= 0.05]
-    if not tied:
+    p_values = {name: family[name, best].p for name in ranked[1:] if (name, best) in family}
+    unknown = [name for name in ranked[1:] if p_values.get(name) is None]
+    tied = [name for name, p in p_values.items() if p is not None and p >= 0.05]
+    parts = [f"the data do not separate it from {_listed(tied)} (paired, Holm-corrected p ≥ 0.05)"] if tied else []
+    parts += [f"there are too few seeds or episodes to compare it with {_listed(unknown)}"] if unknown else []
+    if not parts:
         return f"{lead}, ahead of every other learner (paired, Holm-corrected p < 0.05)."
-    return f"{lead}; the data do not separate it from {_listed(tied)} (paired, Holm-corrected p ≥ 0.05)."
+    return f"{lead}; {', and '.join(parts)}."
 
 
 def _difference(found: Interval | None) -> list[str]:

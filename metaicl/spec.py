@@ -66,6 +66,11 @@ class TaskSpec:
         assert size is not None  # __post_init__ holds it
         return size
 
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        """What a learner has to be built for: kind and shapes of rows and answers, not how rows are drawn."""
+        return self.kind, self.x_kind, self.x_shape, self.vocabulary, self.output_size
+
     def with_n_way(self, n_way: int) -> "TaskSpec":
         """The same task with another number of classes."""
         return replace(self, n_way=n_way)

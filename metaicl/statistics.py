@@ -161,6 +161,7 @@ def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int, level: 
         return Interval(mean, None, None, None, 1, 1)
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail]).tolist()
+    low, high = min(low, mean), max(high, mean)  # draws of values that are all alike may lie beside them by rounding
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))
     return Interval(mean, low, high, p, n_seeds, n_episodes)

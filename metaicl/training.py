@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaicl.checks import check_count, check_device, check_episode, check_positive
+from metaicl.checks import check_built_for, check_count, check_device, check_episode, check_positive
 from metaicl.compiled import Result
 from metaicl.distributed import align, check_alike, check_unwrapped, divide, n_processes, rank
 from metaicl.divergence import explain_inner_loops, name_problem
@@ -107,6 +107,7 @@ def outer_loop(
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
     stream = EpisodeStream(tasks, seed=seed, split="train", n_shot=n_shot, n_query=n_query, chunk_size=meta_batch_size)
+    check_built_for(type(learner).__name__, learner.spec, tasks.spec)
     if meta_batch_size < n_processes():
         raise ValueError(f"meta_batch_size must give each of {n_processes()} processes a task; got {meta_batch_size}")
     check_count("start", start, minimum=0)

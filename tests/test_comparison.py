@@ -1,6 +1,8 @@
 import json
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from metaicl.episode import Episode, Examples
 from metaicl.files import lock_directory
 from metaicl.functional import gaussian, masked_mean
 from metaicl.learner import Learner, Traits
+from metaicl.learners import ProtoNet
 from metaicl.meta_training import meta_train
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
+from metaicl.tasks import GaussianClasses
 from metaicl.train_config import TrainConfig
 
 
@@ -323,3 +327,18 @@ def test_learners_without_training_are_prepared_and_the_global_generator_is_left
     errors = report.values("Levels", "a").mean(1)
     assert errors[1] > 50 * errors[0] > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_net_from_outside_is_not_handed_from_run_to_run() -> None:
+    net = torch.nn.Linear(4, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    tasks, budget = GaussianClasses(n_way=3, dim=4), TrainConfig(steps=3, n_shot=1, n_query=1, validate_every=None)
+    options = {"train": budget, "n_episodes": 4, "references": False, "progress": False}
+    pair = compare(
+        {"A": partial(ProtoNet, encoder=net), "B": partial(ProtoNet, encoder=net)}, tasks, seeds=2, **options
+    )
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    name = next(iter(pair.tasks))
+    assert np.array_equal(pair.values(name, "A"), pair.values(name, "B"))
+    alone = compare({"B": partial(ProtoNet, encoder=net)}, tasks, seeds=[1], **options)
+    assert np.array_equal(pair.values(name, "B")[1:], alone.values(name, "B"))

@@ -4,6 +4,7 @@ import pytest
 from metaicl.evaluation import Evaluation
 from metaicl.findings import Findings
 from metaicl.metrics import Calibration
+from metaicl.report_text import summary_sentence
 from metaicl.results import Result
 
 CARD = {"spec": {"kind": "regression"}, "n_shot": 2, "n_query": 3, "baseline": None, "examples": []}
@@ -73,10 +74,12 @@ def test_only_common_seeds_are_paired():
     assert (gap.mean, gap.n_seeds) == (2.0, 1)
 
 
-def test_no_common_seed_is_an_error():
-    found = findings(result("a", 0, GOOD), result("b", 1, GOOD))
-    with pytest.raises(ValueError, match="no finished seed in common"):
-        found.differences("t")
+def test_learners_without_a_common_seed_have_no_difference():
+    found = findings(result("a", 0, GOOD), result("b", 1, BAD), result("c", 0, GOOD), result("c", 1, GOOD))
+    assert list(found.differences("t")) == [("a", "c"), ("b", "c")]
+    assert "too few seeds or episodes to compare it with" in summary_sentence(
+        findings(result("a", 0, GOOD), result("b", 1, BAD)), "t"
+    )
 
 
 def test_all_pairs_or_those_with_the_baseline():

@@ -127,3 +127,12 @@ def test_a_value_that_is_not_finite_is_named():
 def test_a_p_value_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         holm([0.5, 1.5])
+
+
+def test_values_that_are_all_alike_have_their_mean_within_their_interval() -> None:
+    for n in (3, 10, 30, 100, 600):
+        for value in (1 / 3, 0.1, 1.1, 1e-9, 7e8 / 3):
+            one = interval(np.full((2, n), value))
+            assert one.low is not None
+            assert one.high is not None
+            assert one.low <= one.mean <= one.high

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,17 @@ from training_helpers import (
 )
 
 from metaicl.episode import Episode, Examples
+from metaicl.evaluation import evaluate
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
+from metaicl.learners import ProtoNet
 from metaicl.meta_step import MetaStep
+from metaicl.meta_training import meta_train
 from metaicl.objectives import Objective, prefix_loss, prefix_squared_error, query_loss, squared_error
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
+from metaicl.tasks import GaussianClasses
+from metaicl.train_config import TrainConfig
 from metaicl.training import outer_loop, training_mode
 
 SHAPE = {"meta_batch_size": 4, "n_shot": 3, "n_query": 2}
@@ -353,3 +359,15 @@ def test_wrong_objects_are_refused_at_once() -> None:
 def test_no_steps() -> None:
     learner = make_ridge()
     assert list(outer_loop(learner, Lines(), adam(learner), steps=4, start=4)) == []
+
+
+def test_a_learner_of_other_tasks_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    learner, tasks = ProtoNet(TaskSpec("classification", (4,), n_way=5)), GaussianClasses(n_way=3, dim=4)
+    expected = r"ProtoNet was built for TaskSpec\(.*n_way=5.*; the tasks are .*n_way=3"
+    with pytest.raises(ValueError, match=expected):
+        outer_loop(learner, tasks, torch.optim.SGD(learner.parameters(), lr=0.1), steps=1)
+    with pytest.raises(ValueError, match=expected):
+        meta_train(learner, tasks, TrainConfig(steps=1), directory=tmp_path / "run")
+    with pytest.raises(ValueError, match=expected):
+        evaluate(learner, tasks, n_shot=1, n_query=1)
+    assert not (tmp_path / "run").exists()
