@@ -5,7 +5,26 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TERMINATED = 128 + signal.SIGTERM
+
+_open: list["Interruption"] = []  # the contexts that are entered now
+
+
+def interrupt(number: int) -> bool:
+    """Do to all contexts of this process what a first signal does, from any thread and even where it is ignored.
+
+    Args:
+        number: The signal, SIGINT or SIGTERM.
+
+    Returns:
+        Whether there is a context.
+    """
+    contexts = list(_open)
+    for context in contexts:
+        if context.pending is None:
+            context.pending = number
+    return bool(contexts)
 
 
 class Interruption:
@@ -25,8 +44,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         """Install the handlers."""
+        _open.append(self)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._earlier[number] = signal.signal(number, self._handle)
         return self
@@ -38,6 +58,7 @@ class Interruption:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier.clear()
+        _open.remove(self)
         if error is None:
             self.raise_pending()
 

@@ -43,6 +43,11 @@ class RecipeConfig:
     smoke: bool = option(False, "a run of seconds that proves the recipe works, and nothing else")
     paper: bool = option(False, "the published scale, meant for a GPU")
 
+    @property
+    def comparison(self) -> Path:
+        """Where `compare` keeps its runs; those of a smoke run lie apart, so both may share `out`."""
+        return self.out / ("comparison-smoke" if self.smoke else "comparison")
+
 
 Config = TypeVar("Config", bound=RecipeConfig)
 

@@ -1,6 +1,7 @@
 """Task distributions, and episodes addressed by (seed, split, chunk)."""
 
 import hashlib
+import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -180,6 +181,7 @@ class EpisodeStream(Dataset[Episode]):
                 batch_size=None,
                 sampler=[range(i, min(i + size, stop)) for i in range(start + 1, stop, size)],
                 num_workers=workers,
+                worker_init_fn=_ignore_signals,
                 generator=torch.Generator(),  # it would draw the seed of its workers from the global one
             )
             messages = iter(loader)
@@ -193,6 +195,15 @@ class EpisodeStream(Dataset[Episode]):
         first, last = start // size, -(-stop // size)
         for index, chunk in zip(range(first, last), self.chunks(first, last, workers=workers), strict=True):
             yield chunk[max(start - index * size, 0) : min(stop - index * size, size)]
+
+
+def _ignore_signals(worker: int) -> None:
+    """Signals to the whole group reach the parent too, which still needs its workers to end an update.
+
+    They end with their parent, and when it asks them to.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Messages(Dataset[Packed]):

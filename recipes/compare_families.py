@@ -128,7 +128,7 @@ def main(config: Config) -> RecipeResult:
         train=budgets(config),
         n_episodes=config.n_episodes,
         seeds=range(config.seed, config.seed + config.seeds),
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
     )
     print(report)

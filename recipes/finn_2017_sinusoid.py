@@ -53,7 +53,7 @@ def main(config: Config) -> RecipeResult:
         train=train,
         n_episodes=config.n_episodes,
         seeds=seeds,
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
     )
     print(report)

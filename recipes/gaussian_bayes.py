@@ -56,7 +56,7 @@ def main(config: Config) -> RecipeResult:
         n_shot=5,
         n_query=15,
         shots=(1, 2, 3, 5),
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
     )
     print(report)

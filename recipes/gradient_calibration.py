@@ -60,7 +60,7 @@ def main(config: Config) -> RecipeResult:
         seeds=range(config.seed, config.seed + config.seeds),
         n_query=10,
         shots=SHOTS,
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=1,
     )  # fmt: skip
     print(report)

@@ -86,7 +86,7 @@ def main(config: Config) -> RecipeResult:
         seeds=range(config.seed, config.seed + config.seeds),
         n_query=20,
         shots=(5, 10),
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
     )  # fmt: skip
     print(report)

@@ -61,7 +61,12 @@ def main(config: Config) -> RecipeResult:
     learners = {"ProtoNet": ProtoNet, "MAML": MAML, "Transformer": InContextTransformer}
     floors = {"logistic": Logistic, "constant": Constant}
     report = compare(
-        learners | floors, tasks, train=train, n_episodes=config.n_episodes, seeds=config.seeds, directory=config.out
+        learners | floors,
+        tasks,
+        train=train,
+        n_episodes=config.n_episodes,
+        seeds=config.seeds,
+        directory=config.comparison,
     )
     print(report)
     report.to_html(config.out / "report.html")

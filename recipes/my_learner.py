@@ -71,7 +71,7 @@ def main(config: Config) -> RecipeResult:
     train = TrainConfig(steps=config.steps, n_shot=10, n_query=10, seed=config.seed)
     learners = {"KernelRegressor": KernelRegressor, "RidgeHead": RidgeHead, "MAML": MAML, "constant": Constant}
     report = compare(
-        learners, tasks, train=train, n_episodes=config.n_episodes, seeds=config.seeds, directory=config.out / "runs"
+        learners, tasks, train=train, n_episodes=config.n_episodes, seeds=config.seeds, directory=config.comparison
     )
     print(report)
     report.to_html(config.out / "report.html")

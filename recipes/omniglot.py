@@ -62,7 +62,7 @@ def main(config: Config) -> RecipeResult:
         n_episodes=config.n_episodes,
         seeds=range(config.seed, config.seed + config.seeds),
         batch_size=10,
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
     )
     print(report)

@@ -129,7 +129,7 @@ def main(config: Config) -> RecipeResult:
         baseline="MAML",
         references=False,
         batch_size=10,
-        directory=config.out / "comparison",
+        directory=config.comparison,
         processes=config.processes,
         trainer=meta_train_in_cpu_seconds,
     )

@@ -94,7 +94,7 @@ def compared(name: str, tasks: TextClasses, config: Config) -> Report:
         n_query=5,
         shots=SHOTS,
         batch_size=10,
-        directory=config.out / f"comparison_{name}",
+        directory=config.out / f"{config.comparison.name}_{name}",
         processes=config.processes,
     )
     print(report)

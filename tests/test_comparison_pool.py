@@ -1,10 +1,12 @@
 """Several runs at a time give what one after another gives."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,3 +81,100 @@ def test_children_end_with_a_killed_parent(tmp_path) -> None:
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not [pid for pid in children if is_running(pid)]
+
+
+INTERRUPTED = """
+import sys
+
+from metaicl.comparison import compare
+from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.train_config import TrainConfig
+
+if __name__ == "__main__":
+    train = TrainConfig(
+        steps=1_000_000, n_shot=2, n_query=3, validate_every=None, log_every=1, checkpoint_every=1_000_000
+    )
+    tasks = GaussianClasses(dim=3)
+    compare({"ProtoNet": ProtoNet}, tasks, train=train, directory=sys.argv[1], processes=2, progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes that take signals")
+@pytest.mark.parametrize(
+    ("number", "to_group", "code"),
+    [
+        (signal.SIGINT, True, -signal.SIGINT),  # Ctrl-C in a terminal
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),  # a batch system
+    ],
+)
+def test_a_signal_ends_all_runs_with_a_checkpoint(tmp_path, number: signal.Signals, to_group: bool, code: int) -> None:
+    script, directory = tmp_path / "interrupted.py", tmp_path / "kept"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(directory)]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(rows := rows_of_runs(directory)) < 2 or min(rows.values()) < 3:
+            assert parent.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (os.killpg if to_group else os.kill)(parent.pid, number)
+        assert parent.wait(timeout=120) == code
+    finally:
+        if parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGKILL)
+            parent.wait()
+    rows = rows_of_runs(directory)
+    assert len(rows) == 2  # the third run did not begin
+    for run, n_rows in rows.items():
+        assert 3 <= n_rows < 1_000_000
+        assert (run / f"step-{n_rows:09d}.ckpt").exists()
+
+
+def rows_of_runs(directory: Path) -> dict[Path, int]:
+    return {log.parent: log.read_text().count("\n") for log in directory.rglob("log.jsonl")}
+
+
+WRONG = """
+import os
+
+from metaicl.learners.metric.protonet import ProtoNet
+
+
+class BrokenError(Exception):
+    def __init__(self, where, line):  # two arguments, which pickle does not know of
+        super().__init__(f"broken {where} in line {line}")
+
+
+class Broken(ProtoNet):
+    def predict(self, state, query_x):
+        raise BrokenError("here", 3)
+
+
+class Dying(ProtoNet):
+    def predict(self, state, query_x):
+        os._exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        ("Broken", "BrokenError: broken here in line 3"),
+        ("Dying", "ran 'bad' on 'GaussianClasses', seed 0, died with exit code 7"),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_said(tmp_path, monkeypatch, learner: str, message: str) -> None:
+    (tmp_path / "wrong_learners.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(tmp_path)  # children get it too
+    source = getattr(importlib.import_module("wrong_learners"), learner)
+    endless = TrainConfig(steps=1_000_000, n_shot=2, n_query=3, validate_every=None)
+    budgets = {("GaussianClasses", "bad"): TRAIN, ("GaussianClasses", "good"): endless}
+    options = {"train": budgets, "n_shot": 2, "n_query": 3, "seeds": 1, "processes": 2, "progress": False}
+    try:
+        with pytest.raises(RuntimeError, match=message):  # and the run of the good one is stopped
+            compare({"bad": source, "good": ProtoNet}, GaussianClasses(dim=3), **options)
+    finally:
+        del sys.modules["wrong_learners"]

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from metaicl.interruption import Interruption
+from metaicl.interruption import Interruption, interrupt
 
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 
@@ -79,3 +79,26 @@ def test_another_thread_installs_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_another_thread_can_interrupt_where_signals_are_ignored() -> None:
+    assert not interrupt(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pending = []
+
+    def run() -> None:
+        with Interruption() as interruption:
+            thread = threading.Thread(target=lambda: pending.append(interrupt(signal.SIGTERM)))
+            thread.start()
+            thread.join()
+            pending.append(interruption.pending)
+            assert interrupt(signal.SIGINT)  # the first one counts
+
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert pending == [True, signal.SIGTERM]
+    assert caught.value.code == 143
+    assert not interrupt(signal.SIGTERM)

@@ -1,7 +1,12 @@
 """Episodes in transit arrive to the bit."""
 
+import multiprocessing
+import os
 import pickle
+import signal
+import sys
 
+import pytest
 import torch
 
 from metaicl.episode import Episode, Examples
@@ -36,3 +41,20 @@ def test_a_stream_gives_the_same_chunks_in_messages_of_any_size(monkeypatch) -> 
         monkeypatch.setattr("metaicl.task._BYTES_PER_MESSAGE", size)
         assert [chunk.fingerprint() for chunk in stream.chunks(2, 9, workers=workers)] == here
     assert list(stream.chunks(4, 4, workers=1)) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a signal ends a process whatever it says")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_their_parent(monkeypatch, number: signal.Signals) -> None:
+    monkeypatch.setattr("metaicl.task._CHUNKS_PER_MESSAGE", 1)
+    stream = EpisodeStream(GaussianClasses(dim=3), seed=1, split="train", n_shot=1, n_query=2, chunk_size=3)
+    earlier = multiprocessing.active_children()
+    chunks = stream.chunks(0, 12, workers=1)
+    received = [next(chunks), next(chunks)]  # the second one comes from the worker
+    (worker,) = [child for child in multiprocessing.active_children() if child not in earlier]
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    received += chunks
+    assert [chunk.fingerprint() for chunk in received] == [stream[i].fingerprint() for i in range(12)]
+    worker.join(timeout=60)
+    assert worker.exitcode == 0

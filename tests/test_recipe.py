@@ -49,6 +49,11 @@ def test_smoke_values_yield_to_what_was_said() -> None:
     assert parse(Config, ["--smoke", "--steps", "9"]).steps == 9
 
 
+def test_a_smoke_run_keeps_its_comparison_apart() -> None:
+    full, smoke = (parse(Config, [*arguments, "--out", "same"]).comparison for arguments in ([], ["--smoke"]))
+    assert (full, smoke) == (Path("same/comparison"), Path("same/comparison-smoke"))
+
+
 def test_the_published_scale_is_an_option_where_there_is_one() -> None:
     assert parse(Config, ["--paper"]) == Config(paper=True, steps=1000)
     assert parse(Config, ["--paper", "--steps", "9"]).steps == 9

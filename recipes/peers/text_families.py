@@ -106,7 +106,7 @@ def compared(task: str, tasks: TextClasses, fitted: BagOfWords, config: Any) -> 
         n_shot=5,
         n_query=15,
         shots=(1, 5),
-        directory=config.out / "comparison" / task,
+        directory=config.comparison / task,
         processes=config.processes,
     )
     print(report)
