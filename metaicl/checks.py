@@ -129,8 +129,12 @@ def check_built_for(name: str, built: TaskSpec, tasks: TaskSpec) -> None:
     Raises:
         ValueError: If shapes or kinds differ.
     """
-    if built.shapes != tasks.shapes:
-        raise ValueError(f"{name} was built for {built}; the tasks are {tasks}. Build one with tasks.spec")
+    mine, theirs = built.shapes, tasks.shapes
+    if mine != theirs:
+        found, expected = (
+            ", ".join(f"{key} {one[key]}" for key in mine if mine[key] != theirs[key]) for one in (mine, theirs)
+        )
+        raise ValueError(f"{name} was built for {found}; the tasks have {expected}. Build one from tasks.spec")
 
 
 def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:

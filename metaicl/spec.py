@@ -67,9 +67,10 @@ class TaskSpec:
         return size
 
     @property
-    def shapes(self) -> tuple[object, ...]:
+    def shapes(self) -> dict[str, object]:
         """What a learner has to be built for: kind and shapes of rows and answers, not how rows are drawn."""
-        return self.kind, self.x_kind, self.x_shape, self.vocabulary, self.output_size
+        names = ("kind", "x_kind", "x_shape", "vocabulary", "n_way", "y_dim")
+        return {name: getattr(self, name) for name in names}
 
     def with_n_way(self, n_way: int) -> "TaskSpec":
         """The same task with another number of classes."""

@@ -222,7 +222,7 @@ def test_no_shots_is_an_error():
     [
         (torch.nn.Linear(1, 1), LEVELS, TypeError, "must be a Learner; got Linear"),
         (Mean(LEVELS.spec), [1], TypeError, "must be a TaskDistribution; got list"),
-        (Mean(LEVELS.spec), Signs(), ValueError, "built for regression; the tasks are classification"),
+        (Mean(LEVELS.spec), Signs(), ValueError, "built for kind regression, .*; the tasks have kind classification"),
     ],
 )
 def test_bad_learners_and_tasks_are_named(learner, tasks, error, message):

@@ -363,7 +363,7 @@ def test_no_steps() -> None:
 
 def test_a_learner_of_other_tasks_is_refused_before_anything_runs(tmp_path: Path) -> None:
     learner, tasks = ProtoNet(TaskSpec("classification", (4,), n_way=5)), GaussianClasses(n_way=3, dim=4)
-    expected = r"ProtoNet was built for TaskSpec\(.*n_way=5.*; the tasks are .*n_way=3"
+    expected = "ProtoNet was built for n_way 5; the tasks have n_way 3"
     with pytest.raises(ValueError, match=expected):
         outer_loop(learner, tasks, torch.optim.SGD(learner.parameters(), lr=0.1), steps=1)
     with pytest.raises(ValueError, match=expected):
