@@ -13,6 +13,7 @@ import torch
 from metaicl.checks import check_choice, check_count, check_device, check_seed
 from metaicl.comparison_pool import run_jobs
 from metaicl.comparison_runs import Options, Source, Trainer, Worker, entries_of, jobs_of, make_board
+from metaicl.description import describe
 from metaicl.files import lock_directory
 from metaicl.learner import Learner
 from metaicl.meta_training import meta_train
@@ -96,7 +97,7 @@ def compare(
     entries = {board.name: entries_of(board, learners, references, baseline) for board in boards}
     jobs = [job for board in boards for entry in entries[board.name] for job in jobs_of(board, entry, options)]
     with nullcontext() if directory is None else _owned(directory):
-        worker = Worker(options, trainer, directory, progress)
+        worker = Worker(options, trainer, directory, progress, None if directory is None else describe(trainer))
         results = run_jobs(worker, jobs, processes=check_count("processes", processes))
     return Report(
         _protocol(options, results, processes), {board.name: board.card(baseline) for board in boards}, results

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from metaicl.checks import check_choice, check_count
+from metaicl.description import describe
 from metaicl.episode import Episode
 from metaicl.evaluation import evaluate_shots
 from metaicl.gallery import example_cards, example_episode, sketches
 from metaicl.learner import Learner, Prepares
 from metaicl.prequential import is_prequential
-from metaicl.result_store import ResultStore, describe_learner
+from metaicl.result_store import ResultStore
 from metaicl.results import Result, Role, json_ready
 from metaicl.spec import TaskSpec
-from metaicl.task import EVAL_SEED, Split, TaskDistribution, derive_seed
-from metaicl.train_config import TrainConfig
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.train_config import TrainConfig, first_episode
 from metaicl.training import device_of, isolated_randomness
 
 Source = Learner | Callable[[TaskSpec], Learner]
@@ -160,7 +161,7 @@ def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
         learner = entry.build(board.tasks.spec, options.seeds[0])
     except ValueError as error:
         return [Job(board, entry, None, refusal=str(error))]
-    if _shape(learner.spec) != _shape(board.tasks.spec):
+    if learner.spec.shapes != board.tasks.spec.shapes:
         return [Job(board, entry, None, refusal=f"it was built for {learner.spec}")]
     drawn = not isinstance(entry.source, Learner) and bool(learner.state_dict())
     if entry.ready or not (learner.traits.trainable or drawn):
@@ -178,12 +179,16 @@ def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
 
 @dataclass(frozen=True)
 class Worker:
-    """Does the jobs one after another; with a directory each finished one is kept and done only once."""
+    """Does the jobs one after another; with a directory each finished one is kept and done only once.
+
+    `described` is what the trainer was before the first job: it may change with every call.
+    """
 
     options: Options
     trainer: Trainer
     directory: str | os.PathLike[str] | None
     progress: bool
+    described: Any = None
 
     def run(self, job: Job) -> Result:
         """Train, judge, and say what came of it."""
@@ -191,8 +196,8 @@ class Worker:
         if job.refusal:
             return Result(**known, status="not served", reason=job.refusal)
         learner = job.entry.build(job.board.tasks.spec, job.seed or 0)
-        settings = self._settings(job, learner)
         store = None if self.directory is None else ResultStore(self.directory)
+        settings = {} if store is None else self._settings(job, learner)
         stored = None if store is None else store.load(job.board.name, job.entry.name, job.seed, settings)
         if stored is not None:
             return stored
@@ -251,7 +256,8 @@ class Worker:
         in_order = {"prequential": True} if board.prequential else {}
         return {
             "train": None if job.config is None else dataclasses.asdict(job.config),
-            "learner": describe_learner(learner),
+            "learner": describe(learner),
+            **self._training(job, learner),
             "n_episodes": options.n_episodes,
             "split": options.split,
             "shots": board.shots,
@@ -261,9 +267,20 @@ class Worker:
             **in_order,
         }
 
-
-def _shape(spec: TaskSpec) -> tuple[Any, ...]:
-    return spec.kind, spec.x_kind, spec.x_shape, spec.vocabulary, spec.output_size
+    def _training(self, job: Job, learner: Learner) -> dict[str, Any]:
+        """What trains the learner and on what, which the first episode stands for; nothing where nothing does."""
+        if job.config is not None:
+            return {"trainer": self.described, "first training episode": first_episode(job.board.tasks, job.config)}
+        if job.entry.ready or not isinstance(learner, Prepares):
+            return {}
+        board = job.board
+        stream = EpisodeStream(
+            board.tasks, seed=job.seed or 0, split="train", n_shot=board.n_shot, n_query=board.n_query, chunk_size=1
+        )
+        try:
+            return {"first training episode": stream[0].fingerprint()}
+        except ValueError:  # training rows that are too few for an episode of the test can be prepared from
+            return {}
 
 
 def _agreed(name: str, task: str, values: Sequence[int]) -> int:

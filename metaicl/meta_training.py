@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from metaicl.checkpoint import load_weights, save_learner
 from metaicl.checks import check_built_for
+from metaicl.description import describe
 from metaicl.distributed import add_up, check_unwrapped, from_first, largest, n_processes, rank, share
 from metaicl.interruption import Interruption
 from metaicl.learner import Learner, Prepares
@@ -23,7 +24,7 @@ from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
 from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, check_distribution, derive_seed
-from metaicl.train_config import TrainConfig, make_optimizer
+from metaicl.train_config import TrainConfig, first_episode, make_optimizer
 from metaicl.training import Step, device_of, isolated_randomness, outer_loop, place, training_mode
 
 
@@ -266,20 +267,14 @@ class _Training:
 
 def _describe(learner: Learner, tasks: TaskDistribution, config: TrainConfig, objective: Objective) -> dict[str, Any]:
     """What must not change between the parts of a run; the first episode stands for the data."""
-    stream = EpisodeStream(
-        tasks,
-        seed=config.seed,
-        split="train",
-        n_shot=config.n_shot,
-        n_query=config.n_query,
-        chunk_size=config.meta_batch_size,
-    )
-    name = getattr(objective, "__qualname__", type(objective).__name__)
+    name = getattr(objective, "__qualname__", None)
     return {
         **asdict(config),
         "learner": type(learner).__name__,
-        "objective": name,
-        "first_episode": stream[0].fingerprint(),
+        "learner_settings": describe(learner, weights=False),  # the weights are those of the checkpoint
+        "objective": type(objective).__name__ if name is None else name,
+        "objective_settings": describe(objective) if name is None else None,
+        "first_episode": first_episode(tasks, config),
     }
 
 

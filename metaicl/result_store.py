@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from metaicl.description import differences, shortened
 from metaicl.files import atomic_write
 from metaicl.results import Result, json_ready
+
+_SHOWN = 10  # differences listed in a message
 
 
 class ResultStore:
@@ -44,10 +44,11 @@ class ResultStore:
             made, result = stored["settings"], Result.from_dict(stored["result"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; remove it to compute the result again ({error})") from error
-        wanted = json_ready(settings)
-        changed = [name for name in {**made, **wanted} if made.get(name) != wanted.get(name)]
+        changed = differences(made, json_ready(settings))
         if changed:
-            found = "; ".join(f"{name} was {made.get(name)!r}, is {wanted.get(name)!r}" for name in changed)
+            found = "; ".join(
+                f"{name} was {shortened(old)}, is {shortened(new)}" for name, old, new in changed[:_SHOWN]
+            )
             raise ValueError(f"{path} belongs to another comparison: {found}. Choose another directory")
         return result
 
@@ -61,18 +62,6 @@ class ResultStore:
     def _path(self, task: str, learner: str, seed: int | None) -> Path:
         run = self.run_directory(task, learner, seed)
         return run.with_name(f"{run.name}.json")
-
-
-def describe_learner(learner: nn.Module) -> dict[str, Any]:
-    """What a factory built: class, plain attributes, and a digest of parameters and buffers."""
-    plain = {name: value for name, value in vars(learner).items() if isinstance(value, (bool, int, float, str))}
-    digest = hashlib.sha256()
-    for name, value in sorted(learner.state_dict().items()):
-        if hasattr(value, "detach"):
-            array = value.detach().cpu().contiguous()
-            digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return {"class": type(learner).__qualname__, "attributes": plain, "state": digest.hexdigest()}
 
 
 def _folder(name: str) -> str:

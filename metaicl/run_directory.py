@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from metaicl.checkpoint import CheckpointError, CorruptCheckpointError, load_checkpoint, save_checkpoint
+from metaicl.description import differences, shortened
 from metaicl.files import atomic_write, lock_directory, remove_partial_files
 
 CHANGEABLE = ("steps", "device", "workers", "max_seconds")
 """Fields of a configuration that a resumed run may change."""
 
+_SHOWN = 10  # differences listed in a message
 _KEPT = 2  # checkpoints, and as many best weights: the newest may turn out to be damaged
 
 
@@ -91,6 +93,7 @@ def open_run_directory(path: Path, config: Mapping[str, Any], *, resume: bool) -
         FileExistsError: If there is a run and `resume` is False.
         BlockingIOError: If another process owns the directory.
         ValueError: If the run that stands there has another configuration; the message shows the difference.
+        CheckpointError: If `config.json` is damaged, or missing beside checkpoints.
         OSError: If the directory cannot be written.
     """
     if path.exists() and not path.is_dir():
@@ -105,6 +108,11 @@ def open_run_directory(path: Path, config: Mapping[str, Any], *, resume: bool) -
                     f"{path} holds a run already; choose another directory, or resume=True to continue it"
                 )
             _check_same(_read_config(file), _plain(config), path)
+        elif any(path.glob("step-*.ckpt")) or any(path.glob("best-*.ckpt")):
+            raise CheckpointError(
+                f"{path} holds checkpoints but no config.json, so nothing says which run they belong to; "
+                "restore it or choose another directory"
+            )
         atomic_write(
             file, (json.dumps(config, indent=2) + "\n").encode()
         )  # this also shows early that it can be written
@@ -122,12 +130,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
-    changed = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
-    wrong = [name for name in changed if name not in CHANGEABLE]
-    if "steps" in changed and here.get("schedule") != "constant":  # its rates so far were made for another end
-        wrong.append("steps")
+    free = [name for name in CHANGEABLE if name != "steps" or here.get("schedule") == "constant"]
+    # The rates of any other schedule were made for another end.
+    old, new = ({name: value for name, value in one.items() if name not in free} for one in (saved, here))
+    wrong = differences(old, new)
     if wrong:
-        lines = "".join(f"\n  {name}: saved {saved.get(name)!r}, here {here.get(name)!r}" for name in wrong)
+        shown = [f"\n  {name}: saved {shortened(old)}, here {shortened(new)}" for name, old, new in wrong]
+        lines = "".join(shown[:_SHOWN]) + (f"\n  ... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
         raise ValueError(
             f"the run in {path} was made with another configuration, so it cannot be resumed with this one:{lines}\n"
             f"Only {', '.join(CHANGEABLE)} may change ('steps' with schedule='constant'); choose another directory"

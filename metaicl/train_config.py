@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from metaicl.checks import check_choice, check_count, check_device, check_positive, check_seed
 from metaicl.learner import Learner
 from metaicl.meta_step import AUTOCAST, trainable_parameters
+from metaicl.task import EpisodeStream, TaskDistribution
 
 _OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
 _SCHEDULES = ("constant", "cosine", "linear")
@@ -144,3 +145,16 @@ def rate_factor(config: TrainConfig, step: int) -> float:
         return 1.0
     done = min((step - config.warmup_steps) / (config.steps - config.warmup_steps), 1.0)
     return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def first_episode(tasks: TaskDistribution, config: TrainConfig) -> str:
+    """The fingerprint of the first meta-batch, which stands for the training data."""
+    stream = EpisodeStream(
+        tasks,
+        seed=config.seed,
+        split="train",
+        n_shot=config.n_shot,
+        n_query=config.n_query,
+        chunk_size=config.meta_batch_size,
+    )
+    return stream[0].fingerprint()

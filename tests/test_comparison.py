@@ -1,6 +1,10 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,9 +14,12 @@ from metaicl.comparison import compare
 from metaicl.episode import Episode, Examples
 from metaicl.files import lock_directory
 from metaicl.functional import gaussian, masked_mean
+from metaicl.inner_loop.optimizers import SGD
 from metaicl.learner import Learner, Traits
 from metaicl.learners import ProtoNet
+from metaicl.learners.gradient.maml import MAML
 from metaicl.meta_training import meta_train
+from metaicl.objectives import squared_error
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 from metaicl.tasks import GaussianClasses
@@ -209,14 +216,13 @@ def test_several_distributions_budgets_and_shots():
 
 
 def test_a_killed_comparison_continues(tmp_path):
-    class Killed(Trainer):
-        def __call__(self, *args, **options):
-            if len(self.calls) == 3:
-                raise KeyboardInterrupt
-            return super().__call__(*args, **options)
+    def call_or_die(self, *args, **options):
+        if len(self.calls) == 3:
+            raise KeyboardInterrupt
+        return call(self, *args, **options)
 
-    learners, killed, trainer = {"a": Scaled, "b/..": Scaled}, Killed(), Trainer()
-    with pytest.raises(KeyboardInterrupt):
+    learners, killed, trainer, call = {"a": Scaled, "b/..": Scaled}, Trainer(), Trainer(), Trainer.__call__
+    with patch.object(Trainer, "__call__", call_or_die), pytest.raises(KeyboardInterrupt):
         compare(learners, Levels(), trainer=killed, directory=tmp_path / "run", **SIZES)
     again = compare(learners, Levels(), trainer=trainer, directory=tmp_path / "run", **SIZES)
     whole = compare(learners, Levels(), trainer=Trainer(), **SIZES)
@@ -243,9 +249,9 @@ def test_the_real_trainer_resumes_in_the_directory(tmp_path):
     [
         ({"n_episodes": 21}, "n_episodes was 20, is 21"),
         ({"shots": (1,)}, r"shots was \[3\], is \[1, 3\]"),
-        ({"train": TrainConfig(steps=3, n_shot=3, n_query=4)}, "'steps': 2.*'steps': 3"),
+        ({"train": TrainConfig(steps=3, n_shot=3, n_query=4)}, "train.steps was 2, is 3"),
         ({"tasks": Levels(0.2)}, "example tasks was"),
-        ({"learners": {"a": Random}}, "'class': 'Scaled'.*'class': 'Random'"),
+        ({"learners": {"a": Random}}, r"learner.class was '\S*Scaled', is '\S*Random'"),
     ],
 )
 def test_results_of_another_comparison_are_not_taken_over(tmp_path, change, message):
@@ -253,6 +259,94 @@ def test_results_of_another_comparison_are_not_taken_over(tmp_path, change, mess
     compare(**first)
     with pytest.raises(ValueError, match=message):
         compare(**{**first, **change})
+
+
+def maml(activation=torch.nn.Tanh, spec=Levels.spec, **settings):
+    net = torch.nn.Sequential(torch.nn.Linear(1, 4), activation(), torch.nn.Linear(4, 1))
+    return MAML(spec, net=net, **settings)
+
+
+def learner_of(*args, **settings):
+    return {"learners": {"a": lambda spec: maml(*args, spec=spec, **settings)}}
+
+
+class Scales(Scaled):
+    def __init__(self, spec, scales=(1.0, 2.0)):
+        super().__init__(spec)
+        self.scales = scales
+
+
+class OtherTraining(Levels):
+    """Other tasks in training, the same ones in the test."""
+
+    def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+        episode = super().sample(n_tasks, split=split, n_shot=n_shot, n_query=n_query, generator=generator)
+        episode.query.y.mul_(2 if split == "train" else 1)
+        return episode
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "message"),
+    [
+        (learner_of(inner_lr=0.001), learner_of(inner_lr=0.1), r"lr\.value was 0\.001, is 0\.1"),
+        (learner_of(inner_steps=1), learner_of(inner_steps=2), "inner_steps was 1, is 2"),
+        (learner_of(first_order=True), learner_of(), "first_order was True, is False"),
+        (learner_of(adapt="2.*"), learner_of(), "attributes.adapted was"),
+        (learner_of(optimizer=SGD(0.1)), learner_of(optimizer=SGD(0.2)), r"lr\.value was 0\.1, is 0\.2"),
+        (learner_of(optimizer=SGD(0.1)), learner_of(optimizer=SGD(0.1, momentum=0.9)), r"momentum\.value was 0\.0"),
+        (learner_of(), learner_of(torch.nn.ReLU), r"modules\.net\.modules\.1\.class was '\S*Tanh'"),
+        ({"learners": {"a": Scales}}, {"learners": {"a": partial(Scales, scales=(-3.0, 2.0))}}, "scales was"),
+        (
+            {},
+            {"trainer": partial(meta_train, objective=squared_error)},
+            "trainer was 'metaicl.meta_training.meta_train",
+        ),
+        ({}, {"tasks": {"Levels": OtherTraining()}}, "first training episode was"),
+    ],
+)
+def test_every_setting_counts(tmp_path, first, change, message):
+    train = TrainConfig(steps=1, meta_batch_size=2, n_shot=2, n_query=2, validate_every=None)
+    given = {"learners": {"a": Scaled}, "tasks": Levels(), "references": False, "directory": tmp_path, "train": train}
+    given |= {"n_episodes": 4, "seeds": 1, "progress": False, **first}
+    report = compare(**given)
+    assert compare(**given).values("Levels", "a").tolist() == report.values("Levels", "a").tolist()
+    with pytest.raises(ValueError, match=message):
+        compare(**{**given, **change})
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_new_process_takes_over_what_stands_there(tmp_path, processes):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    printed = []
+    for seed, number in (("1", 1), ("77", processes)):
+        paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        command = [sys.executable, "program.py", str(number)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+
+
+PROGRAM = """
+import sys
+from functools import partial
+import torch
+from metaicl import MAML, Sinusoid, TrainConfig, compare
+
+class Own(MAML):
+    def __init__(self, spec):
+        super().__init__(spec, adapt={"head.*", "encoder.*"})
+        self.words = {"some", "words", "in", "a", "set"}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train = TrainConfig(steps=2, meta_batch_size=2, n_shot=2, n_query=2, validate_every=None)
+    report = compare({"a": Own, "b": Own}, Sinusoid(), train=train, n_episodes=4, seeds=1, references=False,
+                     directory="run", processes=int(sys.argv[1]), progress=False)
+    rows = [report.of("Sinusoid", name)[0] for name in "ab"]
+    print([(row.train_seconds, row.history) for row in rows])  # of the run that was, not of another
+"""
 
 
 def test_a_directory_in_use_is_refused(tmp_path):

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -33,6 +35,7 @@ from training_helpers import (
 from metaicl.checkpoint import CheckpointError, load_learner_weights
 from metaicl.episode import Episode
 from metaicl.learner import Learner, Traits
+from metaicl.learners.gradient.maml import MAML
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss, squared_error
 from metaicl.task import EVAL_SEED, EpisodeStream
@@ -164,6 +167,37 @@ def test_what_changed_is_shown(tmp_path: Path) -> None:
         train(wider, directory=tmp_path)
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(make_ridge(), directory=tmp_path, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "change", "message"),
+    [
+        ({"inner_lr": 0.001}, {"inner_lr": 0.5}, r"learner_settings\.\S*lr\.value: saved 0\.001, here 0\.5"),
+        ({"inner_steps": 1}, {"inner_steps": 5}, r"inner_steps: saved 1, here 5"),
+        ({"adapt": "head.*"}, {}, r"attributes\.adapted: saved \['head"),
+        ({"first_order": True}, {}, r"first_order: saved True, here False"),
+    ],
+)
+def test_other_settings_of_the_learner_are_no_resume(
+    tmp_path: Path, first: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    config = small_config(steps=2, schedule="constant", warmup_steps=0)
+    train(MAML(Lines.spec, **first), config, directory=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(MAML(Lines.spec, **change), replace(config, steps=4), directory=tmp_path)
+    learner = MAML(Lines.spec, **first)  # other weights are no other settings: those of the checkpoint are taken
+    assert train(learner, replace(config, steps=4), directory=tmp_path).steps_done == 4
+    assert train(learner, replace(config, steps=6), directory=tmp_path).steps_done == 6
+
+
+def test_other_arguments_of_an_objective_are_no_resume(tmp_path: Path) -> None:
+    def powered(learner: Learner, episode: Episode, *, power: float) -> Tensor:
+        return query_loss(learner, episode) ** power
+
+    train(make_ridge(), directory=tmp_path, objective=partial(powered, power=1.0))
+    train(make_ridge(), directory=tmp_path, objective=partial(powered, power=1.0))
+    with pytest.raises(ValueError, match=r"objective_settings\.power: saved 1\.0, here 2\.0"):
+        train(make_ridge(), directory=tmp_path, objective=partial(powered, power=2.0))
 
 
 def test_another_number_of_threads_is_said(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metaicl.checkpoint import CorruptCheckpointError
+from metaicl.checkpoint import CheckpointError, CorruptCheckpointError
 from metaicl.run_directory import RunDirectory, open_run_directory
 
 CONFIG = {"steps": 10, "outer_lr": 0.1, "schedule": "constant", "n_shot": (1, 5), "workers": 0}
@@ -110,6 +110,23 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CorruptCheckpointError, match=r"config.json (is damaged|must hold)"):
         open_and_leave(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_checkpoints_without_a_configuration_are_refused(tmp_path: Path, resume: bool) -> None:
+    filled(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints but no config\.json"):
+        open_and_leave(tmp_path, CONFIG, resume=resume)
+    assert "config.json" not in names(tmp_path)
+
+
+def test_the_innermost_difference_is_shown(tmp_path: Path) -> None:
+    open_and_leave(tmp_path, {**CONFIG, "learner_settings": {"inner": {"lr": 0.1}, "name": "x"}})
+    with pytest.raises(ValueError, match=r"with this one:\n  learner_settings\.inner\.lr: saved 0\.1, here 0\.2\nOnly"):
+        open_and_leave(tmp_path, {**CONFIG, "learner_settings": {"inner": {"lr": 0.2}, "name": "x"}})
+    other = {**CONFIG, "learner_settings": {str(number): number for number in range(30)}}
+    with pytest.raises(ValueError, match=r"\n  \.\.\. and 22 more\nOnly"):
+        open_and_leave(tmp_path, other)
 
 
 def test_partial_files_of_a_killed_writer_go(tmp_path: Path) -> None:
