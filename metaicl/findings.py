@@ -150,7 +150,8 @@ class Findings:
 
         Args:
             task: Name of the task distribution.
-            baseline: The second of every pair; None compares all pairs.
+            baseline: The second of every pair; None compares all pairs. One that was not declared in `compare` may have
+                been chosen for what these results show: the family is then all pairs too.
             metric: By default the primary one.
 
         Returns:
@@ -162,9 +163,14 @@ class Findings:
             pairs = [(name, baseline) for name in names if name != baseline]
         else:
             pairs = [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
+        asked = set(pairs)
+        if baseline is not None and baseline != self._card(task).get("baseline"):
+            others = [name for name in names if name != baseline]
+            pairs += [(first, second) for i, first in enumerate(others) for second in others[i + 1 :]]
         found = {pair: self._paired(task, *pair, metric) for pair in pairs}
         matrices = {pair: matrix for pair, matrix in found.items() if matrix is not None}
-        return dict(zip(matrices, corrected(intervals(list(matrices.values()))), strict=True))
+        family = dict(zip(matrices, corrected(intervals(list(matrices.values()))), strict=True))
+        return {pair: one for pair, one in family.items() if pair in asked}
 
     def regret(self, task: str, learner: str, metric: str | None = None) -> Interval | None:
         """How much worse than the first reference on the same episodes; positive is worse, None without a reference."""
