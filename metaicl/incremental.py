@@ -169,8 +169,15 @@ class _Stream:
         owner = self._owners(stop - start)
         for client in range(len(self.states)):
             mine = (owner == client).nonzero()[:, 0].to(x.device)
-            if len(mine):
+            if not len(mine):
+                continue
+            try:
                 self.states[client] = self.learner.update(self.states[client], Examples(x[:, mine], y[:, mine]))
+            except ValueError as error:  # labels out of its range, most likely
+                name = type(self.learner).__name__
+                raise ValueError(
+                    f"{name} does not take the classes up to {stop}: {error}. Is it built for as many, by spec.with_n_way?"
+                ) from error
 
     def _owners(self, n_classes: int) -> Tensor:
         """The client of every row of a round, long (rows,)."""

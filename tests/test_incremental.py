@@ -147,9 +147,19 @@ class OnlyUpdates(MAML):
         return state
 
 
+class ThreeAnswers(ProtoNet):
+    """Takes any class, and forgets those beyond the third in its answers."""
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return categorical(super().predict(state, x).logits[..., :3])
+
+
 def test_a_learner_that_cannot_answer_over_the_classes_seen_is_refused():
     train, test = class_rows()
     three_way = RidgeHead(SPEC.with_n_way(3), encoder=nn.Identity())
     assert incremental_accuracy(three_way, train, test, checkpoints=[2, 3], orders=[0]).checkpoints == (2, 3)
-    with pytest.raises(ValueError, match=r"4 classes were seen, and RidgeHead answers over 3; .* spec\.with_n_way"):
+    with pytest.raises(ValueError, match=r"RidgeHead does not take the classes up to .*n_way=3\).* spec\.with_n_way"):
         incremental_accuracy(three_way, train, test, checkpoints=[4], orders=[0])
+    narrow = ThreeAnswers(SPEC, encoder=nn.Identity())
+    with pytest.raises(ValueError, match=r"4 classes were seen, and ThreeAnswers answers over 3; .* spec\.with_n_way"):
+        incremental_accuracy(narrow, train, test, checkpoints=[4], orders=[0])
