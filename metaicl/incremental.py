@@ -176,7 +176,7 @@ class _Stream:
             except ValueError as error:  # labels out of its range, most likely
                 name = type(self.learner).__name__
                 raise ValueError(
-                    f"{name} does not take the classes up to {stop}: {error}. Is it built for as many, by spec.with_n_way?"
+                    f"{name} does not take the classes up to {stop}: {error}. Build it for as many, by spec.with_n_way"
                 ) from error
 
     def _owners(self, n_classes: int) -> Tensor:
