@@ -217,16 +217,15 @@ class _Training:
     def _updates(self) -> Generator[Step, None, None]:
         if self.step >= self.config.steps or self._out_of_time():
             return _nothing()
-        names = ("steps", "meta_batch_size", "micro_batch_size", "n_shot", "n_query", "seed", "clip_norm")
-        choices = {name: getattr(self.config, name) for name in (*names, "compile", "autocast", "workers")}
         return outer_loop(
             self.learner,
             self.tasks,
             self.optimizer,
+            steps=self.config.steps,
             objective=self.objective,
             start=self.step,
             scheduler=self.scheduler,
-            **choices,
+            **self.config.loop_options(),
         )
 
     def _after(self, step: Step) -> None:

@@ -111,6 +111,11 @@ class TrainConfig:
         if self.max_seconds is not None:
             check_positive("max_seconds", self.max_seconds)
 
+    def loop_options(self) -> dict[str, Any]:
+        """The arguments of `outer_loop` that are fields of this configuration, apart from `steps` and `device`."""
+        names = ("meta_batch_size", "micro_batch_size", "n_shot", "n_query", "seed", "clip_norm")
+        return {name: getattr(self, name) for name in (*names, "compile", "autocast", "workers")}
+
     def _check_optimization(self) -> None:
         check_seed(self.seed)
         check_positive("outer_lr", self.outer_lr)

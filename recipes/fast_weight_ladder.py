@@ -12,6 +12,7 @@ Part 2 trains the projections of `BareMemory` on d = 8, N = 16 by the squared er
 that of the answers times d, as a unit query sees E (x . (W - w))^2 = |W - w|^2 / d.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,9 @@ CELLS = ((8, 8), (8, 16), (8, 32), (16, 32))
 """The pairs (d, N) of part 1."""
 
 DIM, ROWS, WINDOW = 8, 16, 8
+OMEGA_STEP = 2 / (1 + math.sqrt(WINDOW / DIM)) ** 2
+"""Steps below this do not diverge on random keys: the largest eigenvalue of a window's covariance by Marchenko and
+Pastur. What the layer itself takes at most is safe for keys that are all alike, 1 / c."""
 _PART = 1000  # tasks of part 1 in memory at a time
 
 
@@ -127,7 +131,7 @@ def main(config: Config) -> RecipeResult:
     kinds: dict[str, Callable[[int], FastWeightMixer]] = {
         "Hebb": partial(LinearAttention, **size),
         "delta": partial(DeltaRule, **size),
-        "Omega": partial(Omega, window=WINDOW, **size),
+        "Omega": partial(Omega, window=WINDOW, max_step=OMEGA_STEP, **size),
         "mesa": partial(Mesa, **size),
     }
     found = {}

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from metaicl.analysis.alignment import Alignment, align
+from metaicl.analysis.alignment_plot import draw_alignments
+from metaicl.analysis.transitions import follow
 from metaicl.analysis.weight_structure import block_structure
 from metaicl.learner import Learner
 from metaicl.learners import LinearTransformer
@@ -31,7 +33,7 @@ from metaicl.plots import COLORS, GRAY, figure_with_panels
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, ratio_criterion, run
 from metaicl.statistics import Interval
 from metaicl.tasks import LinearRegression
-from metaicl.train_config import TrainConfig
+from metaicl.train_config import TrainConfig, make_optimizer
 
 DIM, BOUND, SCALES = 10, 0.5, (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 PAPER = {"best step": 0.20623, "GD++": 0.1098, "best two steps": 0.1404}  # computed from the paper's set-up
@@ -72,7 +74,10 @@ def main(config: Config) -> RecipeResult:
         "two loops": two.losses[0], "GD++": two.losses[1], "best two steps": against_steps.losses[1],
     }  # fmt: skip
     print("\n".join(f"{name}: {one.mean:.5f} {one.ends}  paper {PAPER.get(name)}" for name, one in losses.items()))
-    plot(config.out / "alignment.png", losses, shifted)
+    plot(config.out / "losses.png", losses)
+    names = ("one layer", "best step")
+    draw_alignments(watch(tasks, config, step), config.out / "alignment.png", names=names)
+    draw_alignments(shifted, config.out / "scales.png", names=names, xlabel="factor on the inputs")
     halfway = judge([half_constructed(learner, step) for learner in trained], step)
     worst = max(abs(found.loss_difference.mean / found.losses[1].mean) for found in shifted.values())
     criteria = [
@@ -102,14 +107,31 @@ def judge_one_layer(one: Alignment) -> list[Criterion]:
 
 def train(tasks: LinearRegression, config: Config, seed: int, steps: int, *, loops: int) -> LinearTransformer:
     """A linear Transformer after `steps` updates on the squared error."""
+    learner, choices = prepare(tasks, config, seed, steps, loops=loops)
+    meta_train(learner, tasks, choices, objective=squared_error)
+    return learner
+
+
+def watch(tasks: LinearRegression, config: Config, step: Learner) -> dict[int, Alignment]:
+    """The first training of one layer once more, and its alignment with the step along the way."""
+    learner, choices = prepare(tasks, config, config.seed, config.steps, loops=1)
+    optimizer, scheduler = make_optimizer(learner, choices)
+    at = np.linspace(0, config.steps, 26).round().astype(int).tolist()
+    look = partial(align, other=step, tasks=tasks, n_shot=DIM, n_query=4, n_episodes=min(config.n_episodes, 1000))
+    options = {"scheduler": scheduler, "objective": squared_error, **choices.loop_options()}
+    return follow(learner, tasks, optimizer, metric=look, at=at, **options)
+
+
+def prepare(
+    tasks: LinearRegression, config: Config, seed: int, steps: int, *, loops: int
+) -> tuple[LinearTransformer, TrainConfig]:
+    """An untrained linear Transformer, and how to train it."""
     torch.manual_seed(seed)
-    learner = LinearTransformer(tasks.spec, loops=loops)
     choices = TrainConfig(
         steps=steps, meta_batch_size=config.batch, n_shot=DIM, n_query=4, outer_lr=config.lr, betas=(0.9, 0.98),
         schedule="cosine", clip_norm=10.0, seed=seed, validate_every=None,
     )  # fmt: skip
-    meta_train(learner, tasks, choices, objective=squared_error)
-    return learner
+    return LinearTransformer(tasks.spec, loops=loops), choices
 
 
 def gd_plus_plus(tasks: LinearRegression, values: torch.Tensor) -> Learner:
@@ -162,22 +184,15 @@ def construction_error() -> float:
     return max(errors)
 
 
-def plot(path: Path, found: dict[str, Interval], shifted: dict[float, Alignment]) -> None:
-    """Losses beside their references, and losses on inputs of other scales."""
-    with figure_with_panels(2, width=8, height=3.2) as (figure, losses, scales):
+def plot(path: Path, found: dict[str, Interval]) -> None:
+    """Losses beside their references."""
+    with figure_with_panels(width=5, height=2.6) as (figure, axes):
         for place, (name, one) in enumerate(found.items()):
             low, high = one.ends or (one.mean, one.mean)
             color = GRAY if name.startswith("best") or name == "GD++" else COLORS[0]
-            losses.errorbar(
-                one.mean, -place, xerr=[[one.mean - low], [high - one.mean]], fmt="o", color=color, capsize=3
-            )
-        losses.set(title="after training", xlabel="half the squared error", yticks=-np.arange(len(found)))
-        losses.set_yticklabels(list(found))
-        for side, (name, style) in enumerate({"one layer": "-", "best step": "--"}.items()):
-            values = [one.losses[side].mean for one in shifted.values()]
-            scales.plot(list(shifted), values, style, color=(COLORS[0], GRAY)[side], label=name)
-        scales.set(title="inputs of another scale", xlabel="factor on the inputs", yscale="log")
-        scales.legend()
+            axes.errorbar(one.mean, -place, xerr=[[one.mean - low], [high - one.mean]], fmt="o", color=color, capsize=3)
+        axes.set(xlabel="half the squared error after training", yticks=-np.arange(len(found)))
+        axes.set_yticklabels(list(found))
         figure.savefig(path, dpi=150, facecolor="white")
 
 

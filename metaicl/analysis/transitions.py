@@ -17,6 +17,7 @@ from metaicl.task import TaskDistribution
 from metaicl.training import outer_loop, training_mode
 
 AnyLearner = TypeVar("AnyLearner", bound=Learner)
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ def follow(
     tasks: TaskDistribution,
     optimizer: Optimizer,
     *,
-    metric: Callable[[AnyLearner], float],
+    metric: Callable[[AnyLearner], Measured],
     at: Sequence[int],
     keep: str | os.PathLike[str] | None = None,
     **options: Any,
-) -> dict[int, float]:
+) -> dict[int, Measured]:
     """Train, and measure the learner after exactly the numbers of updates in `at`.
 
     Between updates the learner is put in eval mode for the metric and back afterwards; measuring changes no update.
@@ -56,7 +57,8 @@ def follow(
         learner: What to train.
         tasks: On what.
         optimizer: Over its parameters.
-        metric: Of the learner as it is; an evaluation on fixed episodes, or a distance of its fingerprint.
+        metric: Of the learner as it is: an evaluation on fixed episodes, a distance of its fingerprint, or anything
+            else, such as an `Alignment`.
         at: Numbers of updates, 0 for before the first; the largest ends the training.
         keep: A folder for the weights that were measured, `step_<updates>.pt` each, to be read by
             `metaicl.checkpoint.load_learner_weights`; None keeps none.
@@ -71,14 +73,14 @@ def follow(
     marks = sorted({check_count("at", step, minimum=0) for step in at})
     if not marks:
         raise ValueError("at must name at least one number of updates")
-    found: dict[int, float] = {}
+    found: dict[int, Measured] = {}
     folder = None if keep is None else Path(keep)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
 
     def measure(step: int) -> None:
         with training_mode(learner, False):
-            found[step] = float(metric(learner))
+            found[step] = metric(learner)
         if folder is not None:
             save_learner(learner, folder / f"step_{step}.pt")
 

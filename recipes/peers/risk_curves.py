@@ -57,10 +57,10 @@ def train(
     before(start)
     with tqdm(total=config.steps, desc=label, unit="update", mininterval=5) as bar:
         for stop, tasks, points in plan:
+            options = {**config.loop_options(), "n_shot": 1, "n_query": points - 1, "device": config.device}
             loop = outer_loop(
-                learner, tasks, optimizer, steps=stop, start=start, scheduler=scheduler, seed=config.seed,
-                objective=prefix_squared_error, meta_batch_size=config.meta_batch_size, n_shot=1, n_query=points - 1,
-                clip_norm=config.clip_norm, compile=config.compile, device=config.device,
+                learner, tasks, optimizer, steps=stop, start=start, scheduler=scheduler,
+                objective=prefix_squared_error, **options,
             )  # fmt: skip
             for step in loop:
                 before(step.index + 1)

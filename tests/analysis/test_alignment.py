@@ -1,10 +1,13 @@
 """Alignment, block structure and interpolation against values known by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from metaicl.analysis.alignment import align, normalized_product
+from metaicl.analysis.alignment_plot import draw_alignments
 from metaicl.analysis.answers import draw_episodes
 from metaicl.analysis.weight_structure import block_structure, interpolate, loss_between
 from metaicl.learners.reference.linear import Averaging, GradientDescent, LeastSquares
@@ -47,6 +50,22 @@ def test_several_seeds_and_intervals() -> None:
         assert one.low < one.mean < one.high
         assert one.n_seeds == 3
     assert found.loss_difference.low > 0
+
+
+def test_panels_show_each_place_once_and_in_order(tmp_path: Path) -> None:
+    step = GradientDescent(TASKS.spec, lr=0.4)
+    found = {
+        rate: align(GradientDescent(TASKS.spec, lr=rate), step, TASKS, n_shot=6, n_episodes=20) for rate in (0.4, 0.2)
+    }
+    figure = draw_alignments(found, tmp_path / "panels.png", xlabel="rate")
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    assert list(lines["trained"].get_xdata()) == [0.2, 0.4]
+    assert lines["of answers"].get_ydata()[1] == 0
+    # slopes differ by |.2 - .4| / .4 of the reference's
+    assert lines["of slopes / size"].get_ydata()[0] == pytest.approx(0.5, abs=1e-6)
+    assert (tmp_path / "panels.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="two places"):
+        draw_alignments({0: found[0.4]})
 
 
 def test_alignment_refuses_what_it_is_not_for() -> None:
