@@ -13,7 +13,7 @@ from metaicl.statistics import Interval
 
 
 def draw_alignments(
-    found: Mapping[float, Alignment],
+    found: Mapping[int, Alignment] | Mapping[float, Alignment],
     path: str | os.PathLike[str] | None = None,
     *,
     xlabel: str = "updates",
@@ -36,7 +36,7 @@ def draw_alignments(
     """
     if len(found) < 2:
         raise ValueError(f"draw_alignments needs alignments at two places or more; got {len(found)}")
-    found = {place: found[place] for place in sorted(found)}
+    found = dict(sorted(found.items()))
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
         figure = Figure(figsize=(10.5, 3.0), layout="constrained")
         losses, cosine, differences = figure.subplots(1, 3)
@@ -74,7 +74,8 @@ def _curve(
     sizes: Sequence[float] | None = None,
     *,
     color: str,
-    **style: str,
+    label: str = "",
+    linestyle: str = "-",
 ) -> None:
     """A mean over its size and its band, where there is one."""
     divided = [
@@ -82,5 +83,5 @@ def _curve(
         for one, size in zip(values, sizes or [1.0] * len(values), strict=True)
     ]
     mean, low, high = zip(*divided, strict=True)
-    axes.plot(list(places), mean, color=color, **style)
+    axes.plot(list(places), mean, linestyle, color=color, label=label)
     axes.fill_between(list(places), low, high, color=color, alpha=0.15, linewidth=0)

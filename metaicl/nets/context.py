@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SHARPNESS = 3.0  # of the initial attention; 1 leaves image learners at chance for their first hundreds of updates
+from metaicl.spec import Kind
+
+SHARPNESS = {"classification": 3.0, "regression": 1.0}
+"""Of the initial attention, by the kind of the tasks. 1 leaves learners of image classes at chance for their first
+hundreds of updates; 3 makes learners of linear functions slow, which gain from rows that are not alike."""
 
 
 class Cache(NamedTuple):
@@ -29,9 +33,10 @@ class ContextBlock(nn.Module):
     Args:
         dim: D.
         heads: Attention heads; must divide D.
+        sharpness: Factor on the queries and keys of the start, which are the same map: 0 attends to all rows alike.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, sharpness: float = SHARPNESS["classification"]) -> None:
         """Build projections and MLP."""
         super().__init__()
         if dim % heads:
@@ -40,8 +45,8 @@ class ContextBlock(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.to_query = nn.Linear(dim, dim)
         self.to_key_value = nn.Linear(dim, 2 * dim)
-        with torch.no_grad():  # start from sharp attention by similarity, so that alike rows find each other at once
-            self.to_query.weight *= _SHARPNESS
+        with torch.no_grad():  # start from attention by similarity, so that alike rows find each other at once
+            self.to_query.weight *= sharpness
             self.to_key_value.weight[:dim] = self.to_query.weight
             self.to_key_value.bias[:dim] = self.to_query.bias
         self.project = nn.Linear(dim, dim)
@@ -74,14 +79,15 @@ class ContextTransformer(nn.Module):
         depth: Layers.
         heads: Attention heads.
         causal: Rows of the context see only themselves and earlier rows.
+        kind: "classification" or "regression", what the attention starts from: see `SHARPNESS`.
     """
 
-    def __init__(self, *, dim: int, depth: int, heads: int, causal: bool) -> None:
+    def __init__(self, *, dim: int, depth: int, heads: int, causal: bool, kind: Kind = "classification") -> None:
         """Build the layers."""
         super().__init__()
         self.causal = causal
         self.start = nn.Parameter(torch.randn(dim) / dim**0.5)
-        self.blocks = nn.ModuleList(ContextBlock(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(ContextBlock(dim, heads, sharpness=SHARPNESS[kind]) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def read(self, context: Tensor, real: Tensor) -> Cache:

@@ -38,7 +38,7 @@ class InContextTransformer(Learner[Cache]):
         super().__init__(spec)
         self.embed = RowEmbedding(spec, dim=dim, encoder=encoder)
         self.declare_nets(self.embed)
-        self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=False)
+        self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=False, kind=spec.kind)
         self.head = AnswerHead(spec, dim=dim)
 
     def adapt(self, support: Examples) -> Cache:
@@ -76,7 +76,7 @@ class CausalInContextTransformer(Learner[Cache]):
         super().__init__(spec)
         self.embed = RowEmbedding(spec, dim=dim, encoder=encoder)
         self.declare_nets(self.embed)
-        self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=True)
+        self.transformer = ContextTransformer(dim=dim, depth=depth, heads=heads, causal=True, kind=spec.kind)
         self.head = AnswerHead(spec, dim=dim)
 
     def adapt(self, support: Examples) -> Cache:
