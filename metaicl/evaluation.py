@@ -14,7 +14,7 @@ from metaicl.checks import check_built_for, check_count, check_device
 from metaicl.episode import Episode, Examples
 from metaicl.evaluation_tally import Tally
 from metaicl.learner import Learner
-from metaicl.metrics import Calibration
+from metaicl.metrics import Calibration, metric_bounds
 from metaicl.number_text import interval_text
 from metaicl.prefixes import first_shots
 from metaicl.prequential import is_prequential
@@ -81,7 +81,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Each metric with its 95 % interval over the episodes: what another draw of tasks would give this learner."""
-        metrics = ", ".join(f"{name} {interval_text(interval(values[None]))}" for name, values in self.metrics.items())
+        found = {
+            name: interval(values[None], bounds=metric_bounds(name, self.kind)) for name, values in self.metrics.items()
+        }
+        metrics = ", ".join(f"{name} {interval_text(one)}" for name, one in found.items())
         rows = f"{self.n_shot} support and {self.n_query} query rows" + " per class" * (self.kind == "classification")
         rows += ", prequential" * self.prequential
         return f"{self.learner}: {metrics} ({self.n_episodes} {self.split} episodes, {rows})"

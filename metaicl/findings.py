@@ -8,9 +8,9 @@ import numpy as np
 
 from metaicl.checks import check_choice
 from metaicl.evaluation import Evaluation
-from metaicl.metrics import Calibration, pooled, primary_metric
+from metaicl.metrics import Calibration, metric_bounds, pooled, primary_metric
 from metaicl.results import Result, Role, Status
-from metaicl.statistics import Array, Interval, corrected, interval, intervals, paired
+from metaicl.statistics import Array, Bounds, Interval, corrected, interval, intervals, paired
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class Findings:
         """The metric that tables and tests lead with."""
         return primary_metric(self._card(task)["spec"]["kind"])
 
+    def bounds(self, task: str, metric: str | None = None) -> Bounds:
+        """The lowest and the highest value of a metric on an episode, where its intervals end."""
+        return metric_bounds(metric or self.metric(task), self._card(task)["spec"]["kind"])
+
     def shots(self, task: str) -> list[int]:
         """The numbers of shots of the per-shot curves; one number where there is no curve."""
         return sorted({shots for result in self._finished(task) for shots in result.evaluations})
@@ -125,7 +129,7 @@ class Findings:
 
     def interval(self, task: str, learner: str, metric: str | None = None, *, shots: int | None = None) -> Interval:
         """The mean and its 95 % interval; see `metaicl.statistics.intervals`."""
-        return interval(self.values(task, learner, metric, shots=shots))
+        return interval(self.values(task, learner, metric, shots=shots), bounds=self.bounds(task, metric))
 
     def best(self, task: str) -> str | None:
         """The learner with the best mean (a reference where nothing else finished); None where nothing did."""
@@ -167,9 +171,10 @@ class Findings:
         if baseline is not None and baseline != self._card(task).get("baseline"):
             others = [name for name in names if name != baseline]
             pairs += [(first, second) for i, first in enumerate(others) for second in others[i + 1 :]]
-        found = {pair: self._paired(task, *pair, metric) for pair in pairs}
-        matrices = {pair: matrix for pair, matrix in found.items() if matrix is not None}
-        family = dict(zip(matrices, corrected(intervals(list(matrices.values()))), strict=True))
+        gaps = {pair: self._paired(task, *pair, metric) for pair in pairs}
+        matrices = {pair: matrix for pair, matrix in gaps.items() if matrix is not None}
+        found = intervals(list(matrices.values()), bounds=self._gap_bounds(task, metric))
+        family = dict(zip(matrices, corrected(found), strict=True))
         return {pair: one for pair, one in family.items() if pair in asked}
 
     def regret(self, task: str, learner: str, metric: str | None = None) -> Interval | None:
@@ -178,7 +183,8 @@ class Findings:
         if reference is None or reference == learner:
             return None
         gap = self._paired(task, learner, reference, metric)
-        return None if gap is None else interval(-gap if metric == "accuracy" else gap)
+        bounds = self._gap_bounds(task, metric)
+        return None if gap is None else interval(-gap if metric == "accuracy" else gap, bounds=bounds)
 
     def rows(self, task: str) -> list[Row]:
         """The table of one task distribution."""
@@ -226,6 +232,10 @@ class Findings:
                 return None
             values = [one[[own.index(seed) for seed in common]] for one, own in zip(values, seeds, strict=True)]
         return paired(*values)
+
+    def _gap_bounds(self, task: str, metric: str | None) -> Bounds:
+        low, high = self.bounds(task, metric)
+        return low - high, high - low
 
     def _row(self, task: str, learner: str, difference: Interval | None) -> Row:
         results = [result for result in self.results if result.task == task and result.learner == learner]

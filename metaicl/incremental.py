@@ -37,11 +37,11 @@ class IncrementalCurve:
 
     def interval(self, n_classes: int) -> Interval:
         """Mean and 95 % interval over stream orders, after `n_classes` classes."""
-        return interval(self._column(n_classes))
+        return interval(self._column(n_classes), bounds=(0, 1))
 
     def difference(self, other: "IncrementalCurve", n_classes: int) -> Interval:
         """The interval of this accuracy minus the other's, in the same stream orders."""
-        return interval(paired(self._column(n_classes), other._column(n_classes)))
+        return interval(paired(self._column(n_classes), other._column(n_classes)), bounds=(-1, 1))
 
     def _column(self, n_classes: int) -> Array:
         if n_classes not in self.checkpoints:

@@ -1,5 +1,6 @@
 """How good a predicted distribution is: one number per task for each metric, and calibration pooled over all rows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,15 @@ COVERAGE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 HIGHER_IS_BETTER: Mapping[str, bool] = {"accuracy": True, "nll": False, "brier": False, "mse": False}
 """The metrics, and which way is up. `nll` is in nats per row, `mse` in squared units of the targets."""
+
+_BOUNDS = {"accuracy": (0.0, 1.0), "brier": (0.0, 2.0), "mse": (0.0, math.inf)}
+
+
+def metric_bounds(metric: str, kind: str) -> tuple[float, float]:
+    """The lowest and the highest value of a metric on an episode, infinite where there is none."""
+    if metric == "nll":
+        return (0.0 if kind == "classification" else -math.inf, math.inf)  # a density may be above one
+    return _BOUNDS.get(metric, (-math.inf, math.inf))
 
 
 def primary_metric(kind: str) -> str:

@@ -74,7 +74,7 @@ def plot_shots(findings: Findings, task: str, *, legend: bool = True) -> Figure 
     metric = findings.metric(task)
     with figure_with_panels() as (figure, axes):
         for name, style in _present(findings, task):
-            found = intervals([findings.values(task, name, shots=k) for k in shots])
+            found = intervals([findings.values(task, name, shots=k) for k in shots], bounds=findings.bounds(task))
             axes.plot(shots, [one.mean for one in found], marker="o", markersize=4, label=name, **style)
             low = [one.mean if one.low is None else one.low for one in found]
             high = [one.mean if one.high is None else one.high for one in found]

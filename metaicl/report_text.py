@@ -10,7 +10,8 @@ from metaicl.statistics import Interval
 FOOTNOTES = (
     "Intervals are 95 %, by a crossed bootstrap that resamples seeds and episodes independently, with Student tails "
     "for small numbers of seeds. They cover another draw of training runs and test episodes; where seeds "
-    "is n/a (1 seed), or fixed for a learner that draws nothing, another draw of episodes only.",
+    "is n/a (1 seed), or fixed for a learner that draws nothing, another draw of episodes only. They end at the bounds "
+    "of their metric; where a bounded one is the same on all episodes, they are exact ones over episodes.",
     "Differences are paired on the same seeds and episodes. p-values are two-sided, bootstrapped and Holm-corrected "
     "over the differences to the baseline of one table.",
     "Regret is how much worse a learner is than the first reference on the same episodes; positive is worse.",

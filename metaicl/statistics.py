@@ -5,8 +5,9 @@ as its 3 seeds are. Differences are taken on the same (seed, episode) cell first
 """
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 from metaicl.task import derive_seed
 
 Array = NDArray[np.float64]
+Bounds = tuple[float, float]
 
 N_DRAWS = 10_000
 LEVEL = 0.95
+UNBOUNDED: Bounds = (-math.inf, math.inf)
 _RESAMPLED = 2_000  # units beyond which resampled means are drawn from their normal limit
 
 
@@ -53,13 +56,18 @@ class Interval:
         return " and ".join(repeated) or "nothing"
 
 
-def interval(values: Array) -> Interval:
+def interval(values: Array, *, bounds: Bounds = UNBOUNDED) -> Interval:
     """The interval of one matrix (S, E); see `intervals`."""
-    return intervals([values])[0]
+    return intervals([values], bounds=bounds)[0]
 
 
 def intervals(
-    matrices: Sequence[Array], *, n_draws: int = N_DRAWS, seed: int = 0, level: float = LEVEL
+    matrices: Sequence[Array],
+    *,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+    bounds: Bounds = UNBOUNDED,
 ) -> list[Interval]:
     """95 % crossed-bootstrap intervals of the means of matrices M (S, E), seeds by episodes.
 
@@ -72,11 +80,17 @@ def intervals(
     Beyond 2,000 episodes the resampled means are drawn from their normal limit.
     With one seed the interval covers the episodes only, and the other way round.
 
+    An interval ends at the bounds of its values. Where all E episodes of all seeds have the same value v, which leaves
+    nothing to resample, and both bounds are finite, it is an exact one over episodes: at the level 1 - a, at least the
+    share q = a ** (1 / E) of all episodes has the value v, and the others may lie anywhere in the bounds. For an
+    accuracy of 1 that is the one-sided Clopper-Pearson interval, about 1 - 3 / E.
+
     Args:
         matrices: Float arrays (S, E) of any sizes; those of one shape share their resamples.
         n_draws: Bootstrap draws.
         seed: Address of the resamples: the same data give the same interval.
         level: Another coverage than 95 %, such as one that makes up for the number of intervals that are looked at.
+        bounds: The lowest and the highest value that can be, infinite where there is none.
 
     Raises:
         ValueError: If a matrix is empty, not two-dimensional or not finite.
@@ -90,7 +104,9 @@ def intervals(
         members = [i for i, array in enumerate(arrays) if array.shape == shape]
         stack = np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
-            found[i] = _summarize(float(mean), draws, shape[0], shape[1], level)
+            alike = shape[1] > 1 and math.isfinite(bounds[1] - bounds[0]) and float(np.ptp(arrays[i])) == 0
+            one = _exact(arrays[i], level, bounds) if alike else _summarize(float(mean), draws, shape, level)
+            found[i] = _within(one, bounds)
     return [one for one in found if one is not None]
 
 
@@ -156,7 +172,8 @@ def _checked(values: Array) -> Array:
     return array
 
 
-def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int, level: float) -> Interval:
+def _summarize(mean: float, draws: Array, shape: tuple[int, ...], level: float) -> Interval:
+    n_seeds, n_episodes = shape
     if n_seeds == n_episodes == 1:
         return Interval(mean, None, None, None, 1, 1)
     tail = (1 - level) / 2
@@ -165,6 +182,24 @@ def _summarize(mean: float, draws: Array, n_seeds: int, n_episodes: int, level: 
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (1 + beyond) / (1 + len(draws)))
     return Interval(mean, low, high, p, n_seeds, n_episodes)
+
+
+def _exact(values: Array, level: float, bounds: Bounds) -> Interval:
+    """Of a matrix with one value in all cells. The p-value is the smallest 1 - level whose interval leaves zero out."""
+    value, (low, high), n = float(values[0, 0]), bounds, values.shape[1]
+    share = (1 - level) ** (1 / n)
+    edge = low if value > 0 else high
+    p = 1.0 if value == 0 else max((edge / (edge - value)) ** n, 1 / (1 + N_DRAWS))
+    ends = low + share * (value - low), high - share * (high - value)
+    return Interval(value, *ends, p, *values.shape)
+
+
+def _within(found: Interval, bounds: Bounds) -> Interval:
+    if found.low is None or found.high is None:
+        return found
+    # A mean may lie beyond a bound by rounding, and its interval holds it.
+    low, high = min(max(found.low, bounds[0]), found.mean), max(min(found.high, bounds[1]), found.mean)
+    return replace(found, low=low, high=high)
 
 
 def _draws(stack: Array, n_draws: int, seed: int) -> Array:

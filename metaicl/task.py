@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from metaicl.checks import check_choice, check_count, check_seed
+from metaicl.checks import check_choice, check_count, check_episode, check_seed
 from metaicl.collation import collate
 from metaicl.episode import Episode
 from metaicl.learner import Learner
@@ -126,22 +126,31 @@ class EpisodeStream(Dataset[Episode]):
         self.chunk_size = check_count("chunk_size", chunk_size)
 
     def __getitem__(self, index: int) -> Episode:
-        """Chunk `index`: an episode with B = chunk_size.
+        """Chunk `index`: an episode with B = chunk_size, every value of it checked against the spec.
 
         Raises:
-            ValueError: If the distribution gives something else.
+            ValueError: If the distribution gives something else, naming chunk and task.
+            TypeError: Likewise, of a dtype.
         """
         check_count("index", index, minimum=0)
         generator = derive_generator(self.seed, self.split, index)
         low, high = self.n_shot
         n_shot = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
-        episode = self.tasks.sample(
-            self.chunk_size, split=self.split, n_shot=n_shot, n_query=self.n_query, generator=generator
-        )
+        where = f"chunk {index} of {type(self.tasks).__name__} (seed {self.seed}, split {self.split!r})"
+        try:
+            episode = self.tasks.sample(
+                self.chunk_size, split=self.split, n_shot=n_shot, n_query=self.n_query, generator=generator
+            )
+        except Exception as error:
+            error.add_note(f"raised while sampling {where}")
+            raise
         if not isinstance(episode, Episode) or episode.n_tasks != self.chunk_size:
             got = f"{episode.n_tasks} tasks" if isinstance(episode, Episode) else type(episode).__name__
-            name = type(self.tasks).__name__
-            raise ValueError(f"{name}.sample must give an Episode of n_tasks = {self.chunk_size} tasks; got {got}")
+            raise ValueError(f"{where} must be an Episode of n_tasks = {self.chunk_size} tasks; got {got}")
+        try:
+            check_episode(episode, self.tasks.spec)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
         return episode
 
     def batches(self, start: int, stop: int, *, batch_size: int, workers: int = 0) -> Iterator[Episode]:

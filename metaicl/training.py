@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from metaicl.checks import check_built_for, check_count, check_device, check_episode, check_positive
+from metaicl.checks import check_built_for, check_count, check_device, check_positive
 from metaicl.compiled import Result
 from metaicl.distributed import align, check_alike, check_unwrapped, divide, n_processes, rank
 from metaicl.divergence import explain_inner_loops, name_problem
@@ -131,7 +131,6 @@ def _steps(update: "_Update", indices: range, workers: int) -> Generator[Step, N
     began = time.perf_counter()
     for index, episode in zip(indices, stream.chunks(indices.start, indices.stop, workers=workers), strict=True):
         if index == indices.start:
-            check_episode(episode, stream.tasks.spec)
             check_alike(update.meta_step.learner, episode)
         for module in followers:
             module.at(index / indices.stop)

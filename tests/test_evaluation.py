@@ -12,7 +12,7 @@ from metaicl.learner import Learner, Traits
 from metaicl.number_text import interval_text, number
 from metaicl.spec import TaskSpec
 from metaicl.statistics import interval
-from metaicl.task import TaskDistribution
+from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, derive_seed
 
 
 class Levels(TaskDistribution):
@@ -210,6 +210,73 @@ def test_per_shot_curves_are_paired_and_nested():
 def test_bad_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
         evaluate(Mean(LEVELS.spec), LEVELS, **{**SIZES, **change})
+
+
+class TurnsBad(Signs):
+    """Chunk 7 of the test stream is spoiled."""
+
+    def __init__(self, spoil):
+        self.spoil, self.bad = spoil, derive_seed(EVAL_SEED, "test", 7)
+
+    def sample(self, n_tasks, **choices):
+        episode = super().sample(n_tasks, **choices)
+        return self.spoil(episode) if choices["generator"].initial_seed() == self.bad else episode
+
+
+def with_query(x=None, y=None, mask=None):
+    """A function that replaces fields of the query."""
+
+    def spoil(episode):
+        query = Examples(*(old if new is None else new(old.clone()) for old, new in zip(
+            (episode.query.x, episode.query.y), (x, y), strict=True)), mask)  # fmt: skip
+        return Episode(episode.support, query)
+
+    return spoil
+
+
+def at(value):
+    def put(leaf):
+        leaf[3, 1] = value
+        return leaf
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (with_query(y=at(2)), ValueError, r"query\.y must hold .* got \[2\], the first at task 3, row 1"),
+        (with_query(y=at(-100)), ValueError, r"got \[-100\], the first at task 3, row 1; mark rows to ignore in mask"),
+        (with_query(x=at(math.nan)), ValueError, r"query\.x must be finite; 1 rows hold NaN or Inf, .* task 3, row 1"),
+        (with_query(x=at(math.inf)), ValueError, r"query\.x must be finite; .* task 3, row 1"),
+        (with_query(y=torch.Tensor.double), TypeError, r"query\.y must be long class indices"),
+        (
+            lambda e: Episode(*(Examples(part.x.repeat(1, 1, 2), part.y) for part in (e.support, e.query))),
+            ValueError,
+            r"support\.x must have rows of shape \(1,\); got \(2,\)",
+        ),
+        (lambda e: e.query, ValueError, r"must be an Episode of n_tasks = 25 tasks; got Examples"),
+        (lambda e: e.no_such_field, AttributeError, "no_such_field"),
+    ],
+)
+def test_a_distribution_that_turns_bad_is_named_with_chunk_and_task(spoil, error, message):
+    learner, sizes = Threshold(Signs.spec), {"n_shot": 2, "n_query": 3}
+    with pytest.raises(error, match=message) as raised:
+        evaluate(learner, TurnsBad(spoil), n_episodes=176, **sizes)
+    told = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert "chunk 7 of TurnsBad (seed 20240229, split 'test')" in told
+    evaluate(learner, TurnsBad(spoil), n_episodes=175, **sizes)
+
+
+def test_huge_values_and_masked_ones_are_no_fault():
+    mask = torch.ones(25, 6, dtype=torch.bool)
+    mask[3, 1] = False
+    for spoil in (with_query(y=at(7), mask=mask), with_query(x=at(math.nan), mask=mask)):
+        assert evaluate(Threshold(Signs.spec), TurnsBad(spoil), n_shot=2, n_query=3, n_episodes=176).n_episodes == 176
+    stream = EpisodeStream(
+        TurnsBad(with_query(x=lambda x: x + 3e38)), seed=EVAL_SEED, split="test", n_shot=2, n_query=3
+    )
+    assert stream[7].query.x.sum() == math.inf  # by overflow: every value is finite
 
 
 def test_no_shots_is_an_error():

@@ -65,6 +65,34 @@ def test_constant_values_have_a_certain_mean_and_no_difference():
     assert interval(np.zeros((2, 5))) == Interval(0.0, 0.0, 0.0, 1.0, 2, 5)
 
 
+def test_intervals_end_at_the_bounds():
+    values = np.array([[0.9, 1.0, 1.0, 1.0]])
+    free, found = interval(values), interval(values, bounds=(0, 1))
+    assert free.high > 1
+    assert (found.low, found.high, found.p) == (free.low, 1.0, free.p)
+    assert interval(-values, bounds=(-1, 0)).ends == (-1.0, pytest.approx(-free.low, abs=1e-12))
+    beyond = interval(np.full((2, 4), 1 + 1e-7), bounds=(0, 1))  # by rounding
+    assert beyond.mean == beyond.high
+
+
+@pytest.mark.parametrize("n", [20, 100, 600])
+def test_perfect_scores_have_the_exact_bound(n):
+    found = interval(np.ones((3, n)), bounds=(0, 1))
+    assert found.high == 1.0
+    assert found.low**n == pytest.approx(0.05)  # a success rate of `low` gives n successes in 5 % of all studies
+    assert 1 - found.low == pytest.approx(3 / n, rel=0.1)  # the rule of three
+
+
+def test_equal_differences_are_as_certain_as_their_number():
+    zero = interval(np.zeros((2, 600)), bounds=(-1, 1))
+    assert (zero.low, zero.high, zero.p) == (-zero.high, pytest.approx(1 - 0.05 ** (1 / 600)), 1.0)
+    for sign in (1, -1):
+        for n, told in ((2, False), (5, False), (6, True), (600, True)):
+            found = interval(np.full((2, n), 0.8 * sign), bounds=(-1, 1))
+            assert found.ends is not None
+            assert (min(sign * end for end in found.ends) > 0) == told == (found.p < 0.05)
+
+
 def test_the_interval_does_not_depend_on_its_company():
     one, two = np.random.default_rng(0).normal(size=(2, 3, 50))
     assert intervals([one, two])[1].low == pytest.approx(interval(two).low, abs=1e-12)

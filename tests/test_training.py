@@ -272,6 +272,19 @@ def test_a_bad_episode_is_named_by_row() -> None:
         train(make_ridge(), Lines(poison))
 
 
+def test_every_episode_is_looked_at() -> None:
+    def poison(episode: Episode) -> None:
+        count.append(0)
+        if len(count) == 3:
+            episode.query.y[1, 0] = math.inf
+
+    count: list[int] = []
+    with pytest.raises(
+        ValueError, match=r"chunk 2 of Lines \(seed 0, split 'train'\): episode.query.y .* task 1, row 0"
+    ):
+        train(make_ridge(), Lines(poison), steps=5)
+
+
 class OneMore(Lines):
     """Gives a task more than it was asked for."""
 
@@ -287,9 +300,9 @@ class Nothing(Lines):
 
 
 def test_a_sampler_that_gives_something_else_is_named() -> None:
-    with pytest.raises(ValueError, match=r"OneMore.sample must give an Episode of n_tasks = 4 tasks; got 5 tasks"):
+    with pytest.raises(ValueError, match=r"chunk 0 of OneMore .* must be an Episode of n_tasks = 4 tasks; got 5"):
         train(make_ridge(), OneMore())
-    with pytest.raises(ValueError, match=r"Nothing.sample must give an Episode of n_tasks = 4 tasks; got NoneType"):
+    with pytest.raises(ValueError, match=r"chunk 0 of Nothing .* must be an Episode of n_tasks = 4 tasks; got None"):
         train(make_ridge(), Nothing())
 
 
