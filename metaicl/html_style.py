@@ -46,7 +46,8 @@ border-bottom:1.5px solid var(--gray);vertical-align:bottom;white-space:normal}
 thead small{white-space:nowrap}
 th:first-child{text-align:left;padding-left:0}
 thead th:last-child,td:last-child{text-align:left;padding-right:0}
-tbody th{font-weight:500}
+tbody th{font-weight:500;white-space:normal;overflow-wrap:anywhere;min-width:9rem}
+h2,.what,.lead,.legend,.missing,figcaption{overflow-wrap:anywhere}
 tr.best th,tr.best td:nth-child(2){font-weight:700}
 tr.missing{color:var(--gray)}
 .missing{font-size:.88rem;color:var(--gray);padding-left:1.1rem}

@@ -4,6 +4,7 @@ Each function returns a matplotlib figure, or None where the report has nothing 
 its global state.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ _NAMES = {"accuracy": "Accuracy", "mse": "Squared error"}
 _UNITS = {"accuracy": "accuracy", "mse": "mse, units of y²"}
 _SHOWN_ROWS = 20  # a bin with fewer rows is noise
 _DASHES = ("-", "--", ":", "-.")
+_WIDTH = 26  # characters of a line of a name
+_INSIDE = 5  # entries of a legend that fit into the axes
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -71,14 +74,14 @@ def plot_shots(findings: Findings, task: str, *, legend: bool = True) -> Figure 
     shots = findings.shots(task)
     if len(shots) < 2:
         return None
-    metric = findings.metric(task)
+    metric, learners = findings.metric(task), _present(findings, task)
     with figure_with_panels() as (figure, axes):
-        for name, style in _present(findings, task):
+        for name, style in learners:
             found = intervals([findings.values(task, name, shots=k) for k in shots], bounds=findings.bounds(task))
-            axes.plot(shots, [one.mean for one in found], marker="o", markersize=4, label=name, **style)
+            axes.plot(shots, [one.mean for one in found], marker="o", markersize=4, label=name_text(name), **style)
             low = [one.mean if one.low is None else one.low for one in found]
             high = [one.mean if one.high is None else one.high for one in found]
-            axes.fill_between(shots, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(shots, low, high, color=style["color"], alpha=min(0.15, 1 / len(learners)), linewidth=0)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
@@ -103,11 +106,13 @@ def plot_differences(findings: Findings, task: str) -> Figure | None:
             if one.low is not None and one.high is not None:
                 axes.plot([one.low, one.high], [y, y], color=color, linewidth=2.5, solid_capstyle="round")
             axes.plot([one.mean], [y], marker="o", markersize=7, color=color, linestyle="none")
-        axes.set_yticks(range(len(names)), names, color=INK)
+        axes.set_yticks(range(len(names)), [name_text(name) for name in names], color=INK)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", visible=False)
         side = "right" if metric == "accuracy" else "left"
-        _label(axes, f"Paired difference to {baseline}", f"difference in {_UNITS[metric]}, {side} is better", "")
+        title = name_text(f"Paired difference to {baseline}", 34)
+        _label(axes, title, f"difference in {_UNITS[metric]}, {side} is better", "")
         return _finish(figure, axes, False)
 
 
@@ -124,7 +129,8 @@ def plot_cost(findings: Findings, task: str, *, legend: bool = True) -> Figure |
             cost = 1e3 * ((row.adapt_seconds or 0) + (row.predict_seconds or 0))
             gap = None if one.low is None or one.high is None else [[one.mean - one.low], [one.high - one.mean]]
             marker = "D" if row.role == "reference" else "o"
-            axes.errorbar([cost], [one.mean], gap, fmt=marker, color=styles[row.learner]["color"], label=row.learner)
+            color, label = styles[row.learner]["color"], name_text(row.learner)
+            axes.errorbar([cost], [one.mean], gap, fmt=marker, color=color, label=label)
         low, high = axes.dataLim.intervalx
         axes.set_xscale("log")
         axes.set_xlim(low / 3, high * 3)
@@ -147,7 +153,8 @@ def plot_training(findings: Findings, task: str, *, legend: bool = True) -> Figu
                     continue
                 smooth = _running_median(loss)
                 seen += smooth[np.isfinite(smooth)].tolist()
-                axes.plot(steps, smooth, label=name if i == 0 else None, linewidth=1.3, alpha=0.85, **style)
+                label = name_text(name) if i == 0 else None
+                axes.plot(steps, smooth, label=label, linewidth=1.3, alpha=0.85, **style)
         if not seen:
             return None
         low, high = np.quantile(seen, [0.0, 0.98])
@@ -169,7 +176,7 @@ def plot_calibration(findings: Findings, task: str, *, legend: bool = True) -> F
                 continue
             kept = [i for i, count in enumerate(one.count) if count >= _SHOWN_ROWS]
             promised, observed = [one.promised[i] for i in kept], [one.observed[i] for i in kept]
-            axes.plot(promised, observed, marker="o", markersize=3.5, label=name, **style)
+            axes.plot(promised, observed, marker="o", markersize=3.5, label=name_text(name), **style)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
         if findings.metric(task) == "accuracy":
             _label(axes, "Calibration of confidence", "confidence in the top class", "accuracy")
@@ -211,6 +218,13 @@ def task_figures(findings: Findings, task: str, *, legend: bool = False) -> Iter
             yield caption, figure
 
 
+def name_text(name: str, width: int = _WIDTH) -> str:
+    """A name as a label: at most two lines, the middle of a longer one left out, and no formula read into it."""
+    lines = textwrap.wrap(name, width) or [" "]
+    text = "\n".join(lines if len(lines) <= 2 else [name[:width], f"…{name[1 - width :]}"]).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # labels that begin so are hidden in legends
+
+
 @contextmanager
 def figure_with_panels(n_panels: int = 1, *, width: float = 5.2, height: float = 3.4) -> Iterator[tuple[Any, ...]]:
     """An empty figure of `width` by `height` inches and its axes side by side; draw and save inside the context."""
@@ -229,8 +243,17 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, legend: bool) -> Figure:
-    if legend and axes.get_legend_handles_labels()[0]:
+    handles, labels = axes.get_legend_handles_labels()
+    lines = 1 + any("\n" in label for label in labels)
+    if not legend or not labels:
+        return figure
+    if lines == 1 and len(labels) <= _INSIDE:
         axes.legend(fontsize=9)
+        return figure
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / 2.5))
+    figure.set_size_inches(width, height + 0.2 * lines * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=9)
     return figure
 
 
@@ -247,12 +270,12 @@ def _sketch(findings: Findings, task: str, learner: str, index: int) -> Mapping[
 
 
 def _draw_curve(axes: Axes, card: Mapping[str, Any], learners: Mapping[str, tuple[dict[str, Any], Any]]) -> None:
-    grid = np.array(card["grid"])
+    grid, alpha = np.array(card["grid"]), min(0.1, 0.6 / max(len(learners), 1))
     for name, (style, sketch) in learners.items():
         if sketch is not None:
             mean, scale = np.array(sketch["mean"]), np.array(sketch["scale"])
-            axes.fill_between(grid, mean - 2 * scale, mean + 2 * scale, color=style["color"], alpha=0.1, linewidth=0)
-            axes.plot(grid, mean, linewidth=1.6, label=name, **style)
+            axes.fill_between(grid, mean - 2 * scale, mean + 2 * scale, color=style["color"], alpha=alpha, linewidth=0)
+            axes.plot(grid, mean, linewidth=1.6, label=name_text(name), **style)
     support, query = np.array(card["support"]), np.array(card["query"])
     axes.plot(query[:, 0], query[:, 1], "o", markersize=3.5, markerfacecolor="none", color=GRAY)
     axes.plot(support[:, 0], support[:, 1], "o", markersize=6, color=INK)

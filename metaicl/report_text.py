@@ -13,7 +13,7 @@ FOOTNOTES = (
     "is n/a (1 seed), or fixed for a learner that draws nothing, another draw of episodes only. They end at the bounds "
     "of their metric; where a bounded one is the same on all episodes, they are exact ones over episodes.",
     "Differences are paired on the same seeds and episodes. p-values are two-sided, bootstrapped and Holm-corrected "
-    "over the differences to the baseline of one table.",
+    "over the differences to the baseline of one table, or over all pairs where no baseline was named beforehand.",
     "Regret is how much worse a learner is than the first reference on the same episodes; positive is worse.",
     "nll is in nats per query row, mse in squared units of the targets. Calibration error is the mean gap between "
     "promise and frequency over all query rows, of the confidence in 15 bins (ECE) or of central prediction intervals.",
@@ -23,6 +23,8 @@ FOOTNOTES = (
 )
 """What the columns mean; shown under every report."""
 
+_TITLE_LENGTH = 32  # of a name, in characters
+_LISTED = 4  # names in a sentence
 _TITLES = {"accuracy": "accuracy", "mse": "mse", "nll": "nll", "brier": "Brier"}
 
 
@@ -32,8 +34,8 @@ def columns(findings: Findings, task: str) -> list[str]:
     reference = findings.reference(task)
     error = "ECE" if metric == "accuracy" else "coverage error"
     titles = ["learner", f"{_TITLES[metric]} [95 %]", "nll", error]
-    titles += [f"difference to {baseline} [95 %]", "p"] if baseline is not None else []
-    titles += [f"regret to {reference}"] if reference is not None else []
+    titles += [f"difference to {_fitting(baseline, 'baseline')} [95 %]", "p"] if baseline is not None else []
+    titles += [f"regret to {_fitting(reference, 'reference')}"] if reference is not None else []
     titles += ["train", "adapt", "predict", "memory", "parameters", "transductive", "seeds"]
     return titles
 
@@ -122,7 +124,14 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"  {text[0]}", "  " + "  ".join("-" * width for width in widths), *(f"  {line}" for line in text[1:])]
 
 
+def _fitting(name: str, role: str) -> str:
+    """A name for the title of a column, or what stands for one that would widen it; the rows say which it is."""
+    return name if len(name) <= _TITLE_LENGTH else f"the {role}"
+
+
 def _listed(names: Sequence[str]) -> str:
+    if len(names) > _LISTED + 1:
+        return f"{', '.join(names[:_LISTED])} and {len(names) - _LISTED} others"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -9,6 +11,7 @@ from metaicl.plots import (
     COLORS,
     GRAY,
     learner_styles,
+    name_text,
     plot_calibration,
     plot_cost,
     plot_differences,
@@ -108,6 +111,38 @@ def test_all_figures_have_labels(report):
             assert caption.endswith(".")
             assert figure.axes[0].get_xlabel()
             assert figure.axes[0].get_title(loc="left")
+
+
+def test_long_and_odd_names_and_many_learners_leave_room_for_the_axes():
+    names = [f"prototypes with a temperature of one over {i} and a long name" for i in range(11)]
+    names += ["$\\frac{1}$ & $", "_hidden", "", "学习"]
+    found = compare(
+        dict.fromkeys(names, NearestNeighbors),
+        Sinusoid(),
+        n_shot=2,
+        n_query=2,
+        shots=(1,),
+        n_episodes=4,
+        progress=False,
+    )
+    for drawn in (plot_shots, plot_differences, plot_cost, plot_examples):
+        figure = drawn(found, "Sinusoid")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            figure.canvas.draw()
+        box = figure.axes[0].get_window_extent()
+        assert box.width > 0.25 * figure.bbox.width
+        assert box.height > 90  # dots, of 100 to the inch
+        legends = figure.legends
+        assert all(len(legend.get_texts()) == len(names) + 1 for legend in legends)  # and Bayes
+        assert len(legends) == (drawn is not plot_differences)
+
+
+def test_names_become_labels():
+    assert name_text("ProtoNet") == "ProtoNet"
+    assert name_text("a name of two lines and no more") == "a name of two lines and no\nmore"
+    assert name_text("b" * 30 + "c" * 40 + "d" * 30) == "b" * 26 + "\n…" + "d" * 25
+    assert name_text("_x $y$") == r" _x \$y\$"
 
 
 def test_more_learners_than_colors_get_broken_lines():
