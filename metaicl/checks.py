@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from metaicl.episode import Episode, Examples
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 
 _LISTED = 5  # offending values named in a message
 
@@ -127,14 +127,14 @@ def check_built_for(name: str, built: TaskSpec, tasks: TaskSpec) -> None:
     """Refuse a learner of other rows, answers or ways than those of the tasks.
 
     Raises:
-        ValueError: If shapes or kinds differ.
+        NotServed: If shapes or kinds differ.
     """
     mine, theirs = built.shapes, tasks.shapes
     if mine != theirs:
         found, expected = (
             ", ".join(f"{key} {one[key]}" for key in mine if mine[key] != theirs[key]) for one in (mine, theirs)
         )
-        raise ValueError(f"{name} was built for {found}; the tasks have {expected}. Build one from tasks.spec")
+        raise NotServed(f"{name} was built for {found}; the tasks have {expected}. Build one from tasks.spec")
 
 
 def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:

@@ -49,7 +49,8 @@ def compare(
     """Train every learner on the same addressed episodes, judge all of them on the same others, and report.
 
     For a given seed all learners see the same training episodes, and their parameters are drawn from the same
-    address. A learner that refuses the tasks is listed as not served, one that diverges as failed; the others go on.
+    address. A learner that is not for the tasks (`NotServed`) is listed as not served, one that diverges as failed; the
+    others go on. Any other error in building a learner is raised before anything is trained.
 
     Args:
         learners: Names and factories `spec -> Learner` (a Learner class is one). An instance is taken as trained:

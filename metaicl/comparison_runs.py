@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaicl.checks import check_choice, check_count
+from metaicl.checks import check_built_for, check_choice, check_count
 from metaicl.description import describe
 from metaicl.episode import Episode
 from metaicl.evaluation import evaluate_shots
@@ -18,7 +18,7 @@ from metaicl.learner import Learner, Prepares
 from metaicl.prequential import is_prequential
 from metaicl.result_store import ResultStore
 from metaicl.results import Result, Role, json_ready
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
 from metaicl.train_config import TrainConfig, first_episode
 from metaicl.training import device_of, isolated_randomness
@@ -89,14 +89,19 @@ class Entry:
 
         Raises:
             TypeError: If the factory gives something else.
-            ValueError: If the learner refuses the spec.
+            NotServed: If the learner is not for such tasks, or came trained for others.
+            ValueError: If the factory gives a learner for other tasks than it was asked for.
         """
         if isinstance(self.source, Learner):
+            if self.ready:
+                check_built_for(self.name, self.source.spec, spec)
             return self.source if self.ready else copy.deepcopy(self.source)
         with isolated_randomness(derive_seed(seed, "init"), torch.device("cpu")):
             learner = self.source(spec)
         if not isinstance(learner, Learner):
             raise TypeError(f"learners[{self.name!r}] must give a Learner for a spec; got {type(learner).__name__}")
+        if learner.spec.shapes != spec.shapes:
+            raise ValueError(f"learners[{self.name!r}] must give a learner for {spec}; got one for {learner.spec}")
         return copy.deepcopy(learner)
 
 
@@ -156,13 +161,18 @@ def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
 
     Raises:
         ValueError: If a learner is to be trained and there is no budget for it.
+        Exception: Any other than `NotServed` that the factory raises.
     """
     try:
         learner = entry.build(board.tasks.spec, options.seeds[0])
-    except ValueError as error:
+    except NotServed as error:
         return [Job(board, entry, None, refusal=str(error))]
-    if learner.spec.shapes != board.tasks.spec.shapes:
-        return [Job(board, entry, None, refusal=f"it was built for {learner.spec}")]
+    except Exception as error:
+        error.add_note(
+            f"raised by building {entry.name!r} for {board.name!r}; where a learner is not for such tasks, raise "
+            "metaicl.spec.NotServed to have it listed as not served"
+        )
+        raise
     drawn = not isinstance(entry.source, Learner) and bool(learner.state_dict())
     if entry.ready or not (learner.traits.trainable or drawn):
         return [Job(board, entry, None)]

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Episode, Examples
 from metaicl.nets.norm import mixes_rows
-from metaicl.spec import Kind, TaskSpec
+from metaicl.spec import Kind, NotServed, TaskSpec
 
 State = TypeVar("State")
 
@@ -55,7 +55,8 @@ class Learner(nn.Module, ABC, Generic[State]):
 
     Raises:
         TypeError: If `spec` is not a TaskSpec.
-        ValueError: If the learner does not serve `spec.kind`; the message names one that does.
+        NotServed: If the learner does not serve `spec.kind`; the message names one that does. A subclass that reads
+            some inputs only raises the same.
     """
 
     traits = Traits()
@@ -69,7 +70,7 @@ class Learner(nn.Module, ABC, Generic[State]):
             served = " and ".join(self.traits.kinds)
             other = dict(self.traits.instead).get(spec.kind)
             hint = f"; use {other} instead" if other else ""
-            raise ValueError(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
+            raise NotServed(f"{type(self).__name__} serves {served}, not {spec.kind}{hint}")
         self.spec = spec
 
     def __init_subclass__(cls, **options: Any) -> None:

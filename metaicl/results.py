@@ -23,7 +23,7 @@ class Result:
         task: Name of the task distribution.
         learner: Name of the learner.
         role: "learner", or "reference" for what `tasks.references()` gave.
-        status: "finished", "failed" (it diverged or ran out of memory) or "not served" (it refused the tasks).
+        status: "finished", "failed" (it diverged or ran out of memory) or "not served" (it is not for such tasks).
         reason: Why, where it did not finish.
         seed: What initial parameters and training episodes were drawn from; None for a learner that draws nothing
             (a closed form, or an instance that came trained).

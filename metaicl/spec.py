@@ -7,6 +7,13 @@ Kind = Literal["regression", "classification"]
 XKind = Literal["vector", "image", "tokens"]
 
 
+class NotServed(ValueError):
+    """Tasks that a learner is not made for, such as images for one that reads tokens.
+
+    A comparison lists such a learner as not served and goes on; any other error in building one ends it.
+    """
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """What every task of a distribution looks like; learners are built from it.

@@ -20,7 +20,7 @@ from metaicl.learners import ProtoNet
 from metaicl.learners.gradient.maml import MAML
 from metaicl.meta_training import meta_train
 from metaicl.objectives import squared_error
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import TaskDistribution
 from metaicl.tasks import GaussianClasses
 from metaicl.train_config import TrainConfig
@@ -172,7 +172,24 @@ def test_an_instance_is_judged_as_it_is_and_left_as_it_is():
 def test_an_instance_for_other_tasks_is_not_served():
     report = compare({"mine": Mean(TaskSpec("regression", (3,), y_dim=1))}, Levels(), **SIZES)
     assert report.rows("Levels")[0].status == "not served"
-    assert "x_shape=(3,)" in report.rows("Levels")[0].note
+    assert "mine was built for x_shape (3,); the tasks have x_shape (1,)" in report.rows("Levels")[0].note
+
+
+def test_a_fault_in_a_factory_is_not_taken_for_a_learner_of_other_tasks():
+    trainer, elsewhere = Trainer(), TaskSpec("regression", (3,), y_dim=1)
+    faults = [
+        (lambda spec: maml(inner_lr=-1.0), "inner_lr must be"),
+        (
+            lambda spec: Scaled(elsewhere),
+            r"learners\['faulty'\] must give a learner for TaskSpec.*got one for TaskSpec",
+        ),
+    ]
+    for faulty, message in faults:
+        with pytest.raises(ValueError, match=message) as raised:
+            compare({"a": Scaled, "faulty": faulty}, Levels(), trainer=trainer, **SIZES)
+        assert not isinstance(raised.value, NotServed)
+        assert "raised by building 'faulty' for 'Levels'" in raised.value.__notes__[0]
+    assert trainer.calls == []
 
 
 def test_untrained_learners_run_per_seed_only_if_something_is_drawn():

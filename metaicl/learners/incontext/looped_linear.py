@@ -11,7 +11,7 @@ from metaicl.episode import Examples
 from metaicl.functional import gaussian, positive
 from metaicl.learner import Learner, Traits
 from metaicl.nets.moments import Moments, row_moments
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 
 
 class LoopedFit(NamedTuple):
@@ -48,7 +48,7 @@ class LoopedLinearAttention(Learner[LoopedFit]):
         """Start as careful gradient descent."""
         super().__init__(spec)
         if spec.x_kind != "vector":
-            raise ValueError(f"LoopedLinearAttention needs x_kind 'vector'; got {spec.x_kind!r}")
+            raise NotServed(f"LoopedLinearAttention needs x_kind 'vector'; got {spec.x_kind!r}")
         self.loops, (dim,) = check_count("loops", loops), spec.x_shape
         self.preconditioner = nn.Parameter(start * torch.eye(dim))
         self.shift = nn.Parameter(torch.zeros(dim, spec.output_size))

@@ -13,7 +13,7 @@ from metaicl.episode import Examples
 from metaicl.functional import masked_mean
 from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.nets.backbones import encode, encoder_dim
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import TaskDistribution
 
 
@@ -53,7 +53,7 @@ class RotationLabels(Learner[RotationState]):
         """Build the head on the learner's encoder."""
         super().__init__(spec)
         if spec.x_kind != "image" or spec.x_shape[1] != spec.x_shape[2]:
-            raise ValueError(f"rotation labels need square images; got {spec.x_kind} inputs {spec.x_shape}")
+            raise NotServed(f"rotation labels need square images; got {spec.x_kind} inputs {spec.x_shape}")
         self.learner = wrapped_learner(learner, spec)
         if not isinstance(getattr(self.learner, "encoder", None), nn.Module):
             raise TypeError(f"rotation labels need a learner with an encoder; {type(self.learner).__name__} has none")

@@ -14,7 +14,7 @@ from metaicl.learners.metric.embedding import CLASSIFIER
 from metaicl.nets.lstm import BidirectionalLSTM
 from metaicl.nets.text import masked_softmax
 from metaicl.row_ids import look_up
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
 _COMMON = 1e-5  # epsilon of the general importance
@@ -91,7 +91,7 @@ class DistributionalSignatures(Learner[SignatureState]):
         """Keep the word vectors; build the attention."""
         super().__init__(spec)
         if spec.vocabulary is None:
-            raise ValueError(f"DistributionalSignatures needs token inputs; got x_kind {spec.x_kind!r}; use RidgeHead")
+            raise NotServed(f"DistributionalSignatures needs token inputs; got x_kind {spec.x_kind!r}; use RidgeHead")
         if vectors is None:
             vectors = torch.randn(spec.vocabulary, check_count("dim", dim))
         if vectors.ndim != 2 or len(vectors) != spec.vocabulary:

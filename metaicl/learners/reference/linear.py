@@ -12,7 +12,7 @@ from torch import Tensor
 from metaicl.checks import check_count
 from metaicl.learners.reference.moments import MomentLearner
 from metaicl.nets.moments import Moments
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 
 Coefficients = float | Sequence[float] | Tensor
 """One number for all steps, or one for each."""
@@ -225,7 +225,7 @@ class Procrustes(MomentLearner):
         """Require a square map."""
         super().__init__(spec, scale=scale)
         if spec.x_shape[0] != spec.output_size:
-            raise ValueError(f"Procrustes needs y_dim = D; got {spec.output_size} outputs of {spec.x_shape[0]} inputs")
+            raise NotServed(f"Procrustes needs y_dim = D; got {spec.output_size} outputs of {spec.x_shape[0]} inputs")
 
     def weights(self, moments: Moments) -> Tensor:
         """The polar factor of the cross moment, on its range."""

@@ -11,7 +11,7 @@ from metaicl.episode import Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner, Traits
 from metaicl.nets.moments import Moments, prefix_moments, row_moments
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 
 
 class LinearFit(NamedTuple):
@@ -76,7 +76,7 @@ def check_vectors(spec: TaskSpec, name: str) -> None:
     """Require vector inputs.
 
     Raises:
-        ValueError: If they are images or tokens.
+        NotServed: If they are images or tokens.
     """
     if spec.x_kind != "vector":
-        raise ValueError(f"{name} needs x_kind 'vector'; got {spec.x_kind!r}")
+        raise NotServed(f"{name} needs x_kind 'vector'; got {spec.x_kind!r}")

@@ -11,7 +11,7 @@ from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights
 from metaicl.learner import Learner, Traits
 from metaicl.learners.retrieval.sources import draw_items
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import TaskDistribution
 
 _N_TEXTS = 4096
@@ -66,7 +66,7 @@ class ChannelHead(Learner[ChannelState]):
         """Start from equal word frequencies; `prepare` counts them."""
         super().__init__(spec)
         if spec.vocabulary is None:
-            raise ValueError(f"ChannelHead reads tokens; got {spec.x_kind} inputs. ProtoNet reads any")
+            raise NotServed(f"ChannelHead reads tokens; got {spec.x_kind} inputs. ProtoNet reads any")
         self.register_buffer("background", torch.zeros(spec.vocabulary))
         self.shift = nn.Embedding(spec.vocabulary, 1)
         self.log_weight = nn.Embedding(spec.vocabulary, 1)

@@ -13,7 +13,7 @@ from metaicl.learners.retrieval.content import arbitrary_keys, content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.mixtures import marginal
 from metaicl.nets.counting import CountingReader
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
 
 RETRIEVERS = ("none", "learned", "frozen", "random", "oracle")
@@ -120,7 +120,7 @@ class ExplanationRetrieval(Learner[Tensor]):
         """Build the reader, an empty memory and the keys."""
         super().__init__(spec)
         if spec.vocabulary is None:
-            raise ValueError(f"ExplanationRetrieval needs token inputs (x_kind 'tokens'); got {spec.x_kind!r}")
+            raise NotServed(f"ExplanationRetrieval needs token inputs (x_kind 'tokens'); got {spec.x_kind!r}")
         if not 0 <= frozen_until <= 1:
             raise ValueError(f"frozen_until must be in [0, 1]; got {frozen_until}")
         self.retriever = check_choice("retriever", retriever, RETRIEVERS)
