@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaicl.description import N_LISTED
 from metaicl.learner import Learner
 from metaicl.sealed_files import SealedFormat
-
-_SHOWN = 10  # differences listed in a message
 
 
 class CheckpointError(RuntimeError):
@@ -75,7 +74,7 @@ def load_learner_weights(learner: Learner, path: str | os.PathLike[str]) -> None
     content = load_checkpoint(path)
     if "weights" not in content or "learner" not in content:
         raise IncompatibleCheckpointError(
-            f"{path} was not written by save_learner; it holds {sorted(content)[:_SHOWN]}"
+            f"{path} was not written by save_learner; it holds {sorted(content)[:N_LISTED]}"
         )
     if content["learner"] != type(learner).__name__:
         raise IncompatibleCheckpointError(
@@ -98,8 +97,8 @@ def load_weights(learner: nn.Module, weights: Mapping[str, Any], *, source: str)
     resized = _resized_buffers(learner, weights)
     differences = _differences(learner.state_dict(), weights, resized)
     if differences:
-        more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
+        more = f"\n  and {len(differences) - N_LISTED} more" if len(differences) > N_LISTED else ""
+        listed = "".join(f"\n  {line}" for line in differences[:N_LISTED])
         raise IncompatibleCheckpointError(f"{source} does not fit this {type(learner).__name__}:{listed}{more}")
     for name, (owner, leaf) in resized.items():
         old, saved = owner._buffers.get(leaf), weights[name]

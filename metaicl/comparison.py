@@ -108,6 +108,9 @@ def compare(
 def _check_names(learners: Mapping[str, Source], tasks: Mapping[str, TaskDistribution]) -> None:
     if not isinstance(learners, Mapping) or not learners:
         raise TypeError(f"learners must be a mapping of names to factories or learners, not empty; got {learners!r}")
+    for name in (*learners, *tasks):
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise TypeError(f"names of learners and tasks must be printable text of one line; got {name!r}")
     for name, source in learners.items():
         if not isinstance(source, Learner) and not callable(source):
             raise TypeError(f"learners[{name!r}] must be a factory spec -> Learner or a Learner; got {source!r}")
@@ -147,6 +150,8 @@ def _budgets(
 
 
 def _owned(directory: str | os.PathLike[str]) -> Any:
+    if Path(directory).is_file():
+        raise NotADirectoryError(f"directory must be a directory or nothing yet; {directory} is a file")
     Path(directory).mkdir(parents=True, exist_ok=True)
     return lock_directory(directory)
 
@@ -161,7 +166,7 @@ def _protocol(options: Options, results: Sequence[Result], processes: int) -> di
             "training_seeds": options.seeds,
             "training_budget": _budget_text(results),
             "interval": "95 %, crossed bootstrap over seeds and episodes",
-            "batch_size": options.batch_size,
+            "batch_size": sorted({one.batch_size for result in results for one in result.evaluations.values()}),
             "device": [_device_name(name) for name in used],
             "threads": max(1, torch.get_num_threads() // processes),
             "runs_at_a_time": processes,

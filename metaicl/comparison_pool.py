@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from metaicl.comparison_runs import Job, Worker
-from metaicl.interruption import SIGNALS, Interruption, interrupt
+from metaicl.interruption import Interruption, ignore_signals, interrupt
 from metaicl.process import is_tuned, tune_process
 from metaicl.results import Result
 
@@ -155,8 +155,7 @@ def _packed(worker: Worker, jobs: Sequence[Job]) -> bytes:
 
 def _serve(pipe: Connection, orders: Connection, content: bytes, threads: int, tuned: bool) -> None:
     """The life of a child process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # one to the whole group reaches the parent too, which gives the order
+    ignore_signals()
     stopped = Event()
     Thread(target=_obey, args=(orders, stopped), daemon=True).start()
     torch.set_num_threads(threads)

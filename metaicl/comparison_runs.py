@@ -148,12 +148,14 @@ def make_board(
 
 def entries_of(board: Board, learners: Mapping[str, Source], references: bool, baseline: str | None) -> list[Entry]:
     """The learners and then the references of a board; a reference whose name is taken gets a longer one."""
-    entries = [Entry(name, source, "learner") for name, source in learners.items()]
+    entries = {name: Entry(name, source, "learner") for name, source in learners.items()}
     for name, reference in (board.tasks.references() if references else {}).items():
-        entries.append(Entry(f"{name} (reference)" if name in learners else name, reference, "reference"))
+        while name in entries:
+            name = f"{name} (reference)"
+        entries[name] = Entry(name, reference, "reference")
     if baseline is not None:
-        check_choice("baseline", baseline, [entry.name for entry in entries])
-    return entries
+        check_choice("baseline", baseline, entries)
+    return list(entries.values())
 
 
 def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
@@ -168,10 +170,7 @@ def jobs_of(board: Board, entry: Entry, options: Options) -> list[Job]:
     except NotServed as error:
         return [Job(board, entry, None, refusal=str(error))]
     except Exception as error:
-        error.add_note(
-            f"raised by building {entry.name!r} for {board.name!r}; where a learner is not for such tasks, raise "
-            "metaicl.spec.NotServed to have it listed as not served"
-        )
+        error.add_note(f"raised by building {entry.name!r} for {board.name!r}; see metaicl.spec.NotServed")
         raise
     drawn = not isinstance(entry.source, Learner) and bool(learner.state_dict())
     if entry.ready or not (learner.traits.trainable or drawn):

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+N_LISTED = 10
+"""Differences that a message lists."""
+
 _LONG = 1000  # characters, from which a digest stands for a text or a collection
 _TOLD_BY_REPR = (complex, range, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _OWN_OF_MODULES = frozenset(vars(nn.Module()))  # how torch keeps house, and whether it is in train mode

@@ -11,6 +11,12 @@ _TERMINATED = 128 + signal.SIGTERM
 _open: list["Interruption"] = []  # the contexts that are entered now
 
 
+def ignore_signals() -> None:
+    """For processes that end with their parent: a signal to the whole group reaches it too, and it gives the order."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def interrupt(number: int) -> bool:
     """Do to all contexts of this process what a first signal does, from any thread and even where it is ignored.
 

@@ -135,7 +135,8 @@ class _Training:
         self.optimizer, self.scheduler = make_optimizer(learner, config)
         self.step = 0
         self.seconds = 0.0
-        self.best: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None  # of the scheduled validations, the same in a longer run
+        self.last: dict[str, Any] | None = None  # after the last step, where no validation is scheduled
         self.saved = -1
         loaded = from_first(None if store is None else store.load())
         if loaded is not None:
@@ -170,7 +171,11 @@ class _Training:
 
     def finish(self) -> TrainingRun:
         """Put the selected weights into the learner and say what happened."""
-        config, best, path = self.config, self.best, None if self.store is None else self.store.path
+        config, path = self.config, None if self.store is None else self.store.path
+        if self.last is None and self.step == config.steps and self._extra(self.step):  # a finished run, once more
+            self.last = self._validated()
+        found = [one for one in (self.best, self.last) if one is not None]
+        best = min(found, key=lambda one: one["loss"], default=None)
         if best is not None and config.select == "best":
             load_weights(self.learner, best["learner"], source="the best weights")
         if path is not None:
@@ -231,13 +236,25 @@ class _Training:
     def _after(self, step: Step) -> None:
         row: Row = {"step": self.step, "loss": step.loss, "grad_norm": step.grad_norm, "n_shot": step.n_shot}
         row |= {"learning_rate": step.learning_rate, "seconds": self.seconds}
-        every, last = self.config.validate_every, self.step == self.config.steps
-        if every is not None and (last or self.step % every == 0):
-            row["validation_loss"] = loss = self._validation_loss()
-            if self.best is None or loss < self.best["loss"]:
-                self.best = {"step": self.step, "loss": loss, "learner": copy.deepcopy(self.learner.state_dict())}
+        every, extra = self.config.validate_every, self._extra(self.step)
+        if extra or (every is not None and self.step % every == 0):
+            found = self._validated()
+            row["validation_loss"] = found["loss"]
+            if extra:
+                self.last = found
+            elif self.best is None or found["loss"] < self.best["loss"]:
+                self.best = found
         if "validation_loss" in row or self._logged(self.step):
             self.log.append(row)
+
+    def _extra(self, step: int) -> bool:
+        """Whether `step` is the last one, and validated for that alone."""
+        every = self.config.validate_every
+        return every is not None and step == self.config.steps and step % every != 0
+
+    def _validated(self) -> dict[str, Any]:
+        loss = self._validation_loss()
+        return {"step": self.step, "loss": loss, "learner": copy.deepcopy(self.learner.state_dict())}
 
     def _validation_loss(self) -> float:
         config, learner = self.config, self.learner

@@ -43,7 +43,8 @@ def columns(findings: Findings, task: str) -> list[str]:
 def cells(findings: Findings, task: str, row: Row) -> list[str]:
     """One line of the table, as many cells as `columns`."""
     metric, baseline = findings.metric(task), findings.baseline(task)
-    name = f"{row.learner} (reference)" if row.role == "reference" else row.learner
+    told = row.role == "learner" or row.learner.endswith("(reference)")
+    name = row.learner if told else f"{row.learner} (reference)"
     width = len(columns(findings, task))
     if row.metrics is None:
         return [name, row.status, *["-"] * (width - 2)]

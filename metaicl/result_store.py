@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metaicl.description import differences, shortened
+from metaicl.description import N_LISTED, differences, shortened
 from metaicl.files import atomic_write
 from metaicl.results import Result, json_ready
-
-_SHOWN = 10  # differences listed in a message
 
 
 class ResultStore:
@@ -47,7 +45,7 @@ class ResultStore:
         changed = differences(made, json_ready(settings))
         if changed:
             found = "; ".join(
-                f"{name} was {shortened(old)}, is {shortened(new)}" for name, old, new in changed[:_SHOWN]
+                f"{name} was {shortened(old)}, is {shortened(new)}" for name, old, new in changed[:N_LISTED]
             )
             raise ValueError(f"{path} belongs to another comparison: {found}. Choose another directory")
         return result

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from metaicl.checkpoint import CheckpointError, CorruptCheckpointError, load_checkpoint, save_checkpoint
-from metaicl.description import differences, shortened
+from metaicl.description import N_LISTED, differences, shortened
 from metaicl.files import atomic_write, lock_directory, remove_partial_files
 
 CHANGEABLE = ("steps", "device", "workers", "max_seconds")
 """Fields of a configuration that a resumed run may change."""
 
-_SHOWN = 10  # differences listed in a message
 _KEPT = 2  # checkpoints, and as many best weights: the newest may turn out to be damaged
 
 
@@ -28,6 +27,11 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Only remember the place."""
         self.path = path
+
+    @property
+    def steps_done(self) -> int:
+        """Updates behind the newest checkpoint; 0 without any."""
+        return max((_step_of(file) for file in self._files("step")), default=0)
 
     def save(self, step: int, content: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
         """Write the state after `step` updates; `best` holds the best weights so far and their step, if there are any.
@@ -69,7 +73,7 @@ class RunDirectory:
     def _remove_after(self, step: int) -> None:
         for kind in ("step", "best"):
             for file in self._files(kind):
-                if int(file.stem.partition("-")[2]) > step:
+                if _step_of(file) > step:
                     file.unlink()
 
     def _file(self, kind: str, step: int) -> Path:
@@ -77,6 +81,10 @@ class RunDirectory:
 
     def _files(self, kind: str) -> list[Path]:
         return sorted(self.path.glob(f"{kind}-{'[0-9]' * 9}.ckpt"))
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.partition("-")[2])
 
 
 @contextlib.contextmanager
@@ -92,7 +100,8 @@ def open_run_directory(path: Path, config: Mapping[str, Any], *, resume: bool) -
         NotADirectoryError: If `path` is a file.
         FileExistsError: If there is a run and `resume` is False.
         BlockingIOError: If another process owns the directory.
-        ValueError: If the run that stands there has another configuration; the message shows the difference.
+        ValueError: If the run that stands there has another configuration; the message shows the difference. Or if it
+            has made more steps than are asked for.
         CheckpointError: If `config.json` is damaged, or missing beside checkpoints.
         OSError: If the directory cannot be written.
     """
@@ -108,6 +117,7 @@ def open_run_directory(path: Path, config: Mapping[str, Any], *, resume: bool) -
                     f"{path} holds a run already; choose another directory, or resume=True to continue it"
                 )
             _check_same(_read_config(file), _plain(config), path)
+            _check_steps(RunDirectory(path), config)
         elif any(path.glob("step-*.ckpt")) or any(path.glob("best-*.ckpt")):
             raise CheckpointError(
                 f"{path} holds checkpoints but no config.json, so nothing says which run they belong to; "
@@ -136,11 +146,18 @@ def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -
     wrong = differences(old, new)
     if wrong:
         shown = [f"\n  {name}: saved {shortened(old)}, here {shortened(new)}" for name, old, new in wrong]
-        lines = "".join(shown[:_SHOWN]) + (f"\n  ... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
+        lines = "".join(shown[:N_LISTED])
+        lines += f"\n  ... and {len(wrong) - N_LISTED} more" if len(wrong) > N_LISTED else ""
         raise ValueError(
             f"the run in {path} was made with another configuration, so it cannot be resumed with this one:{lines}\n"
             f"Only {', '.join(CHANGEABLE)} may change ('steps' with schedule='constant'); choose another directory"
         )
+
+
+def _check_steps(run: RunDirectory, config: Mapping[str, Any]) -> None:
+    done, asked = run.steps_done, config.get("steps")
+    if asked is not None and asked < done:
+        raise ValueError(f"steps must be at least {done}, which the run in {run.path} has made already; got {asked}")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Task distributions, and episodes addressed by (seed, split, chunk)."""
 
 import hashlib
-import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from metaicl.checks import check_choice, check_count, check_episode, check_seed
 from metaicl.collation import collate
 from metaicl.episode import Episode
+from metaicl.interruption import ignore_signals
 from metaicl.learner import Learner
 from metaicl.packing import Packed
 from metaicl.spec import TaskSpec
@@ -207,12 +207,8 @@ class EpisodeStream(Dataset[Episode]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to the whole group reach the parent too, which still needs its workers to end an update.
-
-    They end with their parent, and when it asks them to.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The parent still needs its workers to end an update."""
+    ignore_signals()
 
 
 class _Messages(Dataset[Packed]):

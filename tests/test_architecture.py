@@ -24,6 +24,7 @@ LAYERS = {
         "nets",
         "files",
         "sealed_files",
+        "interruption",
         "row_ids",
     },
     1: {"learner", "task"},

@@ -204,6 +204,23 @@ def test_nothing_to_train_needs_no_budget_but_the_numbers_of_rows():
         compare({"a": Mean}, Levels(), n_episodes=5, progress=False)
 
 
+def test_a_reference_never_takes_the_name_of_a_learner():
+    names = ("closed form", "closed form (reference)")
+    report = compare(dict.fromkeys(names, Scaled), Levels(), trainer=Trainer(), **SIZES)
+    rows = {row.learner: (row.role, row.seeds) for row in report.rows("Levels")}
+    assert rows.pop("closed form (reference) (reference)") == ("reference", (None,))
+    assert rows == dict.fromkeys(names, ("learner", (0, 1)))
+
+
+def test_the_card_names_the_batch_sizes_that_seconds_were_measured_with(tmp_path):
+    for size, seeds, told in ((7, 1, [7]), (50, 2, [7, 50])):
+        sizes = {**SIZES, "batch_size": size, "seeds": seeds, "directory": tmp_path}
+        assert (
+            compare({"a": Scaled}, Levels(), trainer=Trainer(), references=False, **sizes).protocol["batch_size"]
+            == told
+        )
+
+
 def test_one_seed_is_never_certain():
     report = compare({"a": Scaled}, Levels(), trainer=Trainer(), **{**SIZES, "seeds": 1})
     assert report.rows("Levels")[0].seeds_text == "n/a (1 seed)"
@@ -392,6 +409,9 @@ def test_a_result_is_json_that_others_can_read(tmp_path):
         ({"learners": [Mean]}, TypeError, "mapping of names"),
         ({"learners": {"a": "MAML"}}, TypeError, r"learners\['a'\] must be a factory"),
         ({"learners": {"a": lambda spec: 3}}, TypeError, "must give a Learner for a spec; got int"),
+        ({"learners": {1: Mean}}, TypeError, "must be printable text of one line; got 1"),
+        ({"learners": {"a\nb": Mean}}, TypeError, r"must be printable text of one line; got 'a\\nb'"),
+        ({"tasks": {"": Levels()}}, TypeError, "must be printable text of one line; got ''"),
         ({"tasks": 3}, TypeError, "TaskDistribution; got int"),
         ({"tasks": {"a": Levels}}, TypeError, r"tasks\['a'\] must be .* got the class itself: Levels\(\) makes one"),
         ({"shots": 5}, TypeError, "shots must be a sequence of numbers of support rows; got 5"),

@@ -32,6 +32,7 @@ from training_helpers import (
     without_seconds,
 )
 
+from metaicl import meta_training
 from metaicl.checkpoint import CheckpointError, load_learner_weights
 from metaicl.episode import Episode
 from metaicl.learner import Learner, Traits
@@ -107,6 +108,24 @@ def test_the_best_weights_are_selected(tmp_path: Path) -> None:
     assert run.best_step < 13
     assert validation_loss(best) == pytest.approx(run.best_loss, abs=1e-6)
     assert validation_loss(last) == pytest.approx(losses[13], abs=1e-6)
+
+
+def test_a_longer_run_forgets_the_validation_at_the_end_of_the_shorter_one(tmp_path: Path) -> None:
+    def loss(training: Any) -> float:
+        return {4: 3.0, 6: 1.0, 8: 2.0, 9: 4.0}[training.step]
+
+    longer = small_config(schedule="constant", steps=9, validate_every=4)
+    straight, extended, again = make_ridge(), make_ridge(), make_ridge()
+    with patch.object(meta_training._Training, "_validation_loss", loss):
+        expected = train(straight, longer)
+        assert train(make_ridge(), replace(longer, steps=6), directory=tmp_path).best_step == 6
+        assert train(again, replace(longer, steps=6), directory=tmp_path).best_step == 6  # finished, once more
+        found = train(extended, longer, directory=tmp_path)
+    assert (found.best_step, found.best_loss) == (expected.best_step, expected.best_loss) == (8, 2.0)
+    assert_same_weights(weights_of(extended), weights_of(straight))
+    with pytest.raises(ValueError, match=r"steps must be at least 9, which the run in .* has made already; got 8"):
+        train(make_ridge(), replace(longer, steps=8), directory=tmp_path)
+    assert train(make_ridge(), longer, directory=tmp_path).steps_done == 9
 
 
 def test_a_directory_changes_nothing(tmp_path: Path) -> None:
@@ -334,6 +353,7 @@ _SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
 from training_helpers import Lines, make_dropout, small_config
+from metaicl import meta_training
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
 def slow(learner, episode):
