@@ -27,7 +27,7 @@ Source = Learner | Callable[[TaskSpec], Learner]
 Trainer = Callable[..., Any]
 
 _LinAlgError: type[Exception] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
-_FAILURES = (ArithmeticError, _LinAlgError, torch.OutOfMemoryError)
+_FAILURES = (ArithmeticError, _LinAlgError, torch.OutOfMemoryError, MemoryError)
 _CURVE_POINTS = 400  # kept of a training curve
 
 
@@ -212,9 +212,10 @@ class Worker:
             return stored
         try:
             result = Result(**known, **self._train(job, learner, store), **self._judge(job, learner))
-        except _FAILURES as error:
-            return Result(**known, status="failed", reason=f"{type(error).__name__}: {error}")
-        except Exception as error:  # a fault of the program, not of the training: it ends the comparison
+        except Exception as error:
+            if isinstance(error, _FAILURES) or "DefaultCPUAllocator" in str(error):  # as CPUs say that memory is short
+                return Result(**known, status="failed", reason=f"{type(error).__name__}: {error}")
+            # A fault of the program, not of the training, ends the comparison.
             kept = "give a directory to keep finished runs" if store is None else "finished runs are kept"
             error.add_note(f"raised by {job.entry.name!r} on {job.board.name!r}, seed {job.seed}; {kept}")
             raise

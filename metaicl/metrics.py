@@ -78,19 +78,20 @@ def query_metrics(
 
     Raises:
         ValueError: If the distribution has another shape than the query.
+        TypeError: If that of a classification is not over classes.
         FloatingPointError: If a log-probability of a real row is not finite. It is looked at before any argmax,
             which would turn a diverged learner into one at chance.
     """
     check_answer(distribution, spec, tuple(query.x.shape[:2]))
+    probs = _probabilities(distribution) if spec.kind == "classification" else None
     log_prob = distribution.log_prob(query.y)
     place = {"first_episode": first_episode, "first_row": first_row}
     check_finite("the log-probability of the target", log_prob, query, **place)
     metrics = {"nll": _mean(-log_prob, query)}
-    if spec.kind == "regression":
+    if probs is None:
         error = (distribution.mean - query.y).square().mean(-1)
         check_finite("the squared error", error, query, **place)
         return {"mse": _mean(error, query), **metrics}
-    probs = _probabilities(distribution)
     check_finite("a class probability", probs.sum(-1), query, **place)
     hits = (probs.argmax(-1) == query.y).to(probs.dtype)
     gaps = probs - (query.y[..., None] == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)

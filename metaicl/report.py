@@ -63,7 +63,10 @@ class Report(Findings):
         found = plain.get("format") if isinstance(plain, dict) else None
         if found != FORMAT:
             raise ValueError(f"{path} must be a report of format {FORMAT!r}; got {found!r}")
-        return cls(plain["protocol"], plain["tasks"], tuple(Result.from_dict(one) for one in plain["results"]))
+        try:
+            return cls(plain["protocol"], plain["tasks"], tuple(Result.from_dict(one) for one in plain["results"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no whole report: {type(error).__name__}: {error}") from error
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line per (task, learner, seed, shots, episode, metric)."""

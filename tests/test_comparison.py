@@ -159,6 +159,17 @@ def test_errors_of_a_learner_that_are_no_divergence_are_not_hidden():
     assert "raised by 'a' on 'Levels', seed 0" in raised.value.__notes__[0]
 
 
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_learner_that_needs_too_much_memory_does_not_stop_the_others(error):
+    class Large(Scaled):
+        def adapt(self, support):
+            raise error
+
+    report = compare({"large": Large, "a": Scaled}, Levels(), trainer=Trainer(), **SIZES)
+    assert {row.learner: row.status for row in report.rows("Levels")}["large"] == "failed"
+    assert report.best("Levels") == "a"
+
+
 def test_an_instance_is_judged_as_it_is_and_left_as_it_is():
     learner, trainer = Scaled(Levels.spec), Trainer()
     weight = learner.weight.item()
@@ -386,6 +397,12 @@ if __name__ == "__main__":
 def test_a_directory_in_use_is_refused(tmp_path):
     with lock_directory(tmp_path), pytest.raises(BlockingIOError, match="in use"):
         compare({"a": Mean}, Levels(), directory=tmp_path, **SIZES)
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="must be a directory or nothing yet"):
+        compare({"a": Mean}, Levels(), directory=tmp_path / "file", **SIZES)
 
 
 def test_a_damaged_result_is_named(tmp_path):

@@ -3,7 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal, StudentT
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+)
 
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian
@@ -71,6 +79,7 @@ def test_a_mean_that_is_infinite_is_an_error():
         (Normal(torch.zeros(1, 2, 2), 1.0), NUMBERS, [[[0.0, 0.0]] * 2], ValueError, "gaussian"),
         (Normal(torch.zeros(1, 2), 1.0), NUMBERS, [[[0.0, 0.0]] * 2], ValueError, "event shape"),
         (Normal(torch.zeros(1, 2), 1.0), CLASSES, [[0, 1]], TypeError, "Categorical"),
+        (Bernoulli(torch.ones(1, 2)), CLASSES, [[0, 2]], TypeError, "Categorical"),
         (torch.zeros(1, 2, 3), CLASSES, [[0, 1]], TypeError, "torch distribution; got Tensor"),
     ],
 )

@@ -81,6 +81,16 @@ def test_the_page_is_the_same_after_json(report, tmp_path):
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+@pytest.mark.parametrize("missing", ["protocol", "tasks", "results"])
+def test_a_report_without_a_part_is_no_report(report, tmp_path, missing):
+    report.to_json(tmp_path / "r.json")
+    plain = json.loads((tmp_path / "r.json").read_text())
+    del plain[missing]
+    (tmp_path / "r.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=f"r.json is no whole report: KeyError: '{missing}'"):
+        Report.from_json(tmp_path / "r.json")
+
+
 def test_a_place_that_cannot_be_written_is_an_error(report, tmp_path):
     with pytest.raises(OSError, match="cannot write"):
         report.to_json(tmp_path / "missing" / "r.json")
