@@ -9,7 +9,7 @@ from metaicl.html import figure_svg, render_page
 from metaicl.html_style import DARK, LIGHT
 from metaicl.learners.reference.simple import Constant, NearestNeighbors
 from metaicl.plots import plot_cost
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.tasks.rows import ArrayClasses
@@ -50,7 +50,7 @@ def images():
 
 
 def refuses(spec):
-    raise ValueError("only <b>bold</b> tasks & others")
+    raise NotServed("only <b>bold</b> tasks & others")
 
 
 @pytest.fixture(scope="module")

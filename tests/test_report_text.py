@@ -4,13 +4,14 @@ from metaicl.comparison import compare
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors
 from metaicl.number_text import interval_text, memory_text, number, seconds_text
 from metaicl.report_text import cells, columns, describe_task, protocol_lines, render_text, summary_sentence
+from metaicl.spec import NotServed
 from metaicl.statistics import Interval
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 
 
 def refuses(spec):
-    raise ValueError("not mine")
+    raise NotServed("not mine")
 
 
 @pytest.fixture(scope="module")
