@@ -1,7 +1,7 @@
 """Checkpoints that are whole or refused, and the weights of learners in them; see `metaicl.sealed_files`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -87,7 +87,8 @@ def load_weights(learner: nn.Module, weights: Mapping[str, Any], *, source: str)
     """Load a state dict into a learner, all of it or nothing.
 
     Args:
-        learner: Its parameters must have the names and shapes of `weights`; its buffers take the shapes found there.
+        learner: Its parameters must have the names and shapes of `weights`; its buffers take the shapes found there,
+            and so do submodules that only `prepare` makes (a module lists their names in `made_by_prepare`).
         weights: From `state_dict()`.
         source: Where they come from, for the message.
 
@@ -95,7 +96,7 @@ def load_weights(learner: nn.Module, weights: Mapping[str, Any], *, source: str)
         IncompatibleCheckpointError: If names or shapes differ.
     """
     resized = _resized_buffers(learner, weights)
-    differences = _differences(learner.state_dict(), weights, resized)
+    differences = _differences(learner.state_dict(), weights, {*resized, *_made_by_prepare(learner, weights)})
     if differences:
         more = f"\n  and {len(differences) - N_LISTED} more" if len(differences) > N_LISTED else ""
         listed = "".join(f"\n  {line}" for line in differences[:N_LISTED])
@@ -128,7 +129,17 @@ def _resized_buffers(learner: nn.Module, weights: Mapping[str, Any]) -> dict[str
     return resized
 
 
-def _differences(here: Mapping[str, Any], saved: Mapping[str, Any], ignored: Mapping[str, Any]) -> list[str]:
+def _made_by_prepare(learner: nn.Module, weights: Mapping[str, Any]) -> list[str]:
+    """The weights, here and saved, of submodules that only `prepare` makes: their owner takes what was saved."""
+    made = tuple(
+        f"{prefix}.{name}.".removeprefix(".")
+        for prefix, module in learner.named_modules()
+        for name in getattr(module, "made_by_prepare", ())
+    )
+    return [name for name in (*learner.state_dict(), *weights) if name.startswith(made)]
+
+
+def _differences(here: Mapping[str, Any], saved: Mapping[str, Any], ignored: Collection[str]) -> list[str]:
     lines = []
     for name in [*here, *(name for name in saved if name not in here)]:
         if name in ignored:

@@ -190,13 +190,14 @@ def _check_classes_present(episode: Episode, spec: TaskSpec) -> None:
         )
 
 
-def check_answer(answer: object, spec: TaskSpec, rows: tuple[int, ...]) -> None:
-    """Check the kind and shapes of what a learner's `predict` or `predict_prefixes` returned; reads no values.
+def check_answer(answer: object, spec: TaskSpec, rows: tuple[int, ...], method: str = "predict") -> None:
+    """Check the kind and shapes of what a learner answered; reads no values.
 
     Args:
         answer: What it returned.
         spec: What the tasks look like.
         rows: Shape (B, Q) of the rows that were asked about.
+        method: What was called, `predict` or `predict_prefixes`.
 
     Raises:
         TypeError: If it is no torch distribution.
@@ -206,16 +207,16 @@ def check_answer(answer: object, spec: TaskSpec, rows: tuple[int, ...]) -> None:
     if spec.kind == "regression":
         hint = "Hint: metaicl.functional.gaussian(mean, scale) makes one from (B, Q, y_dim)"
     if not isinstance(answer, Distribution):
-        raise TypeError(f"predict must return a torch distribution; got {type(answer).__name__}. {hint}")
+        raise TypeError(f"{method} must return a torch distribution; got {type(answer).__name__}. {hint}")
     found, event = tuple(answer.batch_shape), tuple(answer.event_shape)
     if found != rows:
-        raise ValueError(f"predict must return batch shape (B, Q) = {rows}; got {found}. {hint}")
+        raise ValueError(f"{method} must return batch shape (B, Q) = {rows}; got {found}. {hint}")
     expected = () if spec.kind == "classification" else (spec.y_dim,)
     if event != expected:
-        raise ValueError(f"predict must return event shape {expected} for {spec.kind}; got {event}. {hint}")
+        raise ValueError(f"{method} must return event shape {expected} for {spec.kind}; got {event}. {hint}")
     if spec.kind == "classification" and isinstance(answer, Categorical) and answer.param_shape[-1] != spec.n_way:
         classes = answer.param_shape[-1]
-        raise ValueError(f"predict must return probabilities of C = n_way = {spec.n_way} classes; got {classes}")
+        raise ValueError(f"{method} must return probabilities of C = n_way = {spec.n_way} classes; got {classes}")
 
 
 def class_counts(examples: Examples, n_way: int) -> Tensor:

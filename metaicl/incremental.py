@@ -91,8 +91,8 @@ def incremental_accuracy(
     check_count("n_holders", n_holders)
     check_count("classes_per_round", classes_per_round)
     found = _checked_checkpoints(checkpoints, train, test)
-    if not orders:
-        raise ValueError("orders must be at least one seed; got none")
+    if isinstance(orders, int) or not orders:
+        raise ValueError(f"orders must be at least one seed, in a sequence; got {orders!r}")
     rows = []
     for seed in orders:
         draws = isolated_randomness(derive_seed(seed, "incremental"), device_of(learner))
@@ -210,6 +210,8 @@ def _checked_checkpoints(checkpoints: Sequence[int], train: Tensor, test: Tensor
             "train and test must be classes by rows (K, N, *x_shape) and (K, T, *x_shape); "
             f"got {tuple(train.shape)} and {tuple(test.shape)}"
         )
+    if isinstance(checkpoints, int):
+        raise TypeError(f"checkpoints must be a sequence of numbers of classes; got {checkpoints}")
     found = tuple(check_count("checkpoints", checkpoint) for checkpoint in checkpoints)
     if not found or list(found) != sorted(set(found)) or found[-1] > len(train):
         raise ValueError(f"checkpoints must increase and end at most at the {len(train)} classes; got {found}")

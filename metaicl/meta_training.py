@@ -23,7 +23,7 @@ from metaicl.learner import Learner, Prepares
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
-from metaicl.task import EVAL_SEED, EpisodeStream, TaskDistribution, check_distribution, derive_seed
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
 from metaicl.train_config import TrainConfig, first_episode, make_optimizer
 from metaicl.training import Step, device_of, isolated_randomness, outer_loop, place, training_mode
 
@@ -89,8 +89,9 @@ def meta_train(
 
     Raises:
         TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
-        ValueError: If the learner was built for other tasks, the run in `directory` has another configuration, nothing
-            can be trained, or the objective would replace the `meta_gradients` of the learner.
+        ValueError: If the learner was built for other tasks, the tasks cannot give so many rows, the run in `directory`
+            has another configuration, nothing can be trained, or the objective would replace the `meta_gradients` of
+            the learner.
         FloatingPointError: If a loss, a gradient or a weight is NaN or infinite; the last checkpoint stands.
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
@@ -102,6 +103,9 @@ def meta_train(
     check_distribution(tasks)
     check_built_for(type(learner).__name__, learner.spec, tasks.spec)
     added_to_own(learner, objective)  # an objective that would be ignored is named before anything is written
+    if learner.traits.trainable:
+        for split in ("train",) if config.validate_every is None else ("train", "validation"):
+            _stream(tasks, config, split).try_largest()  # and so is a split with too few classes or rows
     if config.device is not None:
         learner.to(config.device)
     with contextlib.ExitStack() as stack:
@@ -258,9 +262,7 @@ class _Training:
 
     def _validation_loss(self) -> float:
         config, learner = self.config, self.learner
-        stream = EpisodeStream(
-            self.tasks, seed=EVAL_SEED, split="validation", n_shot=config.n_shot, n_query=config.n_query
-        )
+        stream = _stream(self.tasks, config, "validation")
         size = config.micro_batch_size or config.meta_batch_size
         own, device = share(config.n_validation), device_of(learner)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -279,6 +281,11 @@ class _Training:
 
     def _out_of_time(self) -> bool:
         return self.config.max_seconds is not None and self.seconds >= self.config.max_seconds
+
+
+def _stream(tasks: TaskDistribution, config: TrainConfig, split: Split) -> EpisodeStream:
+    """Tasks of a split with the rows of `config`, at the address of every evaluation."""
+    return EpisodeStream(tasks, seed=EVAL_SEED, split=split, n_shot=config.n_shot, n_query=config.n_query)
 
 
 def _describe(learner: Learner, tasks: TaskDistribution, config: TrainConfig, objective: Objective) -> dict[str, Any]:

@@ -74,12 +74,15 @@ def derive_generator(*address: str | int) -> torch.Generator:
 
 
 def check_distribution(tasks: object, name: str = "tasks") -> None:
-    """Refuse what is no task distribution.
+    """Refuse what is no task distribution with a spec.
 
     Raises:
         TypeError: Naming what came, with a hint where it is a class of distributions.
     """
     if isinstance(tasks, TaskDistribution):
+        spec = getattr(tasks, "spec", None)
+        if not isinstance(spec, TaskSpec):
+            raise TypeError(f"{name}.spec must be a TaskSpec; {type(tasks).__name__} has {spec!r}")
         return
     if isinstance(tasks, type):
         raise TypeError(f"{name} must be a TaskDistribution; got the class itself: {tasks.__name__}() makes one")
@@ -152,6 +155,15 @@ class EpisodeStream(Dataset[Episode]):
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
         return episode
+
+    def try_largest(self) -> None:
+        """Sample one task with as many shots as any chunk may have, so that a split that cannot give it is named early.
+
+        Raises:
+            ValueError: As the distribution raises it.
+        """
+        generator = derive_generator(self.seed, self.split, "largest")
+        self.tasks.sample(1, split=self.split, n_shot=self.n_shot[1], n_query=self.n_query, generator=generator)
 
     def batches(self, start: int, stop: int, *, batch_size: int, workers: int = 0) -> Iterator[Episode]:
         """Tasks start .. stop - 1 in batches of `batch_size`, the last one smaller.

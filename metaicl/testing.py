@@ -54,6 +54,7 @@ _LEARNER_EXAM = Exam(
         conduct.check_episode_untouched,
         conduct.check_train_mode,
         conduct.check_global_rng,
+        conduct.check_history,
         conduct.check_no_grad,
         conduct.check_state_dict,
         conduct.check_float64,
@@ -149,7 +150,8 @@ def check_tasks(
         TypeError: If `tasks` is no TaskDistribution.
         ValueError: If the name of a check is unknown or a count is out of range.
     """
-    check_distribution(tasks)
+    if not isinstance(tasks, TaskDistribution):  # what its spec is, the exam says
+        check_distribution(tasks)
     case = family.TaskCase(tasks, check_count("n_shot", n_shot), check_count("n_query", n_query))
     expected = expected_failures or {}
     names = _TASK_EXAM.select(checks, expected)

@@ -97,7 +97,8 @@ def outer_loop(
 
     Raises:
         TypeError: If an argument has the wrong type, or the learner is wrapped in DistributedDataParallel.
-        ValueError: If an argument is out of range, or the optimizer holds parameters of something else.
+        ValueError: If an argument is out of range, the optimizer holds parameters of something else, or the tasks
+            cannot give so many rows.
         RuntimeError: From the generator, when the processes do not start alike.
         FloatingPointError: From the generator, when a loss or a gradient is NaN or infinite. The update is not made,
             and the message names the task or the parameter, what the inner loop did step by step where there is one,
@@ -120,6 +121,8 @@ def outer_loop(
     if device is not None:
         learner.to(check_device(device))
     _check_optimizer(optimizer, learner)
+    if isinstance(n_shot, tuple):  # or else the first update is like all others
+        stream.try_largest()
     meta_step = MetaStep(learner, objective, compile=compile, autocast=autocast)
     update = _Update(meta_step, optimizer, scheduler, stream, clip_norm=clip_norm, micro_batch_size=micro_batch_size)
     return _steps(update, range(start, steps), workers)

@@ -80,6 +80,24 @@ class NoiseInTraining(Honest):
         return state + positive(self.raw_noise) * torch.randn_like(state) if self.training else state
 
 
+class GrowingBuffer(Honest):
+    """Remembers inputs of meta-training: how many is not known before `prepare`."""
+
+    memory: Tensor
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("memory", torch.zeros(0, *spec.x_shape))
+
+    def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
+        source = torch.Generator().manual_seed(seed)
+        rows = tasks.sample(4, split="train", n_shot=2, n_query=2, generator=source).support.x
+        self.memory = rows.flatten(0, 1).to(self.memory)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return super().mean(state, x - self.memory.mean(0))
+
+
 class DeclaredTransductive(Honest):
     """Declares more than it does, which is allowed."""
 
@@ -282,6 +300,46 @@ class KeepsState(Honest):
         return super().predict(self.state, x)
 
 
+class KeepsAnAverage(Honest):
+    """A running mean of the targets in training, in a plain number."""
+
+    running = 0.0
+
+    def adapt(self, support: Examples) -> Any:
+        if self.training:
+            self.running += 0.1 * (float(support.y.detach().mean()) - self.running)
+        return super().adapt(support)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return super().mean(state, x) + self.running
+
+
+class FitsAtFirstCall(Honest):
+    """The scale of the first inputs that it meets."""
+
+    scale = None
+
+    def adapt(self, support: Examples) -> Any:
+        if self.scale is None:
+            self.scale = float(support.x.abs().mean())
+        return super().adapt(support)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return super().mean(state, x / self.scale)
+
+
+class AnnealsItsPenalty(Honest):
+    """The answers are always the same; the training loss knows how often it was asked for."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.asked = 0
+
+    def penalty(self, state: Any) -> Tensor:
+        self.asked += 1
+        return state.square().mean(1) / self.asked
+
+
 class Float32Only(Honest):
     def rows(self, support: Examples) -> Tensor:
         return self.encode(torch.cat([support.x, support.y], -1).float())
@@ -334,6 +392,28 @@ class PrefixesSeeTheAnswer(HonestStream):
         codes = (self.rows(examples) * real).cumsum(1)
         inputs = torch.cat([examples.x, codes / real.cumsum(1).clamp(min=1)], -1)
         return gaussian(self.decode(inputs), positive(self.raw_scale))
+
+
+class PrefixesCountMaskedRows(HonestStream):
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        return super().predict_prefixes(Examples(examples.x, examples.y))
+
+
+class UpdatesWithMaskedRows(HonestStream):
+    def update(self, state: Any, examples: Examples) -> Any:
+        return super().update(state, Examples(examples.x, examples.y))
+
+
+class UpdatesInPlace(HonestStream):
+    def update(self, state: Any, examples: Examples) -> Any:
+        for old, new in zip(state, self.adapt(examples), strict=True):
+            old.add_(new.detach())
+        return state
+
+
+class ShortPrefixes(HonestStream):
+    def predict_prefixes(self, examples: Examples) -> Distribution:
+        return super().predict_prefixes(examples.rows(slice(1, None)))
 
 
 class ClimbsTheLoss(Honest):

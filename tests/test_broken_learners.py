@@ -37,6 +37,9 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.IgnoresMask, "masked_rows", set()),
     (broken.NeedsNoMask, "full_mask", {"masked_rows", "support_order"}),
     (broken.KeepsState, "state_returned", set()),
+    (broken.KeepsAnAverage, "history", set()),
+    (broken.FitsAtFirstCall, "history", set()),
+    (broken.AnnealsItsPenalty, "history", set()),
     (broken.Float32Only, "float64", set()),
     (broken.RoundsToFloat32, "float64", set()),
     (broken.FlipsMode, "train_mode", set()),
@@ -45,6 +48,8 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.ForgetsInUpdate, "update", set()),
     (broken.MergesWithoutWeights, "merge", set()),
     (broken.PrefixesSeeTheAnswer, "predict_prefixes", set()),
+    (broken.PrefixesCountMaskedRows, "predict_prefixes", set()),
+    (broken.UpdatesWithMaskedRows, "update", set()),
     (broken.ClimbsTheLoss, "learns", set()),
     (broken.ReadsTestTasks, "prepare_split", set()),
 ]
@@ -68,6 +73,19 @@ def test_non_deterministic_learner_is_caught() -> None:
     assert not untouched & set(caught.value.failures)
 
 
+@pytest.mark.parametrize(
+    ("learner", "check", "message"),
+    [
+        (broken.UpdatesInPlace, "update", "the state before update: .* Hint: update returns a new state"),
+        (broken.ShortPrefixes, "predict_prefixes", r"predict_prefixes must return batch shape \(B, Q\) = .* got"),
+        (broken.Float32Only, "float64", r"raised RuntimeError: .* \(broken_learners.py, line \d+, in rows\)"),
+    ],
+)
+def test_the_message_leads_to_the_fault(learner: type[Learner], check: str, message: str) -> None:
+    with pytest.raises(LearnerCheckError, match=message):
+        check_learner(learner, TASKS, checks=["answer_shape", check])
+
+
 def test_every_check_has_a_fault_that_it_catches() -> None:
     elsewhere = {"same_answer_twice", "label_permutation"}  # caught above; optional, see test_testing.py
     assert {check for _, check, _ in FAULTS} | elsewhere == set(LEARNER_CHECKS)
@@ -79,6 +97,7 @@ def test_every_check_has_a_fault_that_it_catches() -> None:
         broken.Honest,
         broken.HonestStream,
         broken.NoiseInTraining,
+        broken.GrowingBuffer,
         broken.DeclaredTransductive,
         broken.DeclaredPeeker,
         broken.DeclaredApproximate,

@@ -213,6 +213,13 @@ def test_bundled_learner_keeps_the_contract_on_images(check: Callable[[], None])
 
 
 @parametrize_with_checks(
+    {"Retrieval(oracle)": partial(retrieve, learner=ProtoNet, retriever="oracle")}, {"arrays": TASKS["arrays"]}
+)
+def test_oracle_keeps_the_contract_where_rows_have_classes(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(
     {f"{name} {which}": learner for name, found in REFERENCES.items() for which, learner in found.items()}, TASKS
 )
 def test_bayes_reference_keeps_the_contract(check: Callable[[], None]) -> None:

@@ -40,6 +40,7 @@ from metaicl.learners.gradient.maml import MAML
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss, squared_error
 from metaicl.task import EVAL_SEED, EpisodeStream
+from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.train_config import TrainConfig
 from metaicl.training import outer_loop
 
@@ -329,6 +330,26 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError):
         train(make_ridge(), config, directory=tmp_path)
     assert all(bool(value.isfinite().all()) for value in last_state(tmp_path)["learner"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "group 5 of split 'validation' has 6"),
+        ({"n_shot": (1, 9), "validate_every": None}, r"n_shot \+ n_query = 11 rows per task; group 0 of split 'train'"),
+    ],
+)
+def test_a_split_with_too_few_rows_is_named_before_anything_is_done(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    groups = torch.tensor([0, 1, 2, 3, 4, 6, 7]).repeat_interleave(10).tolist() + [5] * 6
+    x = torch.randn(len(groups), 2)
+    owned = {"train": [0, 1, 2, 3, 4], "validation": [5], "test": [6, 7]}
+    tasks = tasks_from_arrays(x, x.sum(1), groups=groups, group_splits=owned)
+    config = small_config(**{"n_shot": 5, "n_query": 2, **change})
+    with pytest.raises(ValueError, match=message):
+        meta_train(make_ridge(), tasks, config, directory=tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_arguments() -> None:

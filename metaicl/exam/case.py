@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from metaicl.checks import check_answer
 from metaicl.episode import Episode, Examples
 from metaicl.exam.randomness import private_randomness
 from metaicl.learner import Learner, Prepares
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
 
 SEED = 1_000_003
@@ -131,6 +133,14 @@ def difference(expected: Tensor, got: Tensor) -> str | None:
     pair = f"{float(expected[where]):.6g} and {float(got[where]):.6g}"
     index = tuple(int(i) for i in where)
     return f"{int(apart.sum())} of {apart.numel()} numbers differ, most at {index}: {pair} (rtol {rtol}, atol {atol})"
+
+
+def require_answer(found: object, spec: TaskSpec, x: Tensor, method: str = "predict") -> None:
+    """Raise an AssertionError if a method returned anything else than a distribution for inputs x (B, Q)."""
+    try:
+        check_answer(found, spec, tuple(x.shape[:2]), method)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from error
 
 
 def require_same(what: str, expected: Tensor, got: Tensor, hint: str) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaicl.checkpoint import load_weights
 from metaicl.episode import Episode
 from metaicl.exam.case import SEED, Case, answer, dtype_of, require_same
+from metaicl.exam.learning import meta_gradients
 from metaicl.exam.randomness import global_generators_used, private_randomness
-from metaicl.learner import Prepares
+from metaicl.learner import Learner, PredictsPrefixes, Prepares, Updates
 from metaicl.task import Split, TaskDistribution
 
 
@@ -66,6 +68,22 @@ def check_global_rng(case: Case) -> None:
         )
 
 
+def check_history(case: Case) -> None:
+    """Answers and meta-gradients, in either mode, do not depend on what the learner was called with before."""
+    learner, modes = case.learner, {"eval": False, "train": True}
+    expected = {mode: _said(copy.deepcopy(learner).train(on), case.episode) for mode, on in modes.items()}
+    for on in (True, False):
+        _use(learner.train(on), case.short)
+    hint = (
+        "keep nothing between calls, neither on self nor on the class. What is measured once belongs into a buffer "
+        "that prepare fills; noise in train mode comes from torch's global generator, seeded for each update"
+    )
+    for mode, on in modes.items():
+        now = _said(learner.train(on), case.episode)
+        for what, before in expected[mode].items():
+            require_same(f"{what} in {mode} mode, before and after other episodes", before, now[what], hint)
+
+
 def check_no_grad(case: Case) -> None:
     """Evaluation contexts change no number."""
     expected = case.answer()
@@ -86,7 +104,7 @@ def check_state_dict(case: Case) -> None:
         for _, value in _tensors(other):
             if value.is_floating_point():
                 value.add_(1.0)
-    other.load_state_dict(learner.state_dict())
+    load_weights(other, learner.state_dict(), source="state_dict()")  # buffers may have grown
     support, x = case.episode.support, case.episode.query.x
     hint = "everything that shapes an answer is a parameter or a persistent buffer"
     require_same("a state_dict round trip", case.answer(), answer(other, support, x), hint)
@@ -131,6 +149,27 @@ class _SplitSpy(TaskDistribution):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_tasks"], name)
+
+
+def _said(learner: Learner, episode: Episode) -> dict[str, Tensor]:
+    """All that a learner says of an episode, by name: its answers, and its meta-gradients."""
+    with private_randomness():
+        said = {"the answer": answer(learner, episode.support, episode.query.x)}
+    if learner.traits.trainable:
+        with private_randomness():
+            found = meta_gradients(learner, episode)
+        said |= {f"the meta-gradient of {name}": value for name, value in found.items()}
+    return said
+
+
+def _use(learner: Learner, episode: Episode) -> None:
+    """Call whatever a learner may keep something in."""
+    _said(learner, episode)
+    with private_randomness():
+        if isinstance(learner, Updates):
+            learner.update(learner.adapt(episode.support), episode.query)
+        if isinstance(learner, PredictsPrefixes):
+            learner.predict_prefixes(episode.query)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

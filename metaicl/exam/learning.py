@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from metaicl.collation import split_rows
-from metaicl.episode import Episode
+from metaicl.episode import Episode, Examples
 from metaicl.exam.case import SEED, Case, dtype_of, fixed_generator, require_same
 from metaicl.learner import HasMetaGradients, Learner, Prepares
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, Split, TaskDistribution
+from metaicl.tasks.classes import distinct
 from metaicl.training import device_of, isolated_randomness
 
 _UPDATES = 200
 _MARGIN = 0.1
 _STRIDES = (1e-7, 1e-8, 1e-9)  # short, since kinks and Adam's first step turn sharply; one for each direction
 _SLOPE_GAP = 1e-4  # relative
+_CLASSES, _ROWS = 64, 64  # of a source of easy classes, and of each of them
 
 
 def check_meta_gradient(case: Case) -> None:
@@ -94,7 +96,7 @@ def check_learns(case: Case) -> None:
     learner = case.native
     if not learner.traits.trainable:
         return
-    tasks = EasyTasks(learner.spec)
+    tasks = EasyTasks(learner.spec, named=case.tasks.source_classes is not None)
     if isinstance(learner, Prepares):
         learner.prepare(tasks, seed=SEED)
     device, dtype = next(learner.parameters()).device, dtype_of(learner)
@@ -166,16 +168,24 @@ class EasyTasks(TaskDistribution):
 
     Args:
         spec: What the tasks look like.
+        named: The rows of a classification have a source that names them and their classes; vectors then get
+            patterns of that source in every task.
     """
 
     identity: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: TaskSpec, *, named: bool = False) -> None:
         """Work out the loss of the best constant predictor, in nats per row."""
-        self.spec = spec
+        self.spec, self._rows = spec, None
         gaussian = 0.5 * math.log(2 * math.pi * math.e)
         classes = spec.kind == "classification"
         self.constant_loss = math.log(spec.output_size) if classes else spec.output_size * gaussian
+        if named and classes:
+            source = fixed_generator()
+            n_classes = max(_CLASSES, spec.output_size) if spec.x_kind == "vector" else spec.output_size
+            patterns = self._patterns((n_classes,), source)
+            self.source_classes = torch.arange(n_classes).repeat_interleave(_ROWS)
+            self._rows = self._noisy(patterns[self.source_classes], source)
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw tasks; the splits differ by their generators only."""
@@ -187,10 +197,24 @@ class EasyTasks(TaskDistribution):
             level = torch.ones(n_tasks, n_rows) if self.spec.x_kind == "tokens" else x.flatten(2).mean(-1)
             return split_rows(x, slope * level[..., None], n_shot)
         y = torch.arange(n_way).repeat(n_shot + n_query).expand(n_tasks, -1)  # shot by shot, every class once
+        if self._rows is not None:
+            ids = self._draw((n_tasks, n_way), n_shot + n_query, generator)
+            drawn = Examples(self._rows[ids], y, ids=ids)
+            return Episode(drawn.rows(slice(n_shot * n_way)), drawn.rows(slice(n_shot * n_way, None)))
         shared = self.spec.x_kind != "vector"
         patterns = self._patterns((1 if shared else n_tasks, n_way), fixed_generator() if shared else generator)
         x = patterns.expand(n_tasks, *patterns.shape[1:])[torch.arange(n_tasks)[:, None], y]
         return split_rows(self._noisy(x, generator), y, n_shot * n_way)
+
+    def _draw(self, shape: tuple[int, int], n_rows: int, generator: torch.Generator) -> Tensor:
+        """Different rows of classes (B, C), shot by shot: source rows, long (B, rows C)."""
+        assert self.source_classes is not None
+        n_classes = len(self.source_classes) // _ROWS
+        classes = torch.arange(n_classes).expand(shape[0], -1)
+        if self.spec.x_kind == "vector":
+            classes = distinct(torch.full(shape[:1], n_classes), shape[1], generator)
+        rows = distinct(torch.full(shape, _ROWS), n_rows, generator)  # (B, C, rows)
+        return (classes[..., None] * _ROWS + rows).mT.flatten(1)
 
     def _inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.spec.vocabulary is not None:

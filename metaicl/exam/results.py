@@ -1,11 +1,16 @@
 """Running a list of named checks and reporting every failure at once."""
 
+import site
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metaicl.checks import check_choice
 from metaicl.exam.randomness import private_randomness
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class CheckError(AssertionError):
@@ -91,5 +96,13 @@ class Exam:
         except AssertionError as error:
             return str(error)
         except Exception as error:  # whatever a foreign class raises is a finding, and the other checks go on
-            return f"raised {type(error).__name__}: {error}"
+            return f"raised {type(error).__name__}: {error} ({_place(error)})"
         return None
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised: the innermost line of the subject's own code, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, *site.getsitepackages()))]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"

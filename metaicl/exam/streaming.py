@@ -5,8 +5,11 @@ from torch import Tensor
 
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
-from metaicl.exam.case import Case, answer, numbers, require_same
+from metaicl.exam.answers import with_garbage
+from metaicl.exam.case import Case, answer, numbers, require_answer, require_same
 from metaicl.learner import Merges, PredictsPrefixes, Updates
+
+_MASKED = "a masked row is an absent row: read examples.real wherever rows are summed, counted or attended to"
 
 
 def check_update(case: Case) -> None:
@@ -19,12 +22,14 @@ def check_update(case: Case) -> None:
     hint = "update(state, examples) is the state after the old rows and the new ones, in this order"
     state = learner.adapt(support)
     require_same("update with all new rows", expected, _ask(case, learner.update(state, extra)), hint)
-    half = learner.update(state, extra.rows(slice(1)))
-    half = learner.update(half, extra.rows(slice(1, None)))
-    require_same("update in two pieces", expected, _ask(case, half), hint)
     require_same(
         "the state before update", answer(learner, support, x), _ask(case, state), "update returns a new state"
     )
+    half = learner.update(state, extra.rows(slice(1)))
+    half = learner.update(half, extra.rows(slice(1, None)))
+    require_same("update in two pieces", expected, _ask(case, half), hint)
+    got = _ask(case, learner.update(state, with_garbage(case, extra)))
+    require_same("update with masked rows of garbage between the new ones", expected, got, _MASKED)
 
 
 def check_merge(case: Case) -> None:
@@ -53,7 +58,9 @@ def check_predict_prefixes(case: Case) -> None:
     if not isinstance(learner, PredictsPrefixes):
         return
     rows = concatenate(case.episode.support, case.extra)
-    found = numbers(learner.predict_prefixes(rows), learner, rows.x)
+    answers = learner.predict_prefixes(rows)
+    require_answer(answers, learner.spec, rows.x, "predict_prefixes")
+    found = numbers(answers, learner, rows.x)
     hint = "row t sees rows 0 .. t-1 and x_t; it never sees y_t. No row at all is the same as one masked row"
     first = rows.rows(slice(1))
     nothing = Examples(first.x, first.y, torch.zeros_like(first.real), first.ids)
@@ -61,6 +68,9 @@ def check_predict_prefixes(case: Case) -> None:
     for t, prefix in enumerate(prefixes):
         expected = answer(learner, prefix, rows.x[:, t : t + 1])
         require_same(f"predict_prefixes at row {t}", expected, found[:, t : t + 1], hint)
+    mixed = with_garbage(case, rows)
+    got = numbers(learner.predict_prefixes(mixed), learner, mixed.x)[mixed.real]
+    require_same("predict_prefixes with masked rows of garbage between the real ones", found[rows.real], got, _MASKED)
 
 
 def _ask(case: Case, state: object) -> Tensor:

@@ -52,8 +52,11 @@ class TaskCase:
 
 def check_spec(case: TaskCase) -> None:
     """`spec` is a TaskSpec and the episodes of every split fit it."""
-    if not isinstance(case.tasks.spec, TaskSpec):
-        raise AssertionError(f"spec must be a TaskSpec; got {type(case.tasks.spec).__name__}")
+    spec = getattr(case.tasks, "spec", None)
+    if not isinstance(spec, TaskSpec):
+        raise AssertionError(
+            f"spec must be a TaskSpec; got {type(spec).__name__}. Hint: set it in the class or in __init__"
+        )
     for split in SPLITS:
         episode = case.stream(split)[0]
         if len(episode) != 25:

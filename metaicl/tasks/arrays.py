@@ -11,8 +11,17 @@ from torch import Tensor
 from metaicl.checks import check_choice, check_count
 from metaicl.spec import TaskSpec
 from metaicl.task import Split
-from metaicl.tasks.columns import Column, frame_columns, read_csv, take_column, to_matrix, whole_numbers
-from metaicl.tasks.labels import check_ways, index_labels, row_splits, splits_by_name
+from metaicl.tasks.classes import check_ways
+from metaicl.tasks.columns import (
+    Column,
+    check_features,
+    frame_columns,
+    read_csv,
+    take_column,
+    take_labels,
+    to_matrix,
+)
+from metaicl.tasks.labels import index_labels, row_splits, splits_by_name
 from metaicl.tasks.rows import ArrayClasses, GroupRegression, finite, moments, to_numbers
 from metaicl.tasks.text import TextClasses
 
@@ -89,7 +98,7 @@ def tasks_from_arrays(
 def tasks_from_dataframe(
     frame: Any,
     *,
-    target: str | Sequence[str],
+    target: str | int | Sequence[str],
     text: str | None = None,
     groups: str | None = None,
     features: Sequence[str] | None = None,
@@ -102,7 +111,8 @@ def tasks_from_dataframe(
 
     Args:
         frame: A pandas data frame.
-        target: The column to predict; several for multi-output regression.
+        target: The column to predict, by its name or, where columns are numbered, its number; several for multi-output
+            regression.
         text: A column of texts to classify, alone: the result is a `TextClasses`.
         groups: The column that tells the tasks of a regression apart.
         features: The columns to predict from; by default all others.
@@ -112,9 +122,9 @@ def tasks_from_dataframe(
         As `tasks_from_arrays`.
 
     Raises:
-        ValueError: If a column is not there; else as `tasks_from_arrays`.
+        ValueError: If a column is not there or has missing values; else as `tasks_from_arrays`.
     """
-    targets = [target] if isinstance(target, str) else list(target)
+    targets: list[Any] = [target] if isinstance(target, (str, int)) else list(target)
     if text is not None:
         columns = frame_columns(frame, [text, *targets])
         return _from_texts(columns, targets, text=text, refused=(groups, features), where="the data frame", **options)
@@ -165,7 +175,7 @@ def _from_texts(
     if len(targets) != 1 or any(given is not None for given in refused):
         raise ValueError("text goes with one target and with neither groups nor features")
     texts = take_column(columns, text, where)
-    return TextClasses(texts.tolist(), whole_numbers(take_column(columns, targets[0], where)), **options)
+    return TextClasses(texts.tolist(), take_labels(columns, targets[0], where), **options)
 
 
 def _from_columns(
@@ -177,24 +187,26 @@ def _from_columns(
     where: str,
     **options: Any,
 ) -> ArrayClasses | GroupRegression:
-    found = [take_column(columns, name, where) for name in targets]
-    ids = None if groups is None else whole_numbers(take_column(columns, groups, where))
+    regression = groups is not None or options.get("kind") == "regression"
+    found = [(take_column if regression else take_labels)(columns, name, where) for name in targets]
+    ids = None if groups is None else take_labels(columns, groups, where)
     if features is not None:
         columns = {name: take_column(columns, name, where) for name in features}
-    if groups is not None or options.get("kind") == "regression":
+    if regression:
         text = [name for name, column in zip(targets, found, strict=True) if column.dtype == object]
         if text or not found:
             raise ValueError(f"targets of a regression must be columns of numbers; {text or targets} are not")
         return tasks_from_arrays(columns, np.stack(found, 1).astype(np.float64), groups=ids, **options)
     if len(found) != 1:
         raise ValueError(f"classification has one target column; got {targets}")
-    return tasks_from_arrays(columns, whole_numbers(found[0]), **options)
+    return tasks_from_arrays(columns, found[0], **options)
 
 
 def _inputs(x: Any) -> tuple[Inputs, tuple[int, ...]]:
     """The rows as a function of those whose statistics may be used, and their shape."""
     if isinstance(x, Mapping) or hasattr(x, "columns"):
         columns = frame_columns(x)
+        check_features(columns)
         first = to_matrix(columns)
         return lambda fit_rows: finite(to_matrix(columns, fit_rows), "x"), first.shape
     array = finite(to_numbers(x, "x"), "x")

@@ -2,7 +2,7 @@
 
 import operator
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +32,8 @@ class ClassEpisodes(TaskDistribution):
 
     Raises:
         TypeError: If the labels are not integers (rows,), or a class index is no integer.
-        ValueError: If two splits share a class, a class has no rows, or a label is unknown.
+        ValueError: If two splits share a class, a class has no rows, a label is unknown, or every split has fewer
+            classes than the spec has ways.
     """
 
     identity: ClassVar[tuple[str, ...]] = ("class_ids",)
@@ -57,6 +58,7 @@ class ClassEpisodes(TaskDistribution):
         empty = [self.class_names[c] for ids in self.class_splits.values() for c in ids.tolist() if not self._sizes[c]]
         if empty:
             raise ValueError(f"every class of a split needs rows; {empty[:5]} have none")
+        check_ways(spec.output_size, self.class_splits, drawn=False)
         self._smallest: dict[str, int] = {  # of each split, the class with the fewest rows
             split: int(ids[self._sizes[ids].argmin()]) for split, ids in self.class_splits.items() if len(ids)
         }
@@ -104,7 +106,7 @@ class ClassEpisodes(TaskDistribution):
         if self._sizes[smallest] < n_rows:
             raise ValueError(
                 f"asked for n_shot + n_query = {n_rows} rows per class; class {self.class_names[smallest]!r} "
-                f"of split {split!r} has {self._sizes[smallest]}"
+                f"of split {split!r} has {self._sizes[smallest]}. Ask for fewer rows, or leave small classes out"
             )
         return owned
 
@@ -190,6 +192,29 @@ def split_classes(
     if empty:
         raise ValueError(f"{n_classes} classes split by {shares} leave {empty} empty; give larger shares")
     return parts  # type: ignore[return-value]  # the keys were checked against SPLITS above
+
+
+def check_ways(n_way: int, class_splits: Mapping[Split, Sized], *, drawn: bool) -> None:
+    """Check that the splits can serve `n_way` classes, at construction and not at the first validation.
+
+    Args:
+        n_way: Classes per task.
+        class_splits: For each split the classes it owns.
+        drawn: Whether they were drawn at random, as then every one must serve. Who chose them may mean to judge alone:
+            one of them must serve, and the others raise when a task is asked of them.
+
+    Raises:
+        ValueError: If too few of them can.
+    """
+    sizes = {name: len(owned) for name, owned in class_splits.items()}
+    small = [name for name, size in sizes.items() if size < n_way]
+    if small and (drawn or len(small) == len(sizes)):
+        hint = "Ask for fewer ways, or set class_splits or fractions"
+        if drawn and sum(sizes.values()) < len(sizes) * n_way:
+            hint = f"All three need {len(sizes) * n_way}; with class_splits, one that does without tasks may have fewer"
+        raise ValueError(
+            f"asked for {n_way} ways; split {small[0]!r} has {sizes[small[0]]} classes (all splits: {sizes}). {hint}"
+        )
 
 
 def _check_splits(class_splits: Mapping[Split, Sequence[int]], names: Sequence[Hashable]) -> dict[Split, Tensor]:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ Column = np.ndarray
 
 _EMPTY = {"", "?"}  # missing in every column
 _MISSING = {*_EMPTY, "na", "n/a", "nan", "null", "none"}  # in columns of numbers; in others these may be words
+_FEW = 20  # categories that are always taken for such
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)(\.0*)?")
 _EXACT = 2.0**53  # from here on a float64 stands for several whole numbers
 
@@ -103,6 +105,47 @@ def take_column(columns: dict[str, Column], name: str, where: str) -> Column:
     return columns.pop(name)
 
 
+def take_labels(columns: dict[str, Column], name: str, where: str) -> Column:
+    """Take a column of class labels or group ids out of `columns`; integers, if all its values are whole numbers.
+
+    Raises:
+        ValueError: If it is not there, a value is missing, or numbers are too large to be told apart.
+    """
+    column = take_column(columns, name, where)
+    gone = _missing(column)
+    if gone.any():
+        raise ValueError(
+            f"column {name!r} must not be missing; it is in {int(gone.sum())} of {len(gone)} rows, the first is row "
+            f"{int(gone.argmax())}"
+        )
+    return whole_numbers(column)
+
+
+def check_features(columns: Mapping[str, Column]) -> None:
+    """Refuse missing values, and warn of text that is no category: as codes it would be noise.
+
+    Raises:
+        ValueError: If a value is missing; the message counts them by column.
+    """
+    gaps = {name: int(_missing(column).sum()) for name, column in columns.items()}
+    gaps = {name: count for name, count in gaps.items() if count}
+    if gaps:
+        raise ValueError(
+            f"x must be finite; {sum(gaps.values())} values are missing, by column {gaps}. Fill them, leave their rows "
+            "out, or name other columns in features"
+        )
+    for name, column in columns.items():
+        n_categories = len(set(column)) if column.dtype == object else 0
+        if n_categories > max(_FEW, len(column) / 2):
+            warnings.warn(
+                f"column {name!r} is text with {n_categories} different values in {len(column)} rows, each of them a "
+                "category. Dates and numbers with a decimal comma have to be turned into numbers first; texts are "
+                "read by text=...; features=... leaves the column out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def whole_numbers(column: Column) -> Column:
     """The column as integers if all its values are whole numbers, for labels and group ids; else as it is.
 
@@ -133,6 +176,11 @@ def to_matrix(columns: Mapping[str, Column], fit_rows: np.ndarray | None = None)
     if not columns:
         raise ValueError("a table needs a feature column; got none besides the target")
     return np.stack([_codes(column, fit_rows) for column in columns.values()], 1)
+
+
+def _missing(column: Column) -> np.ndarray:
+    """Bool (rows,)."""
+    return np.array([value is None for value in column]) if column.dtype == object else np.isnan(column)
 
 
 def _codes(column: Column, fit_rows: np.ndarray | None) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaicl.checks import check_choice, check_count
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, Split
-from metaicl.tasks.classes import ClassEpisodes
+from metaicl.tasks.classes import ClassEpisodes, check_ways
 from metaicl.tasks.labels import index_labels, splits_by_name
 
 Channels = Literal["first", "last"]
@@ -33,18 +33,21 @@ class ImageClasses(ClassEpisodes):
             floating point in [0, 1]; an array or a CPU tensor.
         labels: (rows,) any integers or strings, see `index_labels`.
         n_way: Classes per task.
-        class_splits: For each split the labels it owns; None draws 64 : 16 : 20 % of the classes by `seed`.
+        class_splits: For each split the labels it owns; None draws one by `seed`. A chosen split with fewer than
+            `n_way` classes can be kept, but gives no tasks.
         class_names: One name per distinct label, in sorted order of the labels; the labels themselves by default.
         channels: "first" or "last", where the channel axis of four-dimensional images stands. None finds out, if
             just one of the two axes has 1, 3 or 4 entries.
         rotations: Each class turned by 90, 180 and 270 degrees gives three more classes, in the split of their
             parent (Santoro et al. 2016). Source row `r * rows + i` is image `i` turned `r` times counterclockwise,
             and class `r * classes + c` is class `c` turned likewise. All four are kept in memory.
+        fractions: Shares of a random split, by default 64 : 16 : 20 % of the classes.
         seed: Of the random split.
 
     Raises:
         TypeError: If the images are neither uint8 nor floating point, or the labels are of mixed types.
-        ValueError: If shapes, values, splits or names do not fit each other.
+        ValueError: If shapes, values, splits or names do not fit each other, or a drawn split, or every chosen one, has
+            fewer than `n_way` classes.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ImageClasses(ClassEpisodes):
         class_names: Sequence[Hashable] | None = None,
         channels: Channels | None = None,
         rotations: bool = False,
+        fractions: Mapping[Split, float] | None = None,
         seed: int = 0,
     ) -> None:
         """Bring the images into one layout and number the classes."""
@@ -64,15 +68,16 @@ class ImageClasses(ClassEpisodes):
         indices, values = index_labels(labels)
         if len(indices) != len(pixels):
             raise ValueError(f"labels must be one per image, {len(pixels)}; got {len(indices)}")
-        owned: Mapping[Split, Sequence[int]] = splits_by_name(values, class_splits, seed=seed)
+        owned: Mapping[Split, Sequence[int]] = splits_by_name(values, class_splits, fractions=fractions, seed=seed)
         names = values if class_names is None else list(class_names)
         if len(names) != len(values):
             raise ValueError(f"class_names must be one per distinct label, {len(values)}; got {len(names)}")
         if rotations:
             pixels, indices, owned, names = _with_rotations(pixels, indices, owned, names)
+        check_ways(check_count("n_way", n_way, minimum=2), owned, drawn=class_splits is None)
         self._shape = tuple(pixels.shape[1:])
         self._pixels = pixels.flatten(1).contiguous()
-        spec = TaskSpec("classification", self._shape, "image", n_way=check_count("n_way", n_way, minimum=2))
+        spec = TaskSpec("classification", self._shape, "image", n_way=n_way)
         super().__init__(spec, labels=indices, class_splits=owned, class_names=names)
 
     @classmethod
@@ -85,6 +90,7 @@ class ImageClasses(ClassEpisodes):
         grayscale: bool = True,
         class_splits: Mapping[Split, Iterable[str]] | None = None,
         rotations: bool = False,
+        fractions: Mapping[Split, float] | None = None,
         seed: int = 0,
     ) -> "ImageClasses":
         """Read a folder of one subfolder per class, or of train, validation (or val) and test with those inside.
@@ -99,6 +105,7 @@ class ImageClasses(ClassEpisodes):
             grayscale: One channel; False gives three (RGB).
             class_splits: For each split the class folders it owns; None takes the split of the folders, or draws one.
             rotations: See `ImageClasses`.
+            fractions: Shares of a random split, see `ImageClasses`.
             seed: Of the random split.
 
         Raises:
@@ -122,6 +129,7 @@ class ImageClasses(ClassEpisodes):
             class_splits=split if split is not None else class_splits,
             channels=None if grayscale else "last",
             rotations=rotations,
+            fractions=fractions,
             seed=seed,
         )
 

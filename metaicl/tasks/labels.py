@@ -77,27 +77,6 @@ def splits_by_name(
     return {split: sorted({index[label] for label in owned[split]}) for split in SPLITS}
 
 
-def check_ways(n_way: int, class_splits: Mapping[Split, Sequence[int]], *, drawn: bool) -> None:
-    """Check that the splits can serve `n_way` classes, at construction and not at the first validation.
-
-    Args:
-        n_way: Classes per task.
-        class_splits: For each split the classes it owns.
-        drawn: Whether they were drawn at random, as then every one must serve. Who chose them may mean to judge alone:
-            one of them must serve, and the others raise when a task is asked of them.
-
-    Raises:
-        ValueError: If too few of them can.
-    """
-    sizes = {name: len(owned) for name, owned in class_splits.items()}
-    small = [name for name, size in sizes.items() if size < n_way]
-    if small and (drawn or len(small) == len(sizes)):
-        raise ValueError(
-            f"asked for {n_way} ways; split {small[0]!r} has {sizes[small[0]]} classes (all splits: {sizes}). "
-            "Ask for fewer ways, or set class_splits or fractions"
-        )
-
-
 def row_splits(labels: Tensor, class_splits: Mapping[Split, Sequence[int]]) -> dict[Split, Tensor]:
     """For each split, bool (rows,): which rows belong to one of its classes."""
     return {split: torch.isin(labels, torch.tensor(list(ids))) for split, ids in class_splits.items()}
@@ -115,6 +94,7 @@ def _check_owners(owned: Mapping[Split, list[Hashable]], index: Mapping[Hashable
             raise ValueError(f"split {split!r} must own at least one {what}; got none")
         shared += [label for label in dict.fromkeys(labels) if owner.setdefault(label, split) != split]
     if shared:
+        shared = list(dict.fromkeys(shared))  # one may be in three
         raise ValueError(f"splits must not share a {what}; {len(shared)} are in two, for instance {shared[:_LISTED]}")
 
 

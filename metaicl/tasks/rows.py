@@ -11,7 +11,6 @@ from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution
 from metaicl.tasks.classes import ClassEpisodes, distinct
-from metaicl.tasks.labels import check_ways
 
 
 class ArrayClasses(ClassEpisodes):
@@ -38,7 +37,6 @@ class ArrayClasses(ClassEpisodes):
         class_names: Sequence[Hashable],
     ) -> None:
         """Keep the rows."""
-        check_ways(spec.output_size, class_splits, drawn=False)
         super().__init__(spec, labels=labels, class_splits=class_splits, class_names=class_names)
         self._x = x
 

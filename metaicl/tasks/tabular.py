@@ -66,10 +66,12 @@ class _TablePool(TaskDistribution):
         check_count("n_tasks", n_tasks)
         usable = (self._table_splits[split] & (self._count_draws(n_rows) > 0)).nonzero()[:, 0]
         if not len(usable):
-            most = self.table_names(split)
+            held = self.table_names(split)
+            able = max((n for n in range(1, n_rows) if self.table_names(split, n_rows=n)), default=0)
             raise ValueError(
                 f"no table of split {split!r} serves n_shot + n_query = {n_rows} rows per task "
-                f"{'' if self.spec.n_way is None else f'and class, {self.spec.n_way} ways'}; the split holds {most[:5]}"
+                f"{'' if self.spec.n_way is None else f'and class, {self.spec.n_way} ways'}; the split holds "
+                f"{held[:5]}, which serve at most {able}"
             )
         return usable[torch.randint(len(usable), (n_tasks,), generator=generator)]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from metaicl.checks import check_choice, check_count
 from metaicl.spec import TaskSpec
 from metaicl.task import Split
-from metaicl.tasks.classes import ClassEpisodes
-from metaicl.tasks.labels import check_ways, index_labels, row_splits, splits_by_name
+from metaicl.tasks.classes import ClassEpisodes, check_ways
+from metaicl.tasks.labels import index_labels, row_splits, splits_by_name
 from metaicl.tasks.tokenizer import UNKNOWN, FittedWords, HashedWords, encode, split_words
 
 _UNIQUE, _REPEATED, _AMBIGUOUS = range(3)
@@ -110,7 +110,10 @@ class TextClasses(ClassEpisodes):
                 "duplicates='drop' leaves such texts out of all their classes"
             )
         self.dropped = {"within_class": status.count(_REPEATED), "across_classes": status.count(_AMBIGUOUS)}
-        return (torch.tensor(status) == _UNIQUE).logical_and(used).nonzero()[:, 0]
+        kept = (torch.tensor(status) == _UNIQUE).logical_and(used).nonzero()[:, 0]
+        if not len(kept):
+            raise ValueError(f"a text must be in one class only to be kept; all of {int(used.sum())} are in several")
+        return kept
 
 
 def _split_texts(texts: list[str], splitter: Callable[[str], list[str]], max_tokens: int) -> list[list[str]]:

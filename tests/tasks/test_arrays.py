@@ -177,6 +177,7 @@ def nan_at(row: int, column: int) -> np.ndarray:
         ({"n_way": 3}, ValueError, "asked for 3 ways; split 'train' has 2 classes"),
         ({"n_way": 2.0}, TypeError, "n_way must be an int >= 2"),
         ({"class_splits": {**CLASS_SPLIT, "test": [7, 42, 5]}}, ValueError, r"2 are in two, for instance \[7, 42\]"),
+        ({"class_splits": {split: [7] for split in CLASS_SPLIT}}, ValueError, r"1 are in two, for instance \[7\]"),
         ({"class_splits": {**CLASS_SPLIT, "test": []}}, ValueError, "split 'test' must own at least one class"),
         ({"class_splits": None, "fractions": {"train": 0.5, "validation": 0.1, "test": 0.1}}, ValueError, "sum to 1"),
         ({"class_splits": None, "seed": -1}, ValueError, "seed must be"),
@@ -310,5 +311,19 @@ def test_bad_frames_are_named() -> None:
     with pytest.raises(ValueError, match="text goes with one target"):
         tasks_from_dataframe(frame, target="label", text="note", groups="shop")
     missing = frame.assign(count=frame["count"].where(frame["count"] != 3))
-    with pytest.raises(ValueError, match=r"x must be finite; 1 values"):
+    with pytest.raises(ValueError, match=r"x must be finite; 1 values are missing, by column {'count': 1}. Fill them"):
         tasks_from_dataframe(missing, target="label", features=["count"], n_way=2, class_splits=CLASS_SPLIT)
+    with pytest.raises(ValueError, match=r"column 'count' must not be missing; it is in 1 of \d+ rows, .* row 3"):
+        tasks_from_dataframe(missing, target="count", features=["a"], n_way=2)
+
+
+def test_text_that_is_no_category_is_named() -> None:
+    commas = make_frame().assign(price=[f"{i},5" for i in range(len(make_frame()))])
+    with pytest.warns(RuntimeWarning, match=r"column 'price' is text with (\d+) different values in \1 rows"):
+        tasks_from_dataframe(commas, target="label", features=["a", "price"], n_way=2, class_splits=CLASS_SPLIT)
+
+
+def test_columns_may_be_numbered() -> None:
+    frame = make_frame()[["a", "label"]].set_axis([0, 1], axis=1)
+    tasks = tasks_from_dataframe(frame, target=1, n_way=2, class_splits=CLASS_SPLIT)
+    assert tasks.spec.x_shape == (1,)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, derive_generator
-from metaicl.tasks.classes import ClassEpisodes, _order, distinct, split_classes
+from metaicl.tasks.classes import ClassEpisodes, _order, check_ways, distinct, split_classes
 
 
 class Numbers(ClassEpisodes):
@@ -149,8 +149,16 @@ def test_bad_requests(change, error, message):
 
 
 def test_more_ways_than_classes():
+    with pytest.raises(ValueError, match="asked for 4 ways; split 'train' has 3 classes"):
+        Numbers(LABELS, SPLIT, n_way=4)
+    alone = Numbers(LABELS, {"train": [0, 1, 2, 3], "validation": [4, 5], "test": [6, 7, 8]}, n_way=4)
+    assert sample(alone).support.y.unique().tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="asked for 4 ways; split 'test' has 3 classes"):
-        sample(Numbers(LABELS, SPLIT, n_way=4), split="test")
+        sample(alone, split="test")
+    with pytest.raises(ValueError, match=r"asked for 4 ways; split 'test' has 3 classes .* or set class_splits"):
+        check_ways(4, {"train": range(9), "validation": range(4), "test": range(3)}, drawn=True)
+    with pytest.raises(ValueError, match=r"split 'train' has 3 classes .* All three need 12; with class_splits"):
+        check_ways(4, SPLIT, drawn=True)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,11 @@ def test_folders_may_mix_modes_and_sizes_and_transparency_is_white(tmp_path, gra
         for i, mode in enumerate(("RGBA", "P", "LA", "L", "RGB", "1", "CMYK")):
             image = Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink) if i > 2 else ink
             image.convert(mode).resize((2 + 2 * i, 4)).save(tmp_path / name / f"{i}.{'tiff' if i == 6 else 'png'}")
-    tasks = ImageClasses.from_folder(tmp_path, n_way=2, size=2, grayscale=grayscale)
+    with pytest.raises(ValueError, match="asked for 2 ways; split 'validation' has 1 classes"):
+        ImageClasses.from_folder(tmp_path, n_way=2, size=2)
+    share = {"train": 0.34, "validation": 0.33, "test": 0.33}
+    tasks = ImageClasses.from_folder(tmp_path, n_way=2, size=2, grayscale=grayscale, fractions=share)
+    assert {split: len(classes) for split, classes in tasks.class_splits.items()} == dict.fromkeys(share, 2)
     rows = tasks.rows(torch.arange(42)).unflatten(0, (6, 7))
     assert bool((rows[..., 0] > 0.8).all())
     assert bool((rows[..., 1] < 0.2).all())

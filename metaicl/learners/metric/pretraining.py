@@ -68,6 +68,7 @@ class PretrainedLearner(EmbeddingLearner[State]):
     traits = CLASSIFIER
 
     row_classes: Tensor
+    made_by_prepare = ("classifier",)  # see metaicl.checkpoint.load_weights: its size is the source's
 
     def __init__(self, spec: TaskSpec, *, encoder: nn.Module | None, class_temperature: float | None = None) -> None:
         """Build the encoder where none is given; the classifier waits for `prepare`."""
