@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import os
 import time
 import warnings
@@ -17,15 +16,16 @@ from tqdm import tqdm
 from metaicl.checkpoint import load_weights, save_learner
 from metaicl.checks import check_built_for
 from metaicl.description import describe
-from metaicl.distributed import add_up, check_unwrapped, from_first, largest, n_processes, rank, share
+from metaicl.distributed import check_unwrapped, from_first, largest, n_processes, rank
 from metaicl.interruption import Interruption
 from metaicl.learner import Learner, Prepares
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
-from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
+from metaicl.task import TaskDistribution, check_distribution, derive_seed
 from metaicl.train_config import TrainConfig, first_episode, make_optimizer
-from metaicl.training import Step, device_of, isolated_randomness, outer_loop, place, training_mode
+from metaicl.training import Step, device_of, isolated_randomness, outer_loop
+from metaicl.validation import addressed_stream, validation_loss
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def meta_train(
     added_to_own(learner, objective)  # an objective that would be ignored is named before anything is written
     if learner.traits.trainable:
         for split in ("train",) if config.validate_every is None else ("train", "validation"):
-            _stream(tasks, config, split).try_largest()  # and so is a split with too few classes or rows
+            addressed_stream(tasks, config, split).try_largest()  # and so is a split with too few classes or rows
     if config.device is not None:
         learner.to(config.device)
     with contextlib.ExitStack() as stack:
@@ -257,35 +257,14 @@ class _Training:
         return every is not None and step == self.config.steps and step % every != 0
 
     def _validated(self) -> dict[str, Any]:
-        loss = self._validation_loss()
+        loss = validation_loss(self.learner, self.tasks, self.config, step=self.step)
         return {"step": self.step, "loss": loss, "learner": copy.deepcopy(self.learner.state_dict())}
-
-    def _validation_loss(self) -> float:
-        config, learner = self.config, self.learner
-        stream = _stream(self.tasks, config, "validation")
-        size = config.micro_batch_size or config.meta_batch_size
-        own, device = share(config.n_validation), device_of(learner)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        with training_mode(learner, False), torch.no_grad(), isolated_randomness(EVAL_SEED, device):
-            for episode in stream.batches(own.start, own.stop, batch_size=size):
-                total += query_loss(learner, place(episode, learner)).double().sum()
-        total = float(add_up([total])[0])
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the validation loss after step {self.step} is {total}; the last checkpoint stands"
-            )
-        return total / config.n_validation
 
     def _logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.config.steps
 
     def _out_of_time(self) -> bool:
         return self.config.max_seconds is not None and self.seconds >= self.config.max_seconds
-
-
-def _stream(tasks: TaskDistribution, config: TrainConfig, split: Split) -> EpisodeStream:
-    """Tasks of a split with the rows of `config`, at the address of every evaluation."""
-    return EpisodeStream(tasks, seed=EVAL_SEED, split=split, n_shot=config.n_shot, n_query=config.n_query)
 
 
 def _describe(learner: Learner, tasks: TaskDistribution, config: TrainConfig, objective: Objective) -> dict[str, Any]:

@@ -112,12 +112,12 @@ def test_the_best_weights_are_selected(tmp_path: Path) -> None:
 
 
 def test_a_longer_run_forgets_the_validation_at_the_end_of_the_shorter_one(tmp_path: Path) -> None:
-    def loss(training: Any) -> float:
-        return {4: 3.0, 6: 1.0, 8: 2.0, 9: 4.0}[training.step]
+    def loss(*_: Any, step: int) -> float:
+        return {4: 3.0, 6: 1.0, 8: 2.0, 9: 4.0}[step]
 
     longer = small_config(schedule="constant", steps=9, validate_every=4)
     straight, extended, again = make_ridge(), make_ridge(), make_ridge()
-    with patch.object(meta_training._Training, "_validation_loss", loss):
+    with patch.object(meta_training, "validation_loss", loss):
         expected = train(straight, longer)
         assert train(make_ridge(), replace(longer, steps=6), directory=tmp_path).best_step == 6
         assert train(again, replace(longer, steps=6), directory=tmp_path).best_step == 6  # finished, once more
