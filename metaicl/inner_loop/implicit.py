@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaicl.checks import check_count, check_positive
 from metaicl.inner_loop.attached import attach, differentiable_once, same_autocast
+from metaicl.inner_loop.loop import Loss
+from metaicl.inner_loop.parameters import Params
 from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, none_active
-from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.second_order import twice_differentiable
 
 

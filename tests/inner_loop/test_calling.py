@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop.calling import call_net
-from metaicl.learners import CAVIA, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, ProtoMAML
+from metaicl.learners import CAVIA, KFO, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, ProtoMAML
 from metaicl.meta_step import MetaStep
 from metaicl.spec import TaskSpec
 
@@ -257,7 +257,7 @@ def test_parameters_may_be_called_as_the_methods_of_a_dict():
         def forward(self, x):
             return torch.tanh(x @ self.keys) @ self.values
 
-    for make in (MetaSGD, MetaCurvature, MAMLPlusPlus):
+    for make in (MetaSGD, MetaCurvature, KFO, MAMLPlusPlus):
         learner = seeded(lambda make=make: make(CLASSES.spec, net=Attend()))
         assert worst_slope_error(learner, draw(CLASSES)) < 1e-5
 
