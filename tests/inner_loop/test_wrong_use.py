@@ -149,14 +149,21 @@ def test_a_step_size_that_diverges_stops_training_before_the_update(name):
 
 
 @every_learner
-def test_a_parameter_that_the_net_never_uses_stays_as_it_is(name):
-    learner = make(name, net=partial(Net, spare=True))
+def test_a_parameter_that_the_net_never_uses_is_named_or_stays_as_it_is(name):
+    named = {}
+    if name != "CAVIA":  # whose net does not adapt
+        with pytest.raises(
+            ValueError, match=r"Net never uses 2 of the 6 parameters .*\['spare\.bias', 'spare\.weight'\]"
+        ):
+            make(name, net=partial(Net, spare=True))
+        named = {"adapt": "*"}
+    learner = make(name, net=partial(Net, spare=True), **named)
     net, prefix = net_of(learner)
     fast = adapted(learner, episode().support)
     _, gradients = MetaStep(learner)(episode())
     for key in ("spare.weight", "spare.bias"):
         start = net.get_parameter(key)
-        if name != "CAVIA":  # its net does not adapt
+        if name != "CAVIA":
             assert torch.equal(fast[key], start.expand_as(fast[key]))
             assert not torch.equal(fast["head.weight"], net.head.weight.expand_as(fast["head.weight"]))
         if name == "Reptile":

@@ -20,7 +20,6 @@ from metaicl.inner_loop.parameters import (
     adapted_tensors,
     check_inner_loop_module,
     frozen_tensors,
-    select_parameters,
 )
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
@@ -29,6 +28,7 @@ from metaicl.learners.gradient.shared import (
     check_checkpoint,
     check_support,
     check_truncate,
+    choose_adapted,
     choose_optimizer,
     output_scale,
 )
@@ -134,7 +134,7 @@ class AmortizedBayes(Learner[Posterior]):
             self.net, factors = low_rank_copy(self.net, rank=rank)
         self.declare_nets(self.net)
         self.declare_approximate(self.first_order or self.truncate is not None)
-        self.adapted = select_parameters(self.net, factors if adapt is None else adapt)
+        self.adapted = choose_adapted(spec, self.net, factors if adapt is None else adapt)
         log_scale = math.log(check_positive("prior_scale", prior_scale))
         means = adapted_tensors(self.net, self.adapted)
         self.log_scales = nn.ParameterList([torch.full_like(value, log_scale) for value in means.values()])

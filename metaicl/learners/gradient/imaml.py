@@ -11,13 +11,20 @@ from metaicl.episode import Examples
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.optimizers import InnerOptimizer
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import answer, check_support, choose_optimizer, fixed_optimizer, output_scale
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_support,
+    choose_adapted,
+    choose_optimizer,
+    fixed_optimizer,
+    output_scale,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -82,7 +89,7 @@ class IMAML(Learner[dict[str, Tensor]]):
         _check_deterministic(self.net)
         self.declare_nets(self.net)
         self.declare_approximate()
-        self.adapted = select_parameters(self.net, adapt)
+        self.adapted = choose_adapted(spec, self.net, adapt)
         self.inner_lr = choose_inner_lr(spec, inner_lr)
         if optimizer is not None and self.tolerances[0]:
             raise ValueError(

@@ -11,12 +11,13 @@ from metaicl.episode import Examples
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.shared import (
     answer,
     check_checkpoint,
     check_truncate,
+    choose_adapted,
     choose_optimizer,
     linear_layers,
     output_scale,
@@ -85,7 +86,7 @@ class MAML(Learner[dict[str, Weight]]):
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.declare_approximate(self.first_order or self.truncate is not None)
-        self.adapted = select_parameters(self.net, adapt)
+        self.adapted = choose_adapted(spec, self.net, adapt)
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
         self.optimizer = choose_optimizer(optimizer, inner_lr, default=choose_inner_lr(spec, None)).bind(

@@ -17,12 +17,12 @@ from metaicl.inner_loop.parameters import (
     check_inner_loop_module,
     dotless,
     frozen_tensors,
-    select_parameters,
 )
 from metaicl.learner import Learner
 from metaicl.learners.gradient.shared import (
     answer,
     check_checkpoint,
+    choose_adapted,
     choose_optimizer,
     linear_layers,
     output_scale,
@@ -105,7 +105,7 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.norms = _norm_parameters(self.net, per_step_norm)
-        self.adapted = select_parameters(self.net, adapt) - set(self.norms)
+        self.adapted = choose_adapted(spec, self.net, adapt) - set(self.norms)
         if not self.adapted:
             raise ValueError(f"adapt={adapt!r} leaves only batch normalization; give per_step_norm=False to adapt it")
         later = {name: self.net.get_parameter(name).detach() for name in self.norms if self.inner_steps > 1}

@@ -1,5 +1,7 @@
 """Proto-MAML: a linear head that starts as the prototypical network of the support, then everything adapts."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +18,17 @@ from metaicl.inner_loop.parameters import (
     adapted_tensors,
     check_inner_loop_module,
     frozen_tensors,
-    select_parameters,
 )
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import check_checkpoint, check_support, check_truncate, choose_optimizer
+from metaicl.learners.gradient.shared import (
+    check_checkpoint,
+    check_support,
+    check_truncate,
+    choose_adapted,
+    choose_optimizer,
+)
 from metaicl.nets.backbones import build_encoder, encoder_dim
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -41,11 +48,9 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         inner_lr: Step size of the inner loop; None takes .01.
         inner_steps: Updates of the inner loop; 0 leaves a prototypical network without temperature.
         first_order: Drop second derivatives, as the paper's experiments do (fo-Proto-MAML).
+        adapt: Patterns of the encoder's parameters to adapt beside the head; as in `MAML`.
         optimizer: Any other update rule of the inner loop, instead of `inner_lr`; see `MAML`.
         truncate: As in `MAML`, where `first_order` is False.
-        checkpoint: As in `MAML`.
-        optimizer: Any other update rule of the inner loop, instead of `inner_lr`; see `MAML`.
-        truncate: As in `MAML`.
         checkpoint: As in `MAML`.
 
     Raises:
@@ -68,6 +73,7 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         inner_lr: float | None = None,
         inner_steps: int = 5,
         first_order: bool = True,
+        adapt: str | Iterable[str] | None = None,
         optimizer: InnerOptimizer | None = None,
         truncate: int | None = None,
         checkpoint: bool | int = False,
@@ -82,7 +88,7 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         dim = encoder_dim(self.encoder, spec)
         self.declare_nets(self.encoder)
         self.declare_approximate(self.first_order or self.truncate is not None)
-        self.adapted = select_parameters(self.encoder, None)
+        self.adapted = choose_adapted(spec, self.encoder, adapt)
         head = {_WEIGHT: torch.empty(spec.output_size, dim), _BIAS: torch.empty(spec.output_size)}
         rule = choose_optimizer(optimizer, inner_lr, default=0.01)
         self.optimizer = rule.bind({**adapted_tensors(self.encoder, self.adapted), **head}, max(1, self.inner_steps))

@@ -12,6 +12,7 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, positive
 from metaicl.inner_loop.answering import call_tasks
+from metaicl.inner_loop.calling import unused_parameters
 from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import (
@@ -60,7 +61,7 @@ class PlainDescent(Learner[dict[str, Tensor]]):
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
-        self.adapted = select_parameters(self.net, adapt)
+        self.adapted = choose_adapted(spec, self.net, adapt)
         self.optimizer = fixed_optimizer(self, optimizer, adapted_tensors(self.net, self.adapted))
         self.raw_scale = output_scale(spec)
 
@@ -75,6 +76,24 @@ class PlainDescent(Learner[dict[str, Tensor]]):
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
+
+
+def choose_adapted(spec: TaskSpec, net: nn.Module, adapt: str | Iterable[str] | None) -> frozenset[str]:
+    """Names of the parameters of `net` to adapt; see `select_parameters`.
+
+    Raises:
+        TypeError, ValueError: As told there; also if nobody named what adapts and the net leaves a parameter unused.
+    """
+    adapted = select_parameters(net, adapt)
+    if adapt is None:
+        unused = unused_parameters(net, spec.x_shape, adapted, integers=spec.x_kind == "tokens")
+        if unused:
+            raise ValueError(
+                f"{type(net).__name__} never uses {len(unused)} of the {len(adapted)} parameters to adapt, such as "
+                f"{unused[:3]}: they would not move. Freeze them with requires_grad_(False), or name what adapts by "
+                "adapt=, '*' for all, and they get gradients of zero"
+            )
+    return adapted
 
 
 def check_truncate(truncate: int | None) -> int | None:
