@@ -62,17 +62,17 @@ def unused_parameters(net: nn.Module, x_shape: tuple[int, ...], names: Collectio
     """
     like = next((value for value in net.parameters() if value.is_floating_point()), torch.empty(()))
     x = torch.zeros(2, *x_shape, dtype=torch.long if integers else like.dtype, device=like.device)
-    unused = list(names)
+    unused = set(names)
     with torch.random.fork_rng(), torch.enable_grad():
         for _ in range(_TRIALS):
             tensors = cloned_tensors(net)
-            starts = [tensors[name].requires_grad_() for name in unused]
+            starts = [tensors[name].requires_grad_() for name in names]
             try:
                 output = call_net(net, tensors, (x,))
                 found = torch.autograd.grad(output.sum(), starts, allow_unused=True)
             except Exception:  # anyone's net: it may refuse zeros, or give no tensor, and says so at the first step
                 return []
-            unused = [name for name, value in zip(unused, found, strict=True) if value is None]
+            unused &= {name for name, value in zip(names, found, strict=True) if value is None}
             if not unused:
                 break
     return sorted(unused)

@@ -92,7 +92,7 @@ class Kronecker(GradientMap):
     def transform(self, gradient: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """L'L G R'R."""
         left, right = factors
-        return (left.T @ left @ _as_matrices(gradient) @ right.T @ right).view_as(gradient)
+        return (left.mH @ left @ _as_matrices(gradient) @ right.mH @ right).view_as(gradient)
 
 
 def _identity(size: int, like: Tensor) -> Tensor:

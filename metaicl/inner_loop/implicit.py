@@ -223,7 +223,7 @@ def _ready(solver: Solver | None, problem: Proximal) -> Solver:
 
 
 def _pack(tensors: Params) -> Tensor:
-    return torch.cat([value.flatten(1) for value in tensors.values()], 1)
+    return torch.cat([value.reshape(len(value), -1) for value in tensors.values()], 1)
 
 
 def _unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
