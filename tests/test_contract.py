@@ -15,6 +15,7 @@ from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.cavia import CAVIA
 from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.kfo import KFO
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.meta_curvature import MetaCurvature
@@ -74,6 +75,7 @@ LEARNERS = {
     "MAML by Adam": partial(MAML, optimizer=Adam(Rate(0.05, "tensor")), inner_steps=2, checkpoint=True),
     "MetaSGD": MetaSGD,
     "MetaCurvature": MetaCurvature,
+    "KFO": partial(KFO, inner_steps=2),
     "IMAML": partial(IMAML, inner_steps=5),
     "MAMLPlusPlus": partial(MAMLPlusPlus, inner_steps=3),
     "CAVIA": CAVIA,

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from metaicl.checks import check_positive
-from metaicl.inner_loop.optimizers import InnerOptimizer, Precondition, Slots, check_lr, safe_sqrt
-from metaicl.inner_loop.rates import Rate, check_rate
+from metaicl.inner_loop.optimizers import InnerOptimizer, Precondition, Slots, safe_sqrt
+from metaicl.inner_loop.rates import Rate, check_positive_rate, check_rate
 
 
 class Adam(InnerOptimizer):
@@ -35,7 +34,7 @@ class Adam(InnerOptimizer):
         lr: Rate | float,
         *,
         betas: tuple[Rate | float, Rate | float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: Rate | float = 1e-8,
         weight_decay: Rate | float = 0.0,
         clip_norm: float | None = None,
         precondition: Precondition | None = None,
@@ -44,12 +43,12 @@ class Adam(InnerOptimizer):
         super().__init__(
             clip_norm=clip_norm,
             precondition=precondition,
-            lr=check_lr(lr),
+            lr=check_positive_rate("lr", lr),
             beta1=check_rate("betas[0]", betas[0], low=0, high=1),
             beta2=check_rate("betas[1]", betas[1], low=0, high=1),
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
+            eps=check_positive_rate("eps", eps),
         )
-        self.eps = check_positive("eps", eps)
 
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
         """One step of one tensor."""
@@ -64,7 +63,7 @@ class Adam(InnerOptimizer):
         if slots:
             mean, square = beta1 * slots[0] + mean, beta2 * slots[1] + square
         unbiased1, unbiased2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
-        scale = safe_sqrt(square) / unbiased2**0.5 + self.eps
+        scale = safe_sqrt(square) / unbiased2**0.5 + self.rate("eps", name, step)
         return value - lr / unbiased1 * (mean / scale), (mean, square)
 
 
@@ -94,7 +93,7 @@ class AdamW(Adam):
         lr: Rate | float,
         *,
         betas: tuple[Rate | float, Rate | float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: Rate | float = 1e-8,
         weight_decay: Rate | float = 0.01,
         clip_norm: float | None = None,
         precondition: Precondition | None = None,
@@ -130,7 +129,7 @@ class RMSprop(InnerOptimizer):
         lr: Rate | float,
         *,
         alpha: Rate | float = 0.99,
-        eps: float = 1e-8,
+        eps: Rate | float = 1e-8,
         momentum: Rate | float = 0.0,
         weight_decay: Rate | float = 0.0,
         clip_norm: float | None = None,
@@ -140,12 +139,12 @@ class RMSprop(InnerOptimizer):
         super().__init__(
             clip_norm=clip_norm,
             precondition=precondition,
-            lr=check_lr(lr),
+            lr=check_positive_rate("lr", lr),
             alpha=check_rate("alpha", alpha, low=0, high=1),
             momentum=check_rate("momentum", momentum, low=0, high=1),
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
+            eps=check_positive_rate("eps", eps),
         )
-        self.eps = check_positive("eps", eps)
 
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
         """One step of one tensor."""
@@ -154,7 +153,7 @@ class RMSprop(InnerOptimizer):
         alpha = self.rate("alpha", name, step)
         square = (1 - alpha) * gradient * gradient
         square = alpha * slots[0] + square if slots else square
-        move = gradient / (safe_sqrt(square) + self.eps)
+        move = gradient / (safe_sqrt(square) + self.rate("eps", name, step))
         if not self.uses("momentum"):
             return value - self.rate("lr", name, step) * move, (square,)
         velocity = self.rate("momentum", name, step) * slots[1] + move if slots else move

@@ -7,9 +7,8 @@ from torch.func import vmap
 
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.factored import Factors, FastWeights, NotFactorable, applied, formed, split
+from metaicl.inner_loop.parameters import Params
 from metaicl.second_order import twice_differentiable
-
-Params = Mapping[str, Tensor]
 
 
 def call_tasks(net: nn.Module, fast: FastWeights, frozen: Params, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Calling anyone's net with other weights, and leaving no trace in it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+_TRIALS = 4  # of a net that seems to leave parameters unused
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
@@ -46,6 +47,35 @@ def try_net(net: nn.Module, *arguments: Any) -> Any:
     """What a net says to some arguments, without a gradient; net and global random state are left as they were."""
     with torch.random.fork_rng(), torch.no_grad():
         return call_net(net, cloned_tensors(net), arguments)
+
+
+def unused_parameters(net: nn.Module, x_shape: tuple[int, ...], names: Collection[str], *, integers: bool) -> list[str]:
+    """Those of the parameters `names` that the output of `net` does not depend on, found by a few rows of zeros.
+
+    A net that drops parts of itself by chance is asked some times. Nothing is said of one that refuses zeros.
+
+    Args:
+        net: Any module; left alone, and the global random state too.
+        x_shape: Shape of one row.
+        names: Of floating parameters.
+        integers: Whether rows hold token ids.
+    """
+    like = next((value for value in net.parameters() if value.is_floating_point()), torch.empty(()))
+    x = torch.zeros(2, *x_shape, dtype=torch.long if integers else like.dtype, device=like.device)
+    unused = set(names)
+    with torch.random.fork_rng(), torch.enable_grad():
+        for _ in range(_TRIALS):
+            tensors = cloned_tensors(net)
+            starts = [tensors[name].requires_grad_() for name in names]
+            try:
+                output = call_net(net, tensors, (x,))
+                found = torch.autograd.grad(output.sum(), starts, allow_unused=True)
+            except Exception:  # anyone's net: it may refuse zeros, or give no tensor, and says so at the first step
+                return []
+            unused &= {name for name, value in zip(names, found, strict=True) if value is None}
+            if not unused:
+                break
+    return sorted(unused)
 
 
 def _has_shared_modules(net: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaicl.checks import check_count, check_positive
 from metaicl.inner_loop.attached import attach, differentiable_once, same_autocast
+from metaicl.inner_loop.loop import Loss
+from metaicl.inner_loop.parameters import Params
 from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, none_active
-from metaicl.inner_loop.unrolling import Loss, Params
 from metaicl.second_order import twice_differentiable
 
 
@@ -222,7 +223,7 @@ def _ready(solver: Solver | None, problem: Proximal) -> Solver:
 
 
 def _pack(tensors: Params) -> Tensor:
-    return torch.cat([value.flatten(1) for value in tensors.values()], 1)
+    return torch.cat([value.reshape(len(value), -1) for value in tensors.values()], 1)
 
 
 def _unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

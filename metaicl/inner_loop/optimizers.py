@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaicl.checks import check_positive
 from metaicl.inner_loop.factored import descend
-from metaicl.inner_loop.rates import LearnedRate, Rate, check_rate
+from metaicl.inner_loop.rates import LearnedRate, Rate, check_positive_rate, check_rate
 
 Gradients = Mapping[str, Tensor]
 Slots = tuple[Tensor, ...]  # what an optimizer remembers of one tensor: momenta and the like
@@ -18,6 +18,7 @@ State = dict[str, Slots]
 Precondition = Callable[[Gradients], Gradients]
 
 _FRACTIONS = ("momentum", "dampening", "beta1", "beta2", "alpha")
+_POSITIVE = ("eps",)
 
 
 @runtime_checkable
@@ -73,7 +74,10 @@ class InnerOptimizer(nn.Module, ABC):
         bound = copy.deepcopy(self)
         learned = {name: rate for name, rate in self.rates.items() if rate.learn is not None}
         bound.learned = nn.ModuleDict(
-            {name: LearnedRate(rate, params, steps, fraction=name in _FRACTIONS) for name, rate in learned.items()}
+            {
+                name: LearnedRate(rate, params, steps, fraction=name in _FRACTIONS, positive=name in _POSITIVE)
+                for name, rate in learned.items()
+            }
         )
         if isinstance(self.precondition, Binds):
             bound.precondition = self.precondition.bind(params)
@@ -151,7 +155,7 @@ class SGD(InnerOptimizer):
         super().__init__(
             clip_norm=clip_norm,
             precondition=precondition,
-            lr=check_lr(lr),
+            lr=check_positive_rate("lr", lr),
             momentum=check_rate("momentum", momentum, low=0, high=1),
             dampening=check_rate("dampening", dampening, low=0, high=1),
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
@@ -175,16 +179,6 @@ class SGD(InnerOptimizer):
             velocity = momentum * slots[0] + fresh if slots else fresh
             gradient, slots = gradient + momentum * velocity if self.nesterov else velocity, (velocity,)
         return descend(value, self.rate("lr", name, step), gradient), slots
-
-
-def check_lr(lr: Rate | float) -> Rate:
-    """`lr` as a Rate, once it is known to be a finite number > 0.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    check_positive("lr", lr.value if isinstance(lr, Rate) else lr)
-    return lr if isinstance(lr, Rate) else Rate(lr)
 
 
 def safe_sqrt(square: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Which parameters an inner loop adapts, and which nets it refuses."""
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+Params = Mapping[str, Tensor]
 
 
 def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metaicl.checks import check_choice, check_count
+from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.inner_loop.parameters import dotless
 
 Learn = Literal["all", "tensor", "element"]
@@ -24,7 +24,7 @@ class Rate:
         per_step: Learn another one for each step of the inner loop. Steps beyond those of meta-training use the last.
         relative: Parameters are multiples of `value` and start at 1. Adam moves any parameter by its own step size, of
             .002, say: a multiple by that part, but a rate of .01 by a fifth. False: parameters are the rates. Betas
-            and momenta, which pass through a sigmoid, are learned alike either way.
+            and momenta, which pass through a sigmoid, and eps, through an exponential, are learned alike either way.
 
     Raises:
         ValueError: If a setting is unknown, the value is not finite, or `per_step` is asked of a fixed rate.
@@ -63,6 +63,16 @@ def check_rate(name: str, rate: Rate | float, *, low: float, high: float = math.
     return rate
 
 
+def check_positive_rate(name: str, rate: Rate | float) -> Rate:
+    """`rate` as a Rate, once its value is known to be a finite number > 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_positive(name, rate.value if isinstance(rate, Rate) else rate)
+    return rate if isinstance(rate, Rate) else Rate(rate)
+
+
 class LearnedRate(nn.Module):
     """The learned values of one `Rate`, parameters of whatever module holds it.
 
@@ -72,16 +82,21 @@ class LearnedRate(nn.Module):
         steps: Steps of the inner loop.
         fraction: Keep them in (0, 1), as betas and momenta must be, by a sigmoid. Otherwise they are free: a
             learning rate may turn negative, as in Meta-SGD.
+        positive: Keep them above 0, as eps must be, by an exponential.
     """
 
-    def __init__(self, rate: Rate, params: Mapping[str, Tensor], steps: int, *, fraction: bool) -> None:
+    def __init__(
+        self, rate: Rate, params: Mapping[str, Tensor], steps: int, *, fraction: bool = False, positive: bool = False
+    ) -> None:
         """Make the parameters in the dtype and on the device of `params`."""
         super().__init__()
-        self.learn, self.per_step, self.fraction = rate.learn, rate.per_step, fraction
+        self.learn, self.per_step, self.fraction, self.positive = rate.learn, rate.per_step, fraction, positive
         self.places = {name: place for place, name in enumerate(params)}
         self.steps = check_count("steps", steps)
-        self.unit = rate.value if rate.relative and not fraction else 1.0
-        start = math.log(rate.value / (1 - rate.value)) if fraction else rate.value / self.unit
+        self.unit = rate.value if rate.relative and not (fraction or positive) else 1.0
+        start = rate.value / self.unit
+        if fraction or positive:
+            start = math.log(rate.value / (1 - rate.value) if fraction else rate.value)
         lead = (steps,) if rate.per_step else ()
         like = next(iter(params.values()))
 
@@ -102,4 +117,6 @@ class LearnedRate(nn.Module):
             raw = raw[min(step, self.steps - 1)]
         if self.learn == "tensor":
             raw = raw[self.places[name]]
+        if self.positive:
+            return raw.exp()
         return raw.sigmoid() if self.fraction else self.unit * raw

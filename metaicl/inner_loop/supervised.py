@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from metaicl.functional import masked_mean
 from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.unrolling import Loss, Params
+from metaicl.inner_loop.loop import Loss
+from metaicl.inner_loop.parameters import Params
 from metaicl.spec import TaskSpec
 
 

@@ -26,9 +26,10 @@ class HigherMAML(TaskLoopLearner):
         spec: The tasks.
         net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds the net of our MAML. It must not
             track running statistics. LSTMs and other nets that `vmap` cannot serve are welcome.
+        inner_lr: Step size of gradient descent in the inner loop; None takes that of our MAML.
         optimizer: Makes the inner optimizer from the parameters to adapt, for instance
-            `lambda parameters: torch.optim.Adam(parameters, lr=0.01)`; it starts afresh for every task. None is plain
-            gradient descent with the step size of our MAML.
+            `lambda parameters: torch.optim.Adam(parameters, lr=0.01)`; it starts afresh for every task. Give it instead
+            of `inner_lr`.
         inner_steps: Updates of the inner loop.
         first_order: Take inner gradients as constants.
         adapt: Shell-style patterns of the parameters to adapt; None adapts all but word vectors, as in our MAML.
@@ -47,6 +48,7 @@ class HigherMAML(TaskLoopLearner):
         spec: TaskSpec,
         *,
         net: nn.Module | None = None,
+        inner_lr: float | None = None,
         optimizer: MakeOptimizer | None = None,
         inner_steps: int = 1,
         first_order: bool = False,
@@ -61,7 +63,11 @@ class HigherMAML(TaskLoopLearner):
                 f"optimizer must make a torch.optim.Optimizer, which higher takes over; got metaicl's own "
                 f"{type(optimizer).__name__}, which is for metaicl.MAML"
             )
-        self.optimizer = optimizer
+        if optimizer is not None and inner_lr is not None:
+            raise ValueError(
+                f"give inner_lr or an optimizer, which has its own rate, not both; got inner_lr={inner_lr}"
+            )
+        self.inner_lr, self.optimizer = choose_inner_lr(spec, inner_lr), optimizer
         probe = self._make_optimizer()
         if not isinstance(probe, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer; got {type(probe).__name__}")
@@ -93,7 +99,7 @@ class HigherMAML(TaskLoopLearner):
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [value for name, value in self._net.named_parameters() if name in self.adapted]
         if self.optimizer is None:
-            return torch.optim.SGD(parameters, lr=choose_inner_lr(self.spec, None))
+            return torch.optim.SGD(parameters, lr=self.inner_lr)
         return self.optimizer(parameters)
 
 

@@ -4,6 +4,7 @@ from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.cavia import CAVIA
 from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.kfo import KFO
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.meta_curvature import MetaCurvature
@@ -57,6 +58,7 @@ __all__ = [
     "ESMAML",
     "FEAT",
     "IMAML",
+    "KFO",
     "MAML",
     "RAML",
     "AmortizedBayes",

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop.calling import call_net
-from metaicl.learners import CAVIA, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, ProtoMAML
+from metaicl.inner_loop.solvers import ConjugateGradient
+from metaicl.learners import CAVIA, IMAML, KFO, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, ProtoMAML
 from metaicl.meta_step import MetaStep
 from metaicl.spec import TaskSpec
 
@@ -257,9 +259,24 @@ def test_parameters_may_be_called_as_the_methods_of_a_dict():
         def forward(self, x):
             return torch.tanh(x @ self.keys) @ self.values
 
-    for make in (MetaSGD, MetaCurvature, MAMLPlusPlus):
+    for make in (MetaSGD, MetaCurvature, KFO, MAMLPlusPlus):
         learner = seeded(lambda make=make: make(CLASSES.spec, net=Attend()))
         assert worst_slope_error(learner, draw(CLASSES)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make", [MAML, KFO, partial(IMAML, inner_lr=0.2, inner_steps=200, solver=ConjugateGradient(20))]
+)
+def test_parameters_of_any_number_of_axes_adapt(make):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.weight = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.randn(3, 2, 1, 1, 2))
+
+        def forward(self, x):
+            return torch.einsum("nij,oiklj->no", x.view(-1, 2, 2), self.scale * self.weight)
+
+    assert worst_slope_error(seeded(lambda: make(CLASSES.spec, net=Scaled())), draw(CLASSES)) < 1e-5
 
 
 def test_torchs_transformer_layers_are_served_in_evaluation_too():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from metaicl.inner_loop.adaptive import Adam, AdamW, RMSprop
-from metaicl.inner_loop.curvature import Curvature
+from metaicl.inner_loop.curvature import Curvature, Kronecker
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.parameters import dotless
 from metaicl.inner_loop.rates import Rate
@@ -90,6 +90,9 @@ LEARNED = {
     "adamw": lambda: AdamW(Rate(0.1, "tensor"), weight_decay=Rate(0.2, "element")),
     "rmsprop": lambda: RMSprop(Rate(0.1, "all"), alpha=Rate(0.9, "tensor"), momentum=Rate(0.5, "tensor")),
     "curvature": lambda: SGD(Rate(0.1, "all"), precondition=Curvature()),
+    "kronecker": lambda: SGD(Rate(0.1, "all"), precondition=Kronecker()),
+    "eps": lambda: Adam(0.1, eps=Rate(0.1, "element", per_step=True)),
+    "eps of rmsprop": lambda: RMSprop(0.1, eps=Rate(0.1, "tensor")),
 }
 
 

@@ -14,7 +14,8 @@ from metaicl.learners.gradient.amortized_bayes import AmortizedBayes, Posterior
 from metaicl.learners.gradient.cavia import CAVIA
 from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.imaml import IMAML
-from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.gradient.kfo import KFO
+from metaicl.learners.gradient.maml import MAML, HoldsMAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.meta_curvature import MetaCurvature
 from metaicl.learners.gradient.meta_sgd import MetaSGD
@@ -30,7 +31,7 @@ TASKS = GaussianClasses(n_way=3, dim=4)
 LEARNERS = {
     learner.__name__: learner
     for learner in (
-        MAML, MAMLPlusPlus, MetaSGD, MetaCurvature, IMAML, CAVIA, Reptile, ProtoMAML, ESMAML, AmortizedBayes
+        MAML, MAMLPlusPlus, MetaSGD, MetaCurvature, KFO, IMAML, CAVIA, Reptile, ProtoMAML, ESMAML, AmortizedBayes
     )
 }  # fmt: skip
 WITHOUT_DERIVATIVES = ("Reptile", "ESMAML")
@@ -91,7 +92,7 @@ def net_of(learner: Any) -> tuple[Any, str]:
     """The net that adapts, and the prefix of its parameters' names."""
     if isinstance(learner, ProtoMAML):
         return learner.encoder, "encoder."
-    inside = isinstance(learner, (MetaSGD, MetaCurvature))
+    inside = isinstance(learner, HoldsMAML)
     return (learner.maml.net, "maml.net.") if inside else (learner.net, "net.")
 
 
@@ -148,14 +149,21 @@ def test_a_step_size_that_diverges_stops_training_before_the_update(name):
 
 
 @every_learner
-def test_a_parameter_that_the_net_never_uses_stays_as_it_is(name):
-    learner = make(name, net=partial(Net, spare=True))
+def test_a_parameter_that_the_net_never_uses_is_named_or_stays_as_it_is(name):
+    named = {}
+    if name != "CAVIA":  # whose net does not adapt
+        with pytest.raises(
+            ValueError, match=r"Net never uses 2 of the 6 parameters .*\['spare\.bias', 'spare\.weight'\]"
+        ):
+            make(name, net=partial(Net, spare=True))
+        named = {"adapt": "*"}
+    learner = make(name, net=partial(Net, spare=True), **named)
     net, prefix = net_of(learner)
     fast = adapted(learner, episode().support)
     _, gradients = MetaStep(learner)(episode())
     for key in ("spare.weight", "spare.bias"):
         start = net.get_parameter(key)
-        if name != "CAVIA":  # its net does not adapt
+        if name != "CAVIA":
             assert torch.equal(fast[key], start.expand_as(fast[key]))
             assert not torch.equal(fast["head.weight"], net.head.weight.expand_as(fast["head.weight"]))
         if name == "Reptile":

@@ -124,7 +124,17 @@ def test_rmsprop_is_remarked_on_once():
     assert squared_error(learner, waves()).isfinite().all()
 
 
+def test_its_step_size_is_that_of_our_maml():
+    ours = MAML(SINUSOID.spec, net=make(None).net, inner_lr=0.03, inner_steps=3).double()
+    found, expected = (query_loss(learner, waves()) for learner in (make(None, inner_lr=0.03), ours))
+    assert float((found - expected).detach().abs().max()) < 1e-12
+
+
 def test_bad_optimizers():
+    with pytest.raises(ValueError, match="give inner_lr or an optimizer"):
+        HigherMAML(SINUSOID.spec, inner_lr=0.1, optimizer=OPTIMIZERS["sgd"])
+    with pytest.raises(ValueError, match="inner_lr must be a finite number > 0"):
+        HigherMAML(SINUSOID.spec, inner_lr=0)
     with pytest.raises(ValueError, match="not supported by higher"):
         HigherMAML(SINUSOID.spec, optimizer=partial(torch.optim.AdamW, lr=0.1))
     with pytest.raises(ValueError, match="ignore the option maximize of SGD"):

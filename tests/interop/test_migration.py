@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from metaicl.episode import Episode, Examples
 from metaicl.inner_loop import SGD, Adam, InnerOptimizer, Rate, RMSprop, call_tasks, unroll, unroll_path, unroll_tasks
-from metaicl.inner_loop.curvature import Curvature
+from metaicl.inner_loop.curvature import Curvature, Kronecker
 from metaicl.inner_loop.parameters import dotless
 from metaicl.interop.l2l_package import import_learn2learn
 from metaicl.learners.gradient.maml import MAML
@@ -279,10 +279,8 @@ def meta_curvature():
     return l2l_side(theirs, [*net.parameters(), *their_factors]), found
 
 
-@row("learn2learn", "`GBML(model, KroneckerTransform(KroneckerLinear), lr)`")
-def kronecker():
-    """Their own modules as our preconditioner, under our vmap."""
-    net = make()
+def kronecker_side(net):
+    """Their algorithm with moved factors: the modules that hold them, the factors, and both gradients."""
     package = import_learn2learn()
     transform = package.optim.KroneckerTransform(package.nn.KroneckerLinear)
     theirs = package.algorithms.GBML(net, transform, lr=LR).double()
@@ -291,9 +289,27 @@ def kronecker():
     with torch.no_grad():
         for place, value in enumerate(factors):
             value += 0.3 * draw(f"factor {place}", *value.shape)
+    return modules, factors, l2l_side(theirs, [*net.parameters(), *factors])
+
+
+@row("learn2learn", "`GBML(model, KroneckerTransform(KroneckerLinear), lr)`")
+def kronecker():
+    net = make()
+    _, factors, expected = kronecker_side(net)
+    optimizer = SGD(LR, precondition=Kronecker()).bind(start(net), STEPS)
+    with torch.no_grad():
+        for mine, other in zip(optimizer.parameters(), factors, strict=True):
+            mine.copy_(other)
+    return expected, ours(net, optimizer=optimizer, learned=list(optimizer.parameters()))
+
+
+@row("learn2learn", "`GBML(model, transform, lr)` with modules of your own")
+def modules_of_ones_own():
+    """Their Kronecker modules as our preconditioner, under our vmap."""
+    net = make()
+    modules, factors, expected = kronecker_side(net)
     by_name = dict(zip(start(net), modules, strict=True))
     optimizer = SGD(LR, precondition=lambda slopes: {name: by_name[name](slope) for name, slope in slopes.items()})
-    expected = l2l_side(theirs, [*net.parameters(), *factors])
     return expected, ours(net, optimizer=optimizer, learned=factors)
 
 

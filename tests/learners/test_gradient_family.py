@@ -7,11 +7,16 @@ from torch import nn
 from metaicl.inner_loop.adaptive import Adam
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
+from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
+from metaicl.learners.gradient.cavia import CAVIA
+from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.kfo import KFO
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.meta_curvature import MetaCurvature
 from metaicl.learners.gradient.meta_sgd import MetaSGD
+from metaicl.learners.gradient.reptile import Reptile
 from metaicl.objectives import query_loss
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
@@ -27,10 +32,11 @@ def make(kind, **settings):
         return kind(TASKS.spec, **settings)
 
 
-@pytest.mark.parametrize("kind", [MetaSGD, MetaCurvature])
+@pytest.mark.parametrize("kind", [MetaSGD, MetaCurvature, KFO])
 def test_a_fresh_one_is_maml(kind) -> None:
-    found = query_loss(make(kind, inner_lr=0.02), EPISODE)
-    assert float((found - query_loss(make(MAML, inner_lr=0.02), EPISODE)).detach().abs().max()) < 1e-6
+    settings = {"inner_lr": 0.02, "inner_steps": 1}
+    found = query_loss(make(kind, **settings), EPISODE)
+    assert float((found - query_loss(make(MAML, **settings), EPISODE)).detach().abs().max()) < 1e-6
 
 
 def test_an_optimizer_is_copied_into_each_learner() -> None:
@@ -39,6 +45,22 @@ def test_an_optimizer_is_copied_into_each_learner() -> None:
     assert first.optimizer.learned["lr"].value is not second.optimizer.learned["lr"].value
     assert "optimizer.learned.lr.value" in dict(first.named_parameters())
     assert list(optimizer.parameters()) == []
+
+
+@pytest.mark.parametrize("kind", [MAML, CAVIA, AmortizedBayes, IMAML, Reptile, ESMAML])
+def test_a_step_size_is_plain_gradient_descent(kind) -> None:
+    found, expected = make(kind, optimizer=SGD(0.02)), make(kind, inner_lr=0.02)
+    assert torch.equal(query_loss(found.eval(), EPISODE), query_loss(expected.eval(), EPISODE))
+
+
+def test_the_implicit_gradient_does_not_ask_how_the_minimum_was_found() -> None:
+    net, found = nn.Linear(1, 1), []
+    for rule in (SGD(0.02), SGD(0.02, momentum=0.5)):
+        learner = make(IMAML, net=net, optimizer=rule, inner_steps=1000).double()
+        losses = query_loss(learner, EPISODE.to(dtype=torch.float64))
+        found.append(torch.autograd.grad(losses.sum(), list(learner.net.parameters())))
+    assert max(float(value.abs().max()) for value in found[0]) > 1e-2
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-9
 
 
 def test_steps_of_maml_plus_plus_follow_training() -> None:
@@ -88,6 +110,19 @@ def test_the_outer_loop_tells_how_far_it_is(learner, buffer) -> None:
         (lambda: make(MAML, optimizer=torch.optim.SGD), TypeError, "optimizer must be an InnerOptimizer, such as"),
         (lambda: make(MAML, optimizer=Adam(0.1), inner_lr=0.1), ValueError, "give inner_lr or an optimizer"),
         (lambda: make(MAML, checkpoint=0), ValueError, "checkpoint must be an int >= 1"),
+        (lambda: make(KFO, checkpoint=1.5), TypeError, "checkpoint must be an int >= 1"),
+        (lambda: make(CAVIA, truncate=-1), ValueError, "truncate must be an int >= 0"),
+        (lambda: make(AmortizedBayes, optimizer=Adam(0.1), inner_lr=0.1), ValueError, "give inner_lr or an optimizer"),
+        (
+            lambda: make(Reptile, optimizer=SGD(Rate(0.1, "tensor"))),
+            ValueError,
+            r"Reptile does not differentiate .* give SGD fixed rates.* Got learned \['learned.lr.value'\]",
+        ),
+        (
+            lambda: make(IMAML, optimizer=SGD(0.1), tolerance=0.1),
+            ValueError,
+            "a tolerance needs plain gradient descent",
+        ),
         (lambda: make(MAML, truncate=-1), ValueError, "truncate must be an int >= 0"),
         (lambda: make(MetaSGD, inner_lr=0), ValueError, "lr must be a finite number > 0"),
         (lambda: make(MetaCurvature, inner_steps=0), ValueError, "inner_steps must be an int >= 1"),

@@ -1,6 +1,7 @@
 """Reptile: its direction against an explicit loop, its minibatches, what does not adapt."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.func import functional_call
 
 from metaicl.collation import concatenate
 from metaicl.episode import Examples
+from metaicl.inner_loop.adaptive import Adam
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.learners.gradient.reptile import Reptile, minibatches
 from metaicl.objectives import query_loss
@@ -22,8 +24,8 @@ def directions(learner, episode):
         return learner.meta_gradients(episode)
 
 
-def looped_direction(learner, episode):
-    """Algorithm 2 by plain autograd: task after task, minibatch after minibatch."""
+def looped_direction(learner, episode, make_optimizer):
+    """Algorithm 2 by torch's optimizers: task after task, minibatch after minibatch."""
     rows = concatenate(episode.support, episode.query)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -32,18 +34,32 @@ def looped_direction(learner, episode):
     total = {name: torch.zeros_like(value) for name, value in start.items()}
     for x, y, batches in zip(rows.x, rows.y, places, strict=True):
         fast = {name: value.clone().requires_grad_() for name, value in start.items()}
+        optimizer = make_optimizer([fast[name] for name in learner.adapted])
         for batch in batches:
             loss = row_loss(learner.spec, functional_call(learner.net, fast, (x[batch],)), y[batch]).mean()
+            optimizer.zero_grad()
             loss.backward()
-            fast = {n: (v - learner.inner_lr * v.grad).detach().requires_grad_() for n, v in fast.items()}
+            optimizer.step()
         total = {name: total[name] + start[name] - fast[name].detach() for name in total}
-    return {f"net.{name}": value / len(episode) for name, value in total.items()}
+    return {f"net.{name}": total[name] / len(episode) for name in learner.adapted}
 
 
-@pytest.mark.parametrize("tasks", [SINES, CLASSES], ids=["regression", "classification"])
-def test_direction_equals_a_loop_over_tasks_and_minibatches(tasks) -> None:
-    episode, learner = draw(tasks), seeded(lambda: Reptile(tasks.spec, inner_steps=4, batch_rows=3))
-    found, expected = directions(learner, episode)[1], looped_direction(learner, episode)
+@pytest.mark.parametrize(
+    ("tasks", "settings", "make_optimizer"),
+    [
+        (SINES, {}, partial(torch.optim.SGD, lr=0.02)),
+        (CLASSES, {}, partial(torch.optim.SGD, lr=0.1)),
+        (
+            CLASSES,
+            {"optimizer": Adam(0.01, betas=(0.0, 0.999), eps=1e-3), "adapt": "head.*"},
+            partial(torch.optim.Adam, lr=0.01, betas=(0.0, 0.999), eps=1e-3),
+        ),
+    ],
+    ids=["regression", "classification", "Adam on the head"],
+)
+def test_direction_equals_a_loop_over_tasks_and_minibatches(tasks, settings, make_optimizer) -> None:
+    episode, learner = draw(tasks), seeded(lambda: Reptile(tasks.spec, inner_steps=4, batch_rows=3, **settings))
+    found, expected = directions(learner, episode)[1], looped_direction(learner, episode, make_optimizer)
     for name, value in expected.items():
         assert float(value.abs().max()) > 1e-4
         assert float((found[name] - value).abs().max()) < 1e-12

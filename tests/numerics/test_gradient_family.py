@@ -17,6 +17,7 @@ from metaicl.interop.learn2learn import L2LGBML, L2LMetaSGD, import_learn2learn
 from metaicl.learners.gradient.amortized_bayes import AmortizedBayes
 from metaicl.learners.gradient.cavia import CAVIA
 from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.kfo import KFO
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.meta_curvature import MetaCurvature
@@ -120,23 +121,24 @@ FAMILY = {
     "MAML by Nesterov": partial(MAML, optimizer=SGD(0.05, momentum=Rate(0.5, "all"), nesterov=True, clip_norm=1.0)),
     "MetaSGD": partial(MetaSGD, inner_lr=0.1),
     "MetaCurvature": partial(MetaCurvature, inner_lr=0.1),
+    "KFO": partial(KFO, inner_lr=0.1),
     "MAMLPlusPlus": partial(MAMLPlusPlus, inner_lr=0.1),
 }
 
 
 def cavia(spec, *, net, **settings):
-    return CAVIA(spec, net=Contextual(net), context_size=2, inner_lr=0.1, **settings)
+    return CAVIA(spec, net=Contextual(net), context_size=2, **settings)
 
 
 def proto_maml(spec, *, net, **settings):
-    return ProtoMAML(spec, encoder=net, inner_lr=0.1, first_order=False, **settings)
+    return ProtoMAML(spec, encoder=net, first_order=False, **settings)
 
 
 EXACT = {
     **FAMILY,
     "MAML of biases": partial(MAML, inner_lr=0.1, adapt="*bias"),
-    "CAVIA": cavia,
-    "ProtoMAML": proto_maml,
+    "CAVIA": partial(cavia, inner_lr=0.1),
+    "ProtoMAML": partial(proto_maml, inner_lr=0.1),
     "AmortizedBayes": partial(AmortizedBayes, inner_lr=0.05, prior_scale=0.1, n_predictions=3),
 }
 QUICK = {("MAML", "transformer", 1), ("MAML", "lstm", 1), ("MAML", "lstm", 3), ("MAML", "lstm", 5)}
@@ -159,7 +161,7 @@ ALL = [
 
 
 def build(case, make, **settings):
-    spec, net, episode = (ENCODERS if make is proto_maml else CASES)[case]
+    spec, net, episode = (ENCODERS if getattr(make, "func", make) is proto_maml else CASES)[case]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         learner = make(spec, net=net(), **settings).double()
@@ -303,6 +305,50 @@ def test_meta_curvature_equals_learn2learn(steps):
     found, expected = meta_gradient(ours, episode), meta_gradient(theirs, episode)
     for name in dict(ours.maml.net.named_parameters()):
         assert_close(found[f"maml.net.{name}"], expected[f"algorithm.module.{name}"])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("case", ["mlp", "conv4"])
+def test_kfo_equals_learn2learn(case, steps):
+    ours, episode = build(case, KFO, inner_lr=0.1, inner_steps=steps)
+    theirs = L2LGBML(ours.spec, net=ours.maml.net, inner_lr=0.1, inner_steps=steps).double()
+    factors = ours.maml.optimizer.precondition.factors
+    with torch.no_grad():
+        for mine, other in zip(factors.values(), theirs.algorithm.compute_update.transforms_modules, strict=True):
+            other.transform.left.copy_(mine[0])
+            other.transform.right.copy_(mine[1])
+        if ours.spec.kind == "regression":
+            theirs.raw_scale.copy_(ours.maml.raw_scale)
+    found, expected = meta_gradient(ours, episode), meta_gradient(theirs, episode)
+    for place, name in enumerate(dict(ours.maml.net.named_parameters())):
+        assert_close(found[f"maml.net.{name}"], expected[f"algorithm.module.{name}"])
+        for i, side in enumerate(("left", "right")):
+            assert_close(
+                found[f"maml.optimizer.precondition.factors.{dotless(name)}.{i}"],
+                expected[f"algorithm.compute_update.transforms_modules.{place}.transform.{side}"],
+            )
+
+
+LEARNED = {
+    "CAVIA": (cavia, Adam(Rate(0.1, "tensor", per_step=True), eps=Rate(1e-2, "all"))),
+    "ProtoMAML": (proto_maml, SGD(Rate(0.1, "tensor"), momentum=Rate(0.5, "all"), clip_norm=1.0)),
+    "AmortizedBayes": (
+        partial(AmortizedBayes, prior_scale=0.1, n_predictions=3), SGD(Rate(0.05, "element"), momentum=0.5)
+    ),
+    "MAMLPlusPlus": (MAMLPlusPlus, Adam(Rate(0.02, "tensor", per_step=True), eps=1e-2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_any_optimizer_is_learned_and_recomputed_exactly(name):
+    make, optimizer = LEARNED[name]
+    learner, episode = build("mlp", make, inner_steps=3, optimizer=optimizer)
+    check_differences(learner.eval(), episode)
+    expected = meta_gradient(learner, episode)
+    assert all(float(value.abs().max()) > 0 for key, value in expected.items() if "learned" in key)
+    learner.checkpoint = 2
+    for key, value in meta_gradient(learner, episode).items():
+        assert_close(value, expected[key])
 
 
 EVERY = {**EXACT, "IMAML": partial(IMAML, inner_lr=0.1)}

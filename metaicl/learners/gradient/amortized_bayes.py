@@ -14,10 +14,24 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean, positive
 from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
-from metaicl.inner_loop.unrolling import Loss, Params, unroll
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import (
+    Params,
+    adapted_tensors,
+    check_inner_loop_module,
+    frozen_tensors,
+)
+from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_support, output_scale
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_checkpoint,
+    check_support,
+    check_truncate,
+    choose_adapted,
+    choose_optimizer,
+    output_scale,
+)
 from metaicl.mixtures import marginal
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy
@@ -26,6 +40,8 @@ from metaicl.spec import TaskSpec
 from metaicl.task import derive_generator
 
 _SCALE = "log_scale "  # before a parameter's name: the logarithm of its standard deviation
+_READ = "read "  # before the name of a tensor that the inner loss reads and does not adapt
+_RAW = " raw scale"  # a name that no parameter can have
 
 
 class Posterior(NamedTuple):
@@ -61,6 +77,10 @@ class AmortizedBayes(Learner[Posterior]):
             vectors, or with `rank` the factors.
         inner_lr: Step size of the inner loop; None takes .01 for regression and .1 for classification.
         inner_steps: Updates of the inner loop; 0 answers by the prior.
+        optimizer: Any other update rule of the inner loop, for means and logarithms of scales alike, instead of
+            `inner_lr`; see `MAML`.
+        truncate: As in `MAML`.
+        checkpoint: As in `MAML`.
         n_samples: Draws of the weights in each inner step.
         n_predictions: Draws that an answer mixes.
         prior_scale: Start of the prior's standard deviations.
@@ -91,6 +111,9 @@ class AmortizedBayes(Learner[Posterior]):
         adapt: str | Iterable[str] | None = None,
         inner_lr: float | None = None,
         inner_steps: int = 5,
+        optimizer: InnerOptimizer | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
         n_samples: int = 2,
         n_predictions: int = 10,
         prior_scale: float = 0.01,
@@ -99,41 +122,37 @@ class AmortizedBayes(Learner[Posterior]):
     ) -> None:
         """Check the settings and choose the parameters that get a posterior."""
         super().__init__(spec)
-        default = 0.01 if spec.kind == "regression" else 0.1
-        self.inner_lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps, minimum=0)
         self.n_samples = check_count("n_samples", n_samples)
         self.n_predictions = check_count("n_predictions", n_predictions)
         self.kl_weight = check_positive("kl_weight", kl_weight)
         self.first_order = bool(first_order)
+        self.truncate, self.checkpoint = check_truncate(truncate), check_checkpoint(checkpoint)
         self.net, factors = build_net(spec) if net is None else net, None
         check_inner_loop_module(self.net)
         if rank is not None:
             self.net, factors = low_rank_copy(self.net, rank=rank)
         self.declare_nets(self.net)
-        self.declare_approximate(self.first_order)
-        self.adapted = select_parameters(self.net, factors if adapt is None else adapt)
+        self.declare_approximate(self.first_order or self.truncate is not None)
+        self.adapted = choose_adapted(spec, self.net, factors if adapt is None else adapt)
         log_scale = math.log(check_positive("prior_scale", prior_scale))
         means = adapted_tensors(self.net, self.adapted)
         self.log_scales = nn.ParameterList([torch.full_like(value, log_scale) for value in means.values()])
+        rule = choose_optimizer(optimizer, inner_lr, default=0.01 if spec.kind == "regression" else 0.1)
+        self.optimizer = rule.bind(self.prior(), max(1, self.inner_steps))
         self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> Posterior:
         """Posteriors after `inner_steps` steps from the prior."""
         check_support(self, support)
-        prior, loss = self.prior(), self._bound()
         noise = self._noise("adapt", len(support), self.inner_steps, self.n_samples)
-
-        def one_task(x: Tensor, y: Tensor, real: Tensor, noise: Params) -> dict[str, Tensor]:
-            fast = prior
-            for step in range(self.inner_steps):
-                data = (x, y, real, {name: value[step] for name, value in noise.items()})
-                fast = unroll(loss, fast, data, lr=self.inner_lr, steps=1, first_order=self.first_order)
-            return fast
-
-        with twice_differentiable():
-            over_tasks = vmap(one_task, in_dims=(0, 0, 0, self._noise_dim), randomness="different")
-            weights = over_tasks(support.x, support.y, support.real, noise)
+        if self._noise_dim is None:  # all tasks share it
+            noise = {name: value.expand(len(support), *value.shape) for name, value in noise.items()}
+        weights = unroll_tasks(
+            self._bound, self.prior(), (support.x, support.y, support.real), step_data=(noise,), shared=self._read(),
+            steps=self.inner_steps, optimizer=self.optimizer, first_order=self.first_order, truncate=self.truncate,
+            checkpoint=self.checkpoint,
+        )  # fmt: skip
         return Posterior(weights, support.real.sum(1))
 
     def predict(self, state: Posterior, x: Tensor) -> Distribution:
@@ -157,17 +176,22 @@ class AmortizedBayes(Learner[Posterior]):
         means = adapted_tensors(self.net, self.adapted)
         return {**means, **{_SCALE + name: value for name, value in zip(means, self.log_scales, strict=True)}}
 
-    def _bound(self) -> Loss:
-        """What the inner loop minimizes on one task, in nats per row."""
-        prior, frozen = self.prior(), frozen_tensors(self.net, self.adapted)
+    def _bound(self, weights: Params, x: Tensor, y: Tensor, real: Tensor, noise: Params) -> Tensor:
+        """What the inner loop minimizes on one task, in nats per row; `weights` name what `_read` names too."""
+        rest = {name.removeprefix(_READ): value for name, value in weights.items() if name.startswith(_READ)}
+        frozen = {name: value for name, value in rest.items() if name not in (*weights, _RAW)}
+        outputs = self._outputs(weights, noise, frozen, x)  # (S, N, ...)
+        rows = row_nll(outputs, y.expand(len(outputs), *y.shape), rest.get(_RAW))
+        prior = {name: value for name, value in rest.items() if name in weights}
+        return masked_mean(rows.mean(0), real, 0) + self.kl_weight * gaussian_kl(weights, prior) / real.sum().clamp(
+            min=1
+        )
 
-        def loss(weights: Params, x: Tensor, y: Tensor, real: Tensor, noise: Params) -> Tensor:
-            outputs = self._outputs(weights, noise, frozen, x)  # (S, N, ...)
-            rows = row_nll(outputs, y.expand(len(outputs), *y.shape), self.raw_scale)
-            n_rows = real.sum().clamp(min=1)
-            return masked_mean(rows.mean(0), real, 0) + self.kl_weight * gaussian_kl(weights, prior) / n_rows
-
-        return loss
+    def _read(self) -> dict[str, Tensor]:
+        """What the inner loss reads beside the weights: the rest of the net, the prior and the output scale."""
+        scale = {} if self.raw_scale is None else {_RAW: self.raw_scale}
+        tensors = {**frozen_tensors(self.net, self.adapted), **self.prior(), **scale}
+        return {_READ + name: value for name, value in tensors.items()}
 
     def _outputs(self, weights: Params, noise: Params, frozen: Params, x: Tensor) -> Tensor:
         """Outputs (S, N, ...) of one task under S draws; noise (S, ...)."""

@@ -5,18 +5,28 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import vmap
 
-from metaicl.checks import check_count, check_positive
+from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean
 from metaicl.inner_loop.calling import call_net, try_net
-from metaicl.inner_loop.parameters import check_inner_loop_module, first_floating, frozen_tensors
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import Params, check_inner_loop_module, first_floating, frozen_tensors
 from metaicl.inner_loop.supervised import row_loss
-from metaicl.inner_loop.unrolling import Params, unroll_tasks
+from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, check_support, output_scale
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_checkpoint,
+    check_support,
+    check_truncate,
+    choose_optimizer,
+    output_scale,
+)
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
+
+_CONTEXT = " context"  # a key no parameter can have
 
 
 class CAVIA(Learner[Tensor]):
@@ -30,9 +40,12 @@ class CAVIA(Learner[Tensor]):
             the context is concatenated to vectors and encoded words, and modulates the third block of a Conv4.
             It must not track running statistics.
         context_size: Entries of the context; None takes 5, and 100 for images.
-        inner_lr: Step size of the inner loop.
+        inner_lr: Step size of the inner loop; None takes 1.
         inner_steps: Updates of the inner loop; None takes 1 for regression and 2 for classification.
         first_order: Drop second derivatives.
+        optimizer: Any other update rule of the inner loop, instead of `inner_lr`; see `MAML`.
+        truncate: As in `MAML`.
+        checkpoint: As in `MAML`.
 
     Raises:
         TypeError: If a count is no int.
@@ -51,22 +64,27 @@ class CAVIA(Learner[Tensor]):
         *,
         net: nn.Module | None = None,
         context_size: int | None = None,
-        inner_lr: float = 1.0,
+        inner_lr: float | None = None,
         inner_steps: int | None = None,
         first_order: bool = False,
+        optimizer: InnerOptimizer | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
     ) -> None:
         """Check the settings and try the net."""
         super().__init__(spec)
         default_size, default_steps = (100 if spec.x_kind == "image" else 5), (1 if spec.kind == "regression" else 2)
         self.context_size = check_count("context_size", default_size if context_size is None else context_size)
-        self.inner_lr = check_positive("inner_lr", inner_lr)
         self.inner_steps = check_count("inner_steps", default_steps if inner_steps is None else inner_steps)
         self.first_order = bool(first_order)
+        self.truncate, self.checkpoint = check_truncate(truncate), check_checkpoint(checkpoint)
         self.net = build_context_net(spec, context_size=self.context_size) if net is None else net
         check_inner_loop_module(self.net)
         _check_takes_context(self.net, spec, self.context_size)
         self.declare_nets(self.net)
-        self.declare_approximate(self.first_order)
+        self.declare_approximate(self.first_order or self.truncate is not None)
+        rule = choose_optimizer(optimizer, inner_lr, default=1.0)
+        self.optimizer = rule.bind(self._start(), self.inner_steps)
         self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> Tensor:
@@ -75,12 +93,14 @@ class CAVIA(Learner[Tensor]):
         shared = frozen_tensors(self.net, ())
 
         def loss(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-            output = call_net(self.net, shared, (x, weights["context"]))
-            return masked_mean(row_loss(self.spec, output, y), mask, 0)
+            net = {name: weights[name] for name in shared}
+            return masked_mean(row_loss(self.spec, call_net(self.net, net, (x, weights[_CONTEXT])), y), mask, 0)
 
-        start = {"context": first_floating(self.net).new_zeros(self.context_size)}
-        data, steps = (support.x, support.y, support.mask), self.inner_steps
-        return unroll_tasks(loss, start, data, lr=self.inner_lr, steps=steps, first_order=self.first_order)["context"]
+        fast = unroll_tasks(
+            loss, self._start(), (support.x, support.y, support.mask), steps=self.inner_steps, shared=shared,
+            optimizer=self.optimizer, first_order=self.first_order, truncate=self.truncate, checkpoint=self.checkpoint,
+        )  # fmt: skip
+        return fast[_CONTEXT]
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """Answer under each task's context."""
@@ -92,6 +112,9 @@ class CAVIA(Learner[Tensor]):
         with twice_differentiable():
             output = vmap(one_task, randomness="different")(state, x)
         return answer(output, self.raw_scale)
+
+    def _start(self) -> dict[str, Tensor]:
+        return {_CONTEXT: first_floating(self.net).new_zeros(self.context_size)}
 
 
 def _check_takes_context(net: nn.Module, spec: TaskSpec, size: int) -> None:

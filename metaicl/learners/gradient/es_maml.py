@@ -1,5 +1,7 @@
 """ES-MAML: the meta-gradient from function values alone, by evolution strategies."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
@@ -8,12 +10,13 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
 from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.parameters import frozen_tensors
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import Params, frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import Params, unroll
+from metaicl.inner_loop.unrolling import unroll
 from metaicl.learner import Traits
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import PlainDescent, answer, check_support
+from metaicl.learners.gradient.shared import PlainDescent, answer, check_support, choose_optimizer
 from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -35,6 +38,8 @@ class ESMAML(PlainDescent):
             It must not track running statistics.
         inner_lr: Step size of the inner loop.
         inner_steps: Updates of the inner loop.
+        optimizer: Any other update rule of the inner loop, with fixed rates, instead of `inner_lr`.
+        adapt: As in `MAML`.
         n_pairs: Pairs of opposite perturbations for each task; every pair adapts twice.
         sigma: Width of the perturbations, in units of the weights.
         chunk_size: Pairs in memory at a time; changes the numbers by rounding only. None: all.
@@ -59,12 +64,15 @@ class ESMAML(PlainDescent):
         net: nn.Module | None = None,
         inner_lr: float | None = None,
         inner_steps: int = 1,
+        optimizer: InnerOptimizer | None = None,
+        adapt: str | Iterable[str] | None = None,
         n_pairs: int = 32,
         sigma: float = 0.05,
         chunk_size: int | None = None,
     ) -> None:
         """Check the settings."""
-        super().__init__(spec, net=net, inner_lr=choose_inner_lr(spec, inner_lr))
+        rule = choose_optimizer(optimizer, inner_lr, default=choose_inner_lr(spec, None))
+        super().__init__(spec, net=net, optimizer=rule, adapt=adapt)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.n_pairs = check_count("n_pairs", n_pairs)
         self.sigma = check_positive("sigma", sigma)
@@ -99,7 +107,7 @@ class ESMAML(PlainDescent):
             rest = {**frozen, **{name: value for name, value in net.items() if name not in self.adapted}}
             start = {name: value for name, value in net.items() if name in self.adapted}
             loss, data = support_loss(self.spec, self.net, rest), (x, y, mask)
-            fast = unroll(loss, start, data, lr=self.inner_lr, steps=self.inner_steps, first_order=True)
+            fast = unroll(loss, start, data, optimizer=self.optimizer, steps=self.inner_steps, first_order=True)
             return call_net(self.net, {**rest, **fast}, (inputs,))
 
         mask_dim = None if support.mask is None else 0

@@ -10,13 +10,21 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import answer, check_support, output_scale
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_support,
+    choose_adapted,
+    choose_optimizer,
+    fixed_optimizer,
+    output_scale,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -33,6 +41,8 @@ class IMAML(Learner[dict[str, Tensor]]):
         net: As in `MAML`; without dropout, which leaves nothing to minimize.
         inner_lr: Step size of the inner loop; None takes MAML's.
         inner_steps: Updates of the inner loop, at most if there is a tolerance.
+        optimizer: Any other update rule of the inner loop, with fixed rates, instead of `inner_lr` and of a tolerance;
+            the meta-gradient does not ask how the minimum was found.
         proximal: Strength of the pull towards the start; it has to exceed the most negative curvature of the loss.
         solver: None takes five conjugate gradients.
         tolerance: Part of its first slope at which a task's inner loop stops, and relative residual at which its solver
@@ -59,6 +69,7 @@ class IMAML(Learner[dict[str, Tensor]]):
         net: nn.Module | None = None,
         inner_lr: float | None = None,
         inner_steps: int = 16,
+        optimizer: InnerOptimizer | None = None,
         proximal: float = 2.0,
         solver: Solver | None = None,
         tolerance: float | tuple[float, float] = 0.0,
@@ -66,7 +77,6 @@ class IMAML(Learner[dict[str, Tensor]]):
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
-        self.inner_lr = choose_inner_lr(spec, inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.proximal = check_positive("proximal", proximal)
         if solver is not None and not isinstance(solver, Solver):
@@ -79,7 +89,14 @@ class IMAML(Learner[dict[str, Tensor]]):
         _check_deterministic(self.net)
         self.declare_nets(self.net)
         self.declare_approximate()
-        self.adapted = select_parameters(self.net, adapt)
+        self.adapted = choose_adapted(spec, self.net, adapt)
+        self.inner_lr = choose_inner_lr(spec, inner_lr)
+        if optimizer is not None and self.tolerances[0]:
+            raise ValueError(
+                f"a tolerance needs plain gradient descent; give inner_lr or tolerance=0; got {tolerance!r}"
+            )
+        rule = choose_optimizer(optimizer, inner_lr, default=self.inner_lr)
+        self.optimizer = fixed_optimizer(self, rule, adapted_tensors(self.net, self.adapted))
         self.raw_scale = output_scale(spec)
 
     def at(self, fraction: float) -> None:
@@ -95,11 +112,12 @@ class IMAML(Learner[dict[str, Tensor]]):
         frozen, data = frozen_tensors(self.net, self.adapted), (support.x, support.y, support.mask)
         problem = Proximal(support_loss(self.spec, self.net, {}), self.proximal)
         begin, rest = ({name: value.detach() for name, value in part.items()} for part in (start, frozen))
-        settings = {"lr": self.inner_lr, "steps": self.inner_steps, "shared": rest}
+        settings = {"steps": self.inner_steps, "shared": rest}
         if self.tolerances[0]:
-            solution = minimize_tasks(problem, begin, data, tolerance=self.tolerance, **settings)
+            solution = minimize_tasks(problem, begin, data, lr=self.inner_lr, tolerance=self.tolerance, **settings)
         else:
-            solution = unroll_tasks(problem.objective(begin), begin, data, first_order=True, **settings)
+            objective = problem.objective(begin)
+            solution = unroll_tasks(objective, begin, data, optimizer=self.optimizer, first_order=True, **settings)
         return implicit_tasks(
             problem, solution, start, data, shared=frozen, solver=self.solver, tolerance=self.tolerance
         )

@@ -1,6 +1,7 @@
 """Model-agnostic meta-learning, and by choice of the adapted parameters ANIL and BOIL."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -9,10 +10,19 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
-from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, select_parameters
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_checkpoint,
+    check_truncate,
+    choose_adapted,
+    choose_optimizer,
+    linear_layers,
+    output_scale,
+    unroll_support,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -71,16 +81,15 @@ class MAML(Learner[dict[str, Weight]]):
         super().__init__(spec)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.first_order = bool(first_order)
-        self.truncate = None if truncate is None else check_count("truncate", truncate, minimum=0)
-        self.checkpoint = checkpoint if isinstance(checkpoint, bool) else check_count("checkpoint", checkpoint)
+        self.truncate, self.checkpoint = check_truncate(truncate), check_checkpoint(checkpoint)
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.declare_approximate(self.first_order or self.truncate is not None)
-        self.adapted = select_parameters(self.net, adapt)
+        self.adapted = choose_adapted(spec, self.net, adapt)
         if net is None and "head.weight" not in self.adapted:
             self.net.get_submodule("head").reset_parameters()  # type: ignore[operator]  # a linear layer of build_net
-        self.optimizer = _choose(spec, inner_lr, optimizer).bind(
+        self.optimizer = choose_optimizer(optimizer, inner_lr, default=choose_inner_lr(spec, None)).bind(
             adapted_tensors(self.net, self.adapted), self.inner_steps
         )
         self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
@@ -102,9 +111,19 @@ class MAML(Learner[dict[str, Weight]]):
 
 
 class HoldsMAML(Learner[dict[str, Weight]]):
-    """A learner that is a MAML with an optimizer of its own; the subclass builds it as `maml` and takes its traits."""
+    """A learner that is a MAML with an optimizer of its own, which the subclass makes.
 
-    maml: MAML
+    Args:
+        spec: The tasks.
+        optimizer: The update rule of the inner loop.
+        settings: More arguments of `MAML`.
+    """
+
+    def __init__(self, spec: TaskSpec, *, optimizer: InnerOptimizer, **settings: Any) -> None:
+        """Build the MAML inside."""
+        super().__init__(spec)
+        self.maml = MAML(spec, optimizer=optimizer, **settings)
+        self.traits = self.maml.traits
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task, with leading axis B."""
@@ -113,17 +132,6 @@ class HoldsMAML(Learner[dict[str, Weight]]):
     def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return self.maml.predict(state, x)
-
-
-def _choose(spec: TaskSpec, inner_lr: float | None, optimizer: InnerOptimizer | None) -> InnerOptimizer:
-    if optimizer is None:
-        return SGD(choose_inner_lr(spec, inner_lr))
-    if not isinstance(optimizer, InnerOptimizer):
-        hint = "such as metaicl.inner_loop.Adam(0.01); a torch.optim optimizer changes weights in place"
-        raise TypeError(f"optimizer must be an InnerOptimizer, {hint}; got {type(optimizer).__name__}")
-    if inner_lr is not None:
-        raise ValueError(f"give inner_lr or an optimizer, which has its own rate, not both; got inner_lr={inner_lr}")
-    return optimizer
 
 
 def choose_inner_lr(spec: TaskSpec, inner_lr: float | None) -> float:

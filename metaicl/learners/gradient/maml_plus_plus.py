@@ -1,26 +1,33 @@
 """MAML++: MAML with a loss at every inner step, rates and normalization per step, and first order to begin with."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_count, check_positive
+from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
-from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import (
     adapted_tensors,
     check_inner_loop_module,
     dotless,
     frozen_tensors,
-    select_parameters,
 )
-from metaicl.inner_loop.rates import Rate
 from metaicl.learner import Learner
-from metaicl.learners.gradient.shared import answer, linear_layers, output_scale, unroll_support
+from metaicl.learners.gradient.shared import (
+    answer,
+    check_checkpoint,
+    choose_adapted,
+    choose_optimizer,
+    linear_layers,
+    output_scale,
+    unroll_support,
+)
 from metaicl.nets.backbones import build_net
 from metaicl.nets.norm import batch_norms
 from metaicl.spec import TaskSpec
@@ -50,6 +57,9 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
             None: where the net has such layers (`BatchStatNorm`, or torch's without running statistics). The net's
             own serve the first step; an answer after step k uses those of step k.
         factored: As in `MAML`.
+        optimizer: Any other update rule of the inner loop, instead of `inner_lr`, such as
+            `Adam(Rate(0.01, "tensor", per_step=True))`.
+        checkpoint: As in `MAML`.
 
     Raises:
         TypeError: If a count is no int.
@@ -81,28 +91,31 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         adapt: str | Iterable[str] | None = None,
         per_step_norm: bool | None = None,
         factored: bool | None = None,
+        optimizer: InnerOptimizer | None = None,
+        checkpoint: bool | int = False,
     ) -> None:
         """Check the settings and choose the parameters to adapt."""
         super().__init__(spec)
         default = 0.01 if spec.kind == "regression" else 0.1
-        lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
         self.inner_steps = check_count("inner_steps", inner_steps)
+        self.checkpoint = check_checkpoint(checkpoint)
         self.multi_step_until = _check_part("multi_step_until", multi_step_until)
         self.first_order_until = _check_part("first_order_until", first_order_until)
         self.net = build_net(spec) if net is None else net
         check_inner_loop_module(self.net)
         self.declare_nets(self.net)
         self.norms = _norm_parameters(self.net, per_step_norm)
-        self.adapted = select_parameters(self.net, adapt) - set(self.norms)
+        self.adapted = choose_adapted(spec, self.net, adapt) - set(self.norms)
         if not self.adapted:
             raise ValueError(f"adapt={adapt!r} leaves only batch normalization; give per_step_norm=False to adapt it")
         later = {name: self.net.get_parameter(name).detach() for name in self.norms if self.inner_steps > 1}
         self.later_norms = nn.ParameterDict(
             {dotless(name): value.repeat(self.inner_steps - 1, 1) for name, value in later.items()}
         )
-        self.optimizer = SGD(Rate(lr, "tensor", per_step=True)).bind(
-            adapted_tensors(self.net, self.adapted), self.inner_steps
-        )
+        rule = choose_optimizer(optimizer, inner_lr, default=default)
+        if optimizer is None:
+            rule = SGD(replace(rule.rates["lr"], learn="tensor", per_step=True))
+        self.optimizer = rule.bind(adapted_tensors(self.net, self.adapted), self.inner_steps)
         self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
         self.raw_scale = output_scale(spec)
         self.register_buffer("step_weights", _step_weights(self.inner_steps, 1.0))
@@ -137,7 +150,7 @@ class MAMLPlusPlus(Learner[dict[str, Weight]]):
         path = unroll_support(
             self, self.net, self.adapted, self.layers, support, steps=self.inner_steps, optimizer=self.optimizer,
             shared={**frozen_tensors(self.net, self.adapted), **norms}, stepwise=tuple(norms), first_order=gate,
-            whole=whole,
+            checkpoint=self.checkpoint, whole=whole,
         )  # fmt: skip
         first = self.inner_steps - len(path)
         return [self._with_norms(fast, norms, first + i, len(support)) for i, fast in enumerate(path)]

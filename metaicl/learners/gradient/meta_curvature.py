@@ -6,7 +6,7 @@ from torch import nn
 
 from metaicl.inner_loop.curvature import Curvature
 from metaicl.inner_loop.optimizers import SGD
-from metaicl.learners.gradient.maml import MAML, HoldsMAML, choose_inner_lr
+from metaicl.learners.gradient.maml import HoldsMAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
@@ -23,6 +23,8 @@ class MetaCurvature(HoldsMAML):
         inner_steps: Updates of the inner loop.
         first_order: Drop second derivatives.
         adapt: As in `MAML`.
+        truncate: As in `MAML`.
+        checkpoint: As in `MAML`.
 
     Raises:
         TypeError, ValueError: As `MAML`.
@@ -40,11 +42,12 @@ class MetaCurvature(HoldsMAML):
         inner_steps: int = 1,
         first_order: bool = False,
         adapt: str | Iterable[str] | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
     ) -> None:
         """Build the MAML inside."""
-        super().__init__(spec)
         optimizer = SGD(choose_inner_lr(spec, inner_lr), precondition=Curvature())
-        self.maml = MAML(
-            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt
-        )
-        self.traits = self.maml.traits
+        super().__init__(
+            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
+            truncate=truncate, checkpoint=checkpoint,
+        )  # fmt: skip

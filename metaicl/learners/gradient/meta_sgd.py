@@ -6,7 +6,7 @@ from torch import nn
 
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.rates import Rate
-from metaicl.learners.gradient.maml import MAML, HoldsMAML, choose_inner_lr
+from metaicl.learners.gradient.maml import HoldsMAML, choose_inner_lr
 from metaicl.spec import TaskSpec
 
 
@@ -23,6 +23,8 @@ class MetaSGD(HoldsMAML):
         inner_steps: Updates of the inner loop; the paper takes one.
         first_order: Drop second derivatives.
         adapt: As in `MAML`.
+        truncate: As in `MAML`.
+        checkpoint: As in `MAML`.
 
     Raises:
         TypeError, ValueError: As `MAML`.
@@ -41,11 +43,12 @@ class MetaSGD(HoldsMAML):
         inner_steps: int = 1,
         first_order: bool = False,
         adapt: str | Iterable[str] | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
     ) -> None:
         """Build the MAML inside."""
-        super().__init__(spec)
-        rate = Rate(choose_inner_lr(spec, inner_lr), "element", relative=False)
-        self.maml = MAML(
-            spec, net=net, optimizer=SGD(rate), inner_steps=inner_steps, first_order=first_order, adapt=adapt
-        )
-        self.traits = self.maml.traits
+        optimizer = SGD(Rate(choose_inner_lr(spec, inner_lr), "element", relative=False))
+        super().__init__(
+            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
+            truncate=truncate, checkpoint=checkpoint,
+        )  # fmt: skip

@@ -1,19 +1,20 @@
 """Reptile: move the initial weights toward the adapted ones."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
-from metaicl.checks import check_count, check_positive
+from metaicl.checks import check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
-from metaicl.inner_loop.parameters import adapted_tensors, frozen_tensors
+from metaicl.inner_loop.optimizers import InnerOptimizer
+from metaicl.inner_loop.parameters import Params, adapted_tensors, frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import unroll
+from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Traits
-from metaicl.learners.gradient.shared import PlainDescent, check_support
-from metaicl.second_order import twice_differentiable
+from metaicl.learners.gradient.shared import PlainDescent, check_support, choose_optimizer
 from metaicl.spec import TaskSpec
 
 
@@ -34,6 +35,9 @@ class Reptile(PlainDescent):
             It must not track running statistics.
         inner_lr: Step size of the inner loop; None takes .02 for regression and .1 for classification.
         inner_steps: Minibatches per task in training.
+        optimizer: Any other update rule of the inner loop, with fixed rates, instead of `inner_lr`; that of the paper's
+            experiments is `Adam(0.001, betas=(0.0, 0.999))`.
+        adapt: As in `MAML`.
         batch_rows: Rows of a minibatch. They are drawn without replacement until all were seen.
         adapt_steps: Steps of `adapt`; None takes `inner_steps`. The paper takes about ten times as many.
 
@@ -42,8 +46,8 @@ class Reptile(PlainDescent):
         ValueError: If a setting is out of range or the net cannot be used.
 
     Reference:
-        Nichol, Achiam & Schulman, 2018, arXiv:1803.02999, Algorithm 2. Differs: SGD, as in their analysis, instead of
-        Adam with beta1 = 0 in the inner loop; a learned output scale for regression; group normalization.
+        Nichol, Achiam & Schulman, 2018, arXiv:1803.02999, Algorithm 2. Differs: by default SGD, as in their analysis,
+        instead of Adam with beta1 = 0 in the inner loop; a learned output scale for regression; group normalization.
     """
 
     traits = Traits()
@@ -55,13 +59,14 @@ class Reptile(PlainDescent):
         net: nn.Module | None = None,
         inner_lr: float | None = None,
         inner_steps: int = 5,
+        optimizer: InnerOptimizer | None = None,
+        adapt: str | Iterable[str] | None = None,
         batch_rows: int = 10,
         adapt_steps: int | None = None,
     ) -> None:
         """Check the settings."""
         default = 0.02 if spec.kind == "regression" else 0.1
-        lr = check_positive("inner_lr", default if inner_lr is None else inner_lr)
-        super().__init__(spec, net=net, inner_lr=lr)
+        super().__init__(spec, net=net, optimizer=choose_optimizer(optimizer, inner_lr, default=default), adapt=adapt)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.batch_rows = check_count("batch_rows", batch_rows)
         self.adapt_steps = check_count("adapt_steps", inner_steps if adapt_steps is None else adapt_steps)
@@ -91,16 +96,14 @@ class Reptile(PlainDescent):
         """Weights of every task, leading axis B, after SGD on minibatches."""
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
 
-        def one_task(x: Tensor, y: Tensor, real: Tensor, places: Tensor) -> dict[str, Tensor]:
-            fast = start
-            for batch in places.unbind():
-                data = (x[batch], y[batch], real[batch])
-                fast = unroll(loss, fast, data, lr=self.inner_lr, steps=1, first_order=True)
-            return fast
+        def on_batch(weights: Params, x: Tensor, y: Tensor, real: Tensor, places: Tensor) -> Tensor:
+            return loss(weights, x[places], y[places], real[places])
 
         places = minibatches(rows.real, n_batches=self.inner_steps, n_rows=self.batch_rows)
-        with twice_differentiable():
-            return vmap(one_task, randomness="different")(rows.x, rows.y, rows.real, places)
+        return unroll_tasks(
+            on_batch, start, (rows.x, rows.y, rows.real), step_data=(places,), optimizer=self.optimizer,
+            steps=self.inner_steps, first_order=True,
+        )  # fmt: skip
 
 
 def minibatches(real: Tensor, *, n_batches: int, n_rows: int) -> Tensor:
