@@ -1,6 +1,7 @@
 """What the learners of this family share: an encoder of single rows, and a head on what it gives."""
 
-from typing import NamedTuple, TypeVar
+from copy import copy
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,15 @@ class EmbeddingLearner(Learner[State]):
     def embed(self, x: Tensor) -> Tensor:
         """Embedded rows (B, N, D) of inputs x (B, N, *x_shape)."""
         return encode(self.encoder, x)
+
+    def on_embeddings(self) -> Self:
+        """This learner, weights and all, for inputs that are embedded already: `embed` leaves them as they are.
+
+        A subclass that looks at inputs in another way, too, is transductive, and asked for none (`Reading`).
+        """
+        twin = copy(self)
+        twin._modules = {**self._modules, "encoder": nn.Identity()}
+        return twin
 
 
 def solvable(rows: Tensor) -> Tensor:
