@@ -21,8 +21,8 @@ from metaicl.learners.reference.linear import LeastSquares
 from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
-from metaicl.learners.retrieval.reading import Reading
 from metaicl.objectives import query_loss
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.mixture import TaskMixture

@@ -28,9 +28,9 @@ from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
 from metaicl.learners.retrieval.groups import asking_groups
 from metaicl.learners.retrieval.raml import RAML
-from metaicl.learners.retrieval.reading import Reading
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid

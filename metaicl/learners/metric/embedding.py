@@ -39,6 +39,8 @@ class EmbeddingLearner(Learner[State]):
         ValueError: If the encoder does not give (rows, D), or the learner does not serve the spec.
     """
 
+    _is_embedded = False
+
     def __init__(self, spec: TaskSpec, encoder: nn.Module | None) -> None:
         """Build the encoder where none is given, and look at what it gives."""
         super().__init__(spec)
@@ -48,15 +50,16 @@ class EmbeddingLearner(Learner[State]):
 
     def embed(self, x: Tensor) -> Tensor:
         """Embedded rows (B, N, D) of inputs x (B, N, *x_shape)."""
-        return encode(self.encoder, x)
+        return x if self._is_embedded else encode(self.encoder, x)
 
     def on_embeddings(self) -> Self:
         """This learner, weights and all, for inputs that are embedded already: `embed` leaves them as they are.
 
-        A subclass that looks at inputs in another way, too, is transductive, and asked for none (`Reading`).
+        Subclasses read inputs by `embed` alone. One that looks at them in another way, too, must be transductive: it is
+        never asked for this (see `Reading`).
         """
         twin = copy(self)
-        twin._modules = {**self._modules, "encoder": nn.Identity()}
+        twin._is_embedded = True
         return twin
 
 

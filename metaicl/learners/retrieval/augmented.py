@@ -26,10 +26,10 @@ from metaicl.learners.retrieval.groups import (
     with_groups,
 )
 from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
-from metaicl.learners.retrieval.reading import Reading
 from metaicl.learners.retrieval.retriever import Oracle
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 

@@ -15,10 +15,10 @@ from metaicl.episode import Examples
 from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.contrastive import pretrain_codes
-from metaicl.learners.retrieval.reading import Reading
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 

@@ -1,4 +1,4 @@
-"""What a wrapped learner reads in many contexts, embedded once where it reads embeddings."""
+"""Rows that are read many times, in contexts of a wrapped learner or by several losses: embedded once."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ class Reading(NamedTuple):
     """Who reads, and how inputs are brought to it.
 
     Attributes:
-        learner: The wrapped learner, or the same one for inputs that are embedded already.
-        embed: (B, N, *x_shape) -> (B, N, D), once for a row that is read in many contexts; None leaves inputs alone.
+        learner: The learner, or the same one for inputs that are embedded already.
+        embed: (B, N, *x_shape) -> (B, N, D); None leaves inputs alone.
     """
 
     learner: Learner[Any]
@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, learner: Learner[Any]) -> "Reading":
-        """Of a wrapped learner. One that compares rows, and a compiled graph, get inputs as they are."""
+        """Of a learner. One that compares rows, and a compiled graph, get inputs as they are."""
         plain = learner.traits.transductive or torch.compiler.is_compiling()
         if plain or not isinstance(learner, ReadsEmbeddings):
             return cls(learner, None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from metaicl.embedding_losses import NearestNeighborScore, ProtoTriplet, WithAuxiliary
 from metaicl.learners.metric.feat import FEAT
 from metaicl.learners.metric.matching import MatchingNet
 from metaicl.learners.metric.protonet import ProtoNet
@@ -13,9 +14,9 @@ from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.metric.soft_kmeans import SoftKMeansProtoNet
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
-from metaicl.learners.retrieval.reading import Reading
 from metaicl.nets.backbones import MLP, Conv4
 from metaicl.objectives import query_loss
+from metaicl.reading import Reading
 from metaicl.task import TaskDistribution, derive_generator
 from metaicl.tasks.images import ImageClasses
 from metaicl.tasks.mixture import TaskMixture
@@ -25,6 +26,7 @@ WRAPPERS = {
     "augmented": partial(RetrievalAugmented, k=2, n_items=30),
     "nothing retrieved": partial(RetrievalAugmented, retriever="none"),
 }
+ONE = WithAuxiliary(ProtoTriplet())
 
 
 def images() -> ImageClasses:
@@ -64,6 +66,13 @@ def test_an_encoder_reads_each_row_once():
     loss_and_slopes(learner, tasks)
     support = query = 3 * 2 * 2  # each with 5 demonstrations of 4 rows, and alone: 12 * 6 contexts of 8 rows
     assert support + query < sum(counts) <= support + query + len(learner.retriever.bank) * 4
+    learner, both = ProtoNet(tasks.spec, encoder=encoder), WithAuxiliary(NearestNeighborScore(), 0.5, ONE)
+    counts.clear()
+    episode = tasks.sample(3, split="train", n_shot=2, n_query=2, generator=derive_generator(0))
+    found = both(learner, episode)
+    assert sum(counts) == support + query
+    expected = ONE.auxiliary(learner, episode) + 0.5 * NearestNeighborScore()(learner, episode)
+    torch.testing.assert_close(found, query_loss(learner, episode) + expected, rtol=1e-6, atol=0)
 
 
 def test_a_learner_that_compares_queries_is_shown_them_as_they_are():
