@@ -3,7 +3,6 @@
 from copy import copy
 from typing import NamedTuple, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from metaicl.learner import Learner, Traits
@@ -61,8 +60,3 @@ class EmbeddingLearner(Learner[State]):
         twin = copy(self)
         twin._is_embedded = True
         return twin
-
-
-def solvable(rows: Tensor) -> Tensor:
-    """The rows in a precision that linear systems can be solved in: single where they are in half."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
