@@ -1,8 +1,9 @@
 """Losses on the embeddings of an episode, to be added to the objective of any learner with an `encoder`."""
 
 import math
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,19 @@ from metaicl.checks import check_count, check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode
 from metaicl.functional import class_weights, masked_mean, prototypes, squared_distances
-from metaicl.learner import Learner
+from metaicl.learner import Learner, ReadsEmbeddings
 from metaicl.nets.backbones import encode
 from metaicl.objectives import Objective, query_loss
+from metaicl.reading import Reading
 
 
 @dataclass(frozen=True)
 class WithAuxiliary:
     """An objective plus a weighted auxiliary one: `meta_train(..., objective=WithAuxiliary(ProtoTriplet()))`.
 
-    The learner's rows are embedded once more for each auxiliary loss, which is what it costs. A learner with
-    `meta_gradients` of its own, such as Baseline, is trained by these and by the slope of what is added.
+    A learner of the metric family embeds its rows once for `query_loss` and the losses of this module; with others, and
+    in a compiled graph, they are embedded once more for each auxiliary loss. A learner with `meta_gradients` of its
+    own, such as Baseline, is trained by these and by the slope of what is added.
 
     Args:
         auxiliary: What is added, (learner, episode) -> (B,); may be a WithAuxiliary itself.
@@ -43,6 +46,8 @@ class WithAuxiliary:
 
     def __call__(self, learner: Learner, episode: Episode) -> Tensor:
         """The sum for each task (B,)."""
+        if _looks_at_embeddings(self):
+            learner, episode = _embedded(learner, episode)
         return self.objective(learner, episode) + self.weight * self.auxiliary(learner, episode)
 
     @property
@@ -52,6 +57,8 @@ class WithAuxiliary:
 
     def added(self, learner: Learner, episode: Episode) -> Tensor:
         """The weighted sum of the auxiliary ones (B,)."""
+        if _looks_at_embeddings(self):
+            learner, episode = _embedded(learner, episode)
         own = self.weight * self.auxiliary(learner, episode)
         return self.objective.added(learner, episode) + own if isinstance(self.objective, WithAuxiliary) else own
 
@@ -85,12 +92,10 @@ class ProtoTriplet:
 
     def __call__(self, learner: Learner, episode: Episode) -> Tensor:
         """The loss of each task (B,)."""
-        encoder, n_way, support, query = _encoder_of(learner), learner.spec.output_size, episode.support, episode.query
-        rows = encode(encoder, support.x)
-        distances = (
-            squared_distances(prototypes(rows, support.y, n_way, support.mask), encode(encoder, query.x))
-            / rows.shape[-1]
-        )  # (B, C, Q)
+        embed, n_way, support, query = _embedding_of(learner), learner.spec.output_size, episode.support, episode.query
+        rows = embed(support.x)
+        means = prototypes(rows, support.y, n_way, support.mask)
+        distances = squared_distances(means, embed(query.x)) / rows.shape[-1]  # (B, C, Q)
         own = class_weights(query.y, n_way, query.mask, distances.dtype).mT > 0
         other = ~own & query.real[:, None]
         known = (class_weights(support.y, n_way, support.mask, distances.dtype).sum(1) > 0) & own.any(2) & other.any(2)
@@ -134,7 +139,7 @@ class NearestNeighborScore:
     def __call__(self, learner: Learner, episode: Episode) -> Tensor:
         """The loss of each task (B,)."""
         rows = concatenate(episode.support, episode.query)
-        embedded = encode(_encoder_of(learner), rows.x)
+        embedded = _embedding_of(learner)(rows.x)
         squared = squared_distances(embedded, embedded)
         itself = torch.eye(rows.n_rows, dtype=torch.bool, device=embedded.device)
         hidden = itself | ~rows.real[:, None]  # (B, N, N): what is nobody's neighbor
@@ -164,7 +169,22 @@ def _variance(values: Tensor, chosen: Tensor) -> Tensor:
     return masked_mean((values - mean[..., None]).square(), chosen, 2)
 
 
-def _encoder_of(learner: Learner) -> nn.Module:
+def _looks_at_embeddings(objective: Objective) -> bool:
+    """Whether an objective is known to look at inputs by what a learner makes of them alone."""
+    if isinstance(objective, WithAuxiliary):
+        return _looks_at_embeddings(objective.objective) and _looks_at_embeddings(objective.auxiliary)
+    return objective is query_loss or isinstance(objective, ProtoTriplet | NearestNeighborScore)
+
+
+def _embedded(learner: Learner, episode: Episode) -> tuple[Learner, Episode]:
+    """The learner and the episode with its rows embedded, where the learner reads embeddings."""
+    reading = Reading.of(learner)
+    support, query = (replace(part, x=reading.rows(part.x)) for part in (episode.support, episode.query))
+    return reading.learner, Episode(support, query, episode.latents)
+
+
+def _embedding_of(learner: Learner) -> Callable[[Tensor], Tensor]:
+    """How a learner embeds inputs (B, N, *x_shape) as (B, N, D)."""
     encoder = getattr(learner, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"losses on embeddings need a learner with an encoder; {type(learner).__name__} has none")
@@ -172,7 +192,7 @@ def _encoder_of(learner: Learner) -> nn.Module:
         raise ValueError(
             f"losses on embeddings need classes; {type(learner).__name__} was built for {learner.spec.kind}"
         )
-    return cast(nn.Module, encoder)
+    return learner.embed if isinstance(learner, ReadsEmbeddings) else partial(encode, encoder)
 
 
 def _name(objective: Objective) -> str:

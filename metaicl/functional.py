@@ -118,8 +118,15 @@ def unit_rows(rows: Tensor) -> Tensor:
     return rows * (rows.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
+def solvable(rows: Tensor) -> Tensor:
+    """The rows in a precision that linear systems can be solved in: single where they are in half."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
 def ridge_solve(x: Tensor, y: Tensor, penalty: Tensor | float, mask: Tensor | None = None) -> Tensor:
     """Ridge weights W (..., D, K) minimizing |x W - y|^2 + penalty |W|^2, in the smaller of the two dimensions.
+
+    Rows in half precision are solved for in single, and get their weights in half.
 
     Args:
         x: Rows (..., N, D).
@@ -132,13 +139,14 @@ def ridge_solve(x: Tensor, y: Tensor, penalty: Tensor | float, mask: Tensor | No
     """
     if mask is not None:
         x, y = x * mask[..., None], y * mask[..., None]
+    dtype, x, y = x.dtype, solvable(x), solvable(y)
     n_rows, dim = x.shape[-2:]
     transposed = x.transpose(-1, -2)
     if n_rows < dim:
         gram = x @ transposed + penalty * torch.eye(n_rows, dtype=x.dtype, device=x.device)
-        return transposed @ torch.linalg.solve(gram, y)
+        return (transposed @ torch.linalg.solve(gram, y)).to(dtype)
     gram = transposed @ x + penalty * torch.eye(dim, dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(gram, transposed @ y)
+    return torch.linalg.solve(gram, transposed @ y).to(dtype)
 
 
 def raw_features(x: Tensor, spec: TaskSpec, *, buckets: int = 1024) -> Tensor:

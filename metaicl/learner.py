@@ -209,6 +209,19 @@ class AdaptsInStages(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsEmbeddings(Protocol):
+    """A learner that looks at inputs through an embedding of single rows; what is read often is then embedded once."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embedded rows (B, N, D) of inputs x (B, N, *x_shape)."""
+        ...
+
+    def on_embeddings(self) -> Learner[Any]:
+        """This learner, weights and all, for inputs that are embedded already."""
+        ...
+
+
 def wrapped_learner(learner: Learner[Any] | Callable[[TaskSpec], Learner[Any]], spec: TaskSpec) -> Learner[Any]:
     """The learner that another learner wraps: itself, or what a factory spec -> learner builds.
 

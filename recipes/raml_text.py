@@ -2,6 +2,8 @@
 
 Claim    On unseen classes, passages retrieved from meta-training texts make few-shot classification better than the
          same learner without them, and than random passages. The verdict is printed either way, with paired intervals.
+         Ablations: 1 to 10 passages, a learned ranking, the mean token, passages for the support too, and passages of
+         another domain (the texts of the other data set) in place of the same one.
 Run      python recipes/raml_text.py --data FOLDER --out runs/raml_text      (FOLDER holds the two .jsonl.gz files)
          python recipes/raml_text.py --download --out runs/raml_text
 Smoke    python recipes/raml_text.py --data FOLDER --smoke --out runs/raml_text
@@ -14,10 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from metaicl import Learner, ProtoNet, TaskSpec, TrainConfig, compare
 from metaicl.learners.retrieval.raml import RAML
+from metaicl.learners.retrieval.sources import draw_items
 from metaicl.nets.backbones import BagOfWords
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, gain_criterion, option, run
 from metaicl.report import Report
@@ -57,8 +61,8 @@ def build(spec: TaskSpec, *, kind: Callable[..., Learner[Any]], idf: Tensor, dim
     return kind(spec, encoder=BagOfWords(spec.vocabulary or 0, dim=dim, importance=idf), **settings)
 
 
-def learners(tasks: TextClasses, config: Config) -> dict[str, Any]:
-    """The same learner with every kind of retrieval, and prototypes beside it."""
+def learners(tasks: TextClasses, other: TextClasses, config: Config) -> dict[str, Any]:
+    """The same learner with every kind of retrieval, and prototypes beside it; `other` is another domain."""
     words = partial(build, idf=fit_tfidf(tasks).idf, dim=config.dim)
     raml = partial(words, kind=RAML, n_items=config.n_items, residual=False)
     found: dict[str, Any] = {
@@ -68,24 +72,26 @@ def learners(tasks: TextClasses, config: Config) -> dict[str, Any]:
         RANDOM: partial(raml, k=5, retriever="random"),
     }
     if config.everything:
+        elsewhere = draw_items(other, config.n_items, rows_per_item=1, seed=config.seed, like=torch.empty(0)).x[:, 0]
         found |= {
             "k = 1": partial(raml, k=1),
             "k = 10": partial(raml, k=10),
             "k = 5, learned": partial(raml, k=5, retriever="learned"),
             "k = 5, mean token": partial(raml, k=5, fusion="mean"),
             "k = 5, support too": partial(raml, k=5, support_passages=True),
+            "k = 5, other domain": partial(words, kind=RAML, k=5, residual=False, passages=elsewhere),
         }
     return found
 
 
-def compared(name: str, tasks: TextClasses, config: Config) -> Report:
+def compared(name: str, tasks: TextClasses, other: TextClasses, config: Config) -> Report:
     """All learners of one data set, on the same episodes after the same number of updates."""
     train = TrainConfig(
         steps=config.steps, n_shot=(1, 5), n_query=3, meta_batch_size=4, outer_lr=3e-3, schedule="cosine",
         validate_every=None,
     )  # fmt: skip
     report = compare(
-        learners(tasks, config),
+        learners(tasks, other, config),
         {name: tasks},
         train=train,
         n_episodes=config.n_episodes,
@@ -122,9 +128,10 @@ def main(config: Config) -> RecipeResult:
     """Train with every kind of retrieval on both data sets."""
     source = {"folder": config.data or None, "download": config.download}
     sizes = {"n_way": 5, "max_tokens": 16, "vocabulary": config.vocabulary}
+    sets: dict[str, TextClasses] = {"CLINC150": CLINC150(**sizes, **source), "HuffPost": HuffPost(**sizes, **source)}
     criteria = []
-    for name, kind in {"CLINC150": CLINC150, "HuffPost": HuffPost}.items():
-        criteria += verdicts(name, compared(name, kind(**sizes, **source), config))
+    for (name, tasks), other in zip(sets.items(), reversed(sets.values()), strict=True):
+        criteria += verdicts(name, compared(name, tasks, other, config))
     claim = "Passages of meta-training texts help on unseen classes of CLINC150 and HuffPost."
     return RecipeResult("raml_text", claim, config, criteria)
 

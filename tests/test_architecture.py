@@ -27,7 +27,7 @@ LAYERS = {
         "interruption",
         "row_ids",
     },
-    1: {"learner", "task"},
+    1: {"learner", "reading", "task"},
     2: {"tasks", "learners", "objectives"},
 }  # everything else is layer 3, and metaicl/__init__.py stands above all
 

@@ -161,6 +161,13 @@ def test_ridge_solve(n_rows, dim):
     assert twice(functional.ridge_solve, x, y, penalty)
 
 
+def test_ridge_solve_in_half_precision_rounds_its_weights_and_nothing_else():
+    x, y = (torch.randn(2, 6, size, generator=torch.Generator().manual_seed(0)).bfloat16() for size in (4, 2))
+    for rows, targets in ((x, y), (x[:, :3], y[:, :3])):
+        expected = functional.ridge_solve(rows.float(), targets.float(), 0.5).bfloat16()
+        assert torch.equal(functional.ridge_solve(rows, targets, 0.5), expected)
+
+
 def test_ridge_solve_without_masked_rows_and_with_none():
     x, y = randn(2, 4, 6), randn(2, 4, 1, name="y")
     for dim in (6, 3):  # both ways to solve

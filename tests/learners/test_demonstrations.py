@@ -22,6 +22,7 @@ from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
 from metaicl.objectives import query_loss
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.mixture import TaskMixture
@@ -144,7 +145,7 @@ def test_a_reader_that_answers_by_a_mixture_is_mixed_exactly() -> None:
     x, y = episode.query.x, episode.query.y
     found = inner.retriever(x, 1)
     weights = torch.cat([inner.nothing.expand_as(found.score), found.score], -1).softmax(-1)
-    contexts = inner._contexts(episode.support, found.index, found.real)  # axis (B Q S)
+    contexts = inner._contexts(Reading.of(inner.learner), episode.support, found.index, found.real)  # axis (B Q S)
     parts = inner.learner(contexts, x.flatten(0, 1).repeat_interleave(2, 0)[:, None])
     each = parts.log_prob(y.flatten(0, 1).repeat_interleave(2, 0)[:, None]).exp().view(3, 4, 2)
     torch.testing.assert_close(inner(episode.support, x).log_prob(y).exp(), (weights * each).sum(-1))

@@ -174,7 +174,34 @@ def test_state_dict_carries_the_memory() -> None:
     assert torch.equal(*answers)
 
 
+def test_passages_of_another_corpus_are_the_memory() -> None:
+    passages = torch.randint(1, 64, (40, *TEXTS.spec.x_shape), generator=torch.Generator().manual_seed(0))
+    learner = build(n_items=None, passages=passages)
+    fresh = copy.deepcopy(learner)
+    learner.prepare(TEXTS, seed=0)
+    episode = draw(split="test")
+    assert torch.equal(learner.retriever.bank.values["x"], passages)
+    assert torch.equal(*(one(episode.support, episode.query.x).logits for one in (learner, fresh)))
+    copies = passages[:8].reshape(2, 4, -1)
+    state = learner.adapt(episode.support[:2])
+    found, _, real = learner._passages(copies, state.classes)
+    assert bool(real.all())
+    assert not (found == copies[:, :, None]).all(-1).any()
+
+
 def test_wrong_constructions_are_refused() -> None:
+    row = torch.ones(1, *TEXTS.spec.x_shape, dtype=torch.long)
+    for passages, error, match in (
+        (row.float(), TypeError, "passages must be a tensor, token ids, long; got torch.float32"),
+        (row[:0], ValueError, "passages must be .* M >= 1; got"),
+        (row[:, 1:], ValueError, "passages must be "),
+        (row * 99, ValueError, r"token ids of passages must be in \[0, 64\); got 99 .. 99"),
+    ):
+        with pytest.raises(error, match=match):
+            RAML(TEXTS.spec, passages=passages)
+    for settings in ({"n_items": 4}, {"k": 0}):
+        with pytest.raises(ValueError, match="passages are a memory of their own size"):
+            RAML(TEXTS.spec, passages=row, **settings)
     with pytest.raises(ValueError, match="serves classification, not regression; use RetrievalAugmented"):
         RAML(Sinusoid().spec)
     with pytest.raises(ValueError, match="retriever must be one of"):

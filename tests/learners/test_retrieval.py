@@ -30,6 +30,7 @@ from metaicl.learners.retrieval.groups import asking_groups
 from metaicl.learners.retrieval.raml import RAML
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
@@ -390,15 +391,17 @@ def test_a_class_without_a_support_row_gets_none(retriever: str, weight: float |
     learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20, k=2, retriever=retriever, weight=weight)
     learner.prepare(tasks, seed=0)
     support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, 2]]), torch.tensor([[True, True, False, False]]))
-    augmented, log_weights, _ = learner._retrieve(support)
+    augmented, log_weights, _ = learner._retrieve(Reading(learner.learner, None), support)
     assert not bool((augmented.real & (augmented.y == 2)).any())
     assert (augmented.real & (augmented.y == 1)).sum(1).tolist() == [1, 3, 3]
     assert bool(log_weights.isfinite().all())
-    _, nothing, content = learner._retrieve(Examples(support.x[:, :0], support.y[:, :0]))
+    _, nothing, content = learner._retrieve(
+        Reading(learner.learner, None), Examples(support.x[:, :0], support.y[:, :0])
+    )
     assert nothing.exp().tolist() == [[1.0, 0.0, 0.0]]
     assert int(content.max()) == -1
     tasks = Sinusoid()
     learner = RetrievalAugmented(tasks.spec, learner=Ridge, n_items=20, k=2, retriever=retriever, weight=weight)
     learner.prepare(tasks, seed=0)
     empty = Examples(torch.zeros(1, 0, 1), torch.zeros(1, 0, 1))
-    assert learner._retrieve(empty)[1].exp().tolist() == [[1.0, 0.0, 0.0]]
+    assert learner._retrieve(Reading(learner.learner, None), empty)[1].exp().tolist() == [[1.0, 0.0, 0.0]]

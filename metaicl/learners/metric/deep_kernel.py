@@ -16,10 +16,11 @@ from metaicl.functional import (
     inverse_positive,
     positive,
     rounding_of,
+    solvable,
     squared_distances,
     unit_rows,
 )
-from metaicl.learners.metric.embedding import EmbeddingLearner, solvable
+from metaicl.learners.metric.embedding import EmbeddingLearner
 from metaicl.objectives import stream_of
 from metaicl.spec import TaskSpec
 

@@ -1,8 +1,8 @@
 """What the learners of this family share: an encoder of single rows, and a head on what it gives."""
 
-from typing import NamedTuple, TypeVar
+from copy import copy
+from typing import NamedTuple, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from metaicl.learner import Learner, Traits
@@ -38,6 +38,8 @@ class EmbeddingLearner(Learner[State]):
         ValueError: If the encoder does not give (rows, D), or the learner does not serve the spec.
     """
 
+    _is_embedded = False
+
     def __init__(self, spec: TaskSpec, encoder: nn.Module | None) -> None:
         """Build the encoder where none is given, and look at what it gives."""
         super().__init__(spec)
@@ -47,9 +49,14 @@ class EmbeddingLearner(Learner[State]):
 
     def embed(self, x: Tensor) -> Tensor:
         """Embedded rows (B, N, D) of inputs x (B, N, *x_shape)."""
-        return encode(self.encoder, x)
+        return x if self._is_embedded else encode(self.encoder, x)
 
+    def on_embeddings(self) -> Self:
+        """This learner, weights and all, for inputs that are embedded already: `embed` leaves them as they are.
 
-def solvable(rows: Tensor) -> Tensor:
-    """The rows in a precision that linear systems can be solved in: single where they are in half."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        Subclasses read inputs by `embed` alone. One that looks at them in another way, too, must be transductive: it is
+        never asked for this (see `Reading`).
+        """
+        twin = copy(self)
+        twin._is_embedded = True
+        return twin

@@ -10,8 +10,8 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_labels, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of
-from metaicl.learners.metric.embedding import EmbeddingLearner, solvable
+from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of, solvable
+from metaicl.learners.metric.embedding import EmbeddingLearner
 from metaicl.nets.backbones import MLP
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec

@@ -29,6 +29,7 @@ from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
 from metaicl.learners.retrieval.retriever import Oracle
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 
@@ -201,15 +202,17 @@ class RetrievalAugmented(Learner[RetrievalState]):
 
     def adapt(self, support: Examples) -> RetrievalState:
         """Adapt the wrapped learner to the support alone and to the support with each retrieved group."""
-        augmented, log_weights, content = self._retrieve(support)
-        return RetrievalState(self.learner.adapt(augmented), log_weights, content)
+        reading = Reading.of(self.learner)
+        augmented, log_weights, content = self._retrieve(reading, support)
+        return RetrievalState(reading.learner.adapt(augmented), log_weights, content)
 
     def adapt_stages(self, support: Examples) -> list[tuple[float | Tensor, RetrievalState]]:
         """The stages of the wrapped learner, where it has some."""
-        if not isinstance(self.learner, AdaptsInStages):
+        reading = Reading.of(self.learner)
+        if not isinstance(reading.learner, AdaptsInStages):
             return [(1.0, self.adapt(support))]
-        augmented, log_weights, content = self._retrieve(support)
-        stages = self.learner.adapt_stages(augmented)
+        augmented, log_weights, content = self._retrieve(reading, support)
+        stages = reading.learner.adapt_stages(augmented)
         return [(weight, RetrievalState(state, log_weights, content)) for weight, state in stages]
 
     def penalty(self, state: RetrievalState) -> Tensor:
@@ -224,30 +227,29 @@ class RetrievalAugmented(Learner[RetrievalState]):
         if self.k == 0:
             return self.learner.predict(state.inner, x)
         n_sets = state.log_weights.shape[1]
-        answers = self.learner.predict(state.inner, x.repeat_interleave(n_sets, 0))
+        reading = Reading.of(self.learner)
+        answers = reading.learner.predict(state.inner, reading.rows(x).repeat_interleave(n_sets, 0))
         own = (content_ids(x, self.spec)[:, :, None, None] == state.content[:, None]).any(-1)  # (B, Q, S)
         log_weights = state.log_weights[:, None].masked_fill(own, -torch.inf)
         log_weights = torch.log_softmax(log_weights, -1)  # set 0 has no retrieved rows, so it always stays
         answers = rearranged(answers, lambda value: value.unflatten(0, (-1, n_sets)).movedim(1, 2))  # (B, Q, S, ...)
         return marginal(answers, log_weights)
 
-    def _retrieve(self, support: Examples) -> tuple[Examples, Tensor, Tensor]:
+    def _retrieve(self, reading: Reading, support: Examples) -> tuple[Examples, Tensor, Tensor]:
         """The support alone and with each retrieved group, axis (B S), log-weights (B, S) and content (B, S, rows)."""
+        own = replace(support, x=reading.rows(support.x))
         if self.k == 0:
-            return support, support.x.new_zeros(support.n_tasks, 1), support.y.new_zeros(support.n_tasks, 1, 0)
+            return own, support.x.new_zeros(support.n_tasks, 1), support.y.new_zeros(support.n_tasks, 1, 0)
         asking = asking_groups(support, self.spec)  # (B, G, N): rows of each group that looks for its like
         y = support.y if self.spec.kind == "regression" else self.bank.keys.new_zeros(*support.y.shape, 0)
         code = self._code(support.x[:, None], support.y[:, None], asking)
         found = self._find(support, y, asking, code)  # (B, G, k)
-        scores = self._scores(code, found)
-        count = found.real.sum(1)
-        scores = (scores * found.real).sum(1) / count.clamp(min=1)  # a retrieved set has one group per class
-        scores = scores.masked_fill(count == 0, -torch.inf)
         content = self.bank.values["content"][found.index].masked_fill(~found.real[..., None], -1)  # (B, G, k, R)
         content = F.pad(content.transpose(1, 2).flatten(2), (0, 0, 1, 0), value=-1)
-        x, y = self.bank.values["x"][found.index], self.bank.values["y"][found.index]
-        augmented = with_groups(support, x, y, found.real, labeled=self.spec.kind == "classification")
-        log_weights = set_log_weights(scores, self.nothing if self.weight is None else self.weight)
+        x, y = reading.items(self.bank.values["x"], found.index), self.bank.values["y"][found.index]
+        augmented = with_groups(own, x, y, found.real, labeled=self.spec.kind == "classification")
+        nothing = self.nothing if self.weight is None else self.weight
+        log_weights = set_log_weights(self._scores(code, found), found.real, nothing)
         return augmented, log_weights, content
 
     def _find(self, support: Examples, y: Tensor, asking: Tensor, code: Tensor | None) -> Found:

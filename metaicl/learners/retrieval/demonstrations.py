@@ -18,6 +18,7 @@ from metaicl.learners.retrieval.contrastive import pretrain_codes
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
+from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 
@@ -177,31 +178,32 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         """The marginal over no demonstration and the k retrieved ones."""
         support = state.support
         if not self.k:
-            return self._read(support, x, state.stage)
+            return _read(self.learner, support, x, state.stage)
         n_tasks, n_queries = x.shape[:2]
         found = self.retriever(x, self.k, classes=state.classes)
         # An absent demonstration has a finite score, so that its gradient is finite, and no weight.
         scores = found.score.masked_fill(~found.real, -1e4)
         log_weights = torch.log_softmax(torch.cat([self.nothing.expand_as(scores[..., :1]), scores], -1), -1)
-        contexts = self._contexts(support, found.index, found.real)  # axis (B Q S)
-        asked = x[:, :, None].expand(-1, -1, self.k + 1, *x.shape[2:]).flatten(0, 2)[:, None]
-        answers = self._read(contexts, asked, state.stage)
+        reading = Reading.of(self.learner)
+        contexts = self._contexts(reading, support, found.index, found.real)  # axis (B Q S)
+        asked = reading.rows(x).flatten(0, 1).repeat_interleave(self.k + 1, 0)[:, None]
+        answers = _read(reading.learner, contexts, asked, state.stage)
         shape = (n_tasks, n_queries, self.k + 1)
         return marginal(rearranged(answers, lambda value: value.reshape(*shape, *value.shape[2:])), log_weights)
 
-    def _read(self, contexts: Examples, x: Tensor, stage: int) -> Distribution:
-        if stage < 0 or not isinstance(self.learner, AdaptsInStages):
-            return self.learner(contexts, x)
-        return self.learner.predict(self.learner.adapt_stages(contexts)[stage][1], x)
-
-    def _contexts(self, support: Examples, index: Tensor, real: Tensor) -> Examples:
+    def _contexts(self, reading: Reading, support: Examples, index: Tensor, real: Tensor) -> Examples:
         """The support alone and with each demonstration, axis (B Q S), S = k + 1."""
         values = self.retriever.bank.values
         n_queries, n_sets = index.shape[1], self.k + 1
         shown = F.pad(index, (1, 0))  # set 0 has no demonstration: its rows are masked
-        x, y = (values[name][shown].flatten(0, 2) for name in ("x", "y"))
+        x, y = (value.flatten(0, 2) for value in (reading.items(values["x"], shown), values["y"][shown]))
         read = F.pad(real, (1, 0), value=False).flatten()[:, None].expand(-1, self.rows_per_item)
-        own = Examples(
-            *(value.repeat_interleave(n_queries * n_sets, 0) for value in (support.x, support.y, support.real))
-        )
+        fields = reading.rows(support.x), support.y, support.real
+        own = Examples(*(value.repeat_interleave(n_queries * n_sets, 0) for value in fields))
         return concatenate(own, Examples(x, y.to(own.y.dtype), read))
+
+
+def _read(learner: Learner[Any], contexts: Examples, x: Tensor, stage: int) -> Distribution:
+    if stage < 0 or not isinstance(learner, AdaptsInStages):
+        return learner(contexts, x)
+    return learner.predict(learner.adapt_stages(contexts)[stage][1], x)

@@ -69,13 +69,16 @@ def with_groups(support: Examples, x: Tensor, y: Tensor, found: Tensor, *, label
     return concatenate(own, Examples(x, y, real))
 
 
-def set_log_weights(scores: Tensor, nothing: Tensor | float) -> Tensor:
+def set_log_weights(scores: Tensor, found: Tensor, nothing: Tensor | float) -> Tensor:
     """Log-weights (B, S) of nothing and of the retrieved sets; their exponentials add up to one.
 
     Args:
-        scores: (B, k), -inf for an empty set.
+        scores: (B, G, k), of the groups; a set has one of each asking group, and their mean score.
+        found: bool (B, G, k), which groups are real. A set without any has no weight.
         nothing: Its score, a scalar tensor; or, as a number, the sum of the weights of the sets.
     """
+    count = found.sum(1)
+    scores = ((scores * found).sum(1) / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
     if isinstance(nothing, Tensor):
         return torch.log_softmax(torch.cat([nothing.expand(len(scores), 1), scores], 1), 1)
     empty = scores.isneginf().all(1, keepdim=True)

@@ -42,9 +42,10 @@ class RAML(Learner[RAMLState]):
     side, and the prototypes attend to all of them at once: the prototype decides which retrieved tokens to read. Each
     prototype's reading becomes one logit.
 
-    The memory is filled by `prepare` with rows of meta-training classes only. A task never retrieves rows of its own
-    classes where the support names source rows (`Examples.ids`), so that meta-training is as hard as testing, where no
-    class of the task is in the memory; no query retrieves itself or a copy of itself.
+    The memory is filled by `prepare` with rows of meta-training classes only, or has `passages` of yours. Of the former
+    a task never retrieves rows of its own classes where the support names source rows (`Examples.ids`), so that
+    meta-training is as hard as testing, where no class of the task is in the memory. No query retrieves itself or a
+    copy of itself.
 
     Args:
         spec: A classification spec. Tokens are read one by one; an input of another kind counts as one token.
@@ -53,7 +54,10 @@ class RAML(Learner[RAMLState]):
         k: Passages per query; 0 reads the query alone.
         retriever: "frozen" (fixed TF-IDF keys), "learned" (a learned ranking of what the fixed keys propose; its
             log-probability is added to the attention to the passage), "random" or "none" (as k = 0).
-        n_items: Rows of the memory, at most.
+        n_items: Rows of the memory, at most; None takes 8,192.
+        passages: A memory of your own, (M, *x_shape), in place of rows of meta-training classes: another corpus, read
+            by the same splitter into the same ids. Their classes are unknown, so only copies of a query are left out;
+            that nothing in them gives test classes away is up to you.
         n_candidates: Passages that the fixed keys propose to a learned ranking.
         heads: Attention heads; must divide D.
         fusion: "attention", or "mean": the reading is the mean token, the same for every prototype.
@@ -63,14 +67,16 @@ class RAML(Learner[RAMLState]):
         backend: Search of the memory.
 
     Raises:
-        ValueError: If the spec is a regression spec, or a switch is unknown.
+        TypeError: If the passages are no tensor of token ids, or of numbers, as the spec has them.
+        ValueError: If the spec is a regression spec, or a switch is unknown or without effect, or passages do not fit
+            the spec.
 
     Reference:
-        Li et al., 2023, arXiv:2309.04979, section 3. Differs: the memory holds meta-training rows instead of Wikipedia;
-        query and passage are encoded apart and laid side by side, which is the same for encoders without context; one
-        attention block from scratch instead of a pretrained one, so the linear layer reads the product of the reading
-        and its prototype, a similarity from the start; a learned bias on the attention to all passages;
-        the learned retriever, `residual` and the temperature.
+        Li et al., 2023, arXiv:2309.04979, section 3. Differs: meta-training rows instead of Wikipedia, where no
+        `passages` are given; query and passage are encoded apart and laid side by side, which is the same for encoders
+        without context; one attention block from scratch instead of a pretrained one, so the linear layer reads the
+        product of the reading and its prototype, a similarity from the start; a learned bias on the attention to all
+        passages; the learned retriever, `residual` and the temperature.
     """
 
     traits = Traits(kinds=("classification",), instead=(("regression", "RetrievalAugmented"),))
@@ -82,7 +88,8 @@ class RAML(Learner[RAMLState]):
         encoder: nn.Module | None = None,
         k: int = 5,
         retriever: str = "frozen",
-        n_items: int = 8192,
+        n_items: int | None = None,
+        passages: Tensor | None = None,
         n_candidates: int = 64,
         heads: int = 1,
         fusion: str = "attention",
@@ -90,11 +97,13 @@ class RAML(Learner[RAMLState]):
         support_passages: bool = False,
         backend: str = "exact",
     ) -> None:
-        """Build encoder and fusion, and an empty memory."""
+        """Build encoder and fusion, and a memory, empty without passages."""
         super().__init__(spec)
         check_choice("retriever", retriever, [mode for mode in RETRIEVERS if mode != "oracle"] + ["none"])
         self.k = 0 if retriever == "none" else check_count("k", k, minimum=0)
-        self.n_items = check_count("n_items", n_items, minimum=max(1, self.k))
+        if passages is not None and (n_items is not None or not self.k):
+            raise ValueError("passages are a memory of their own size, and of no use with k = 0; give no n_items")
+        self.n_items = check_count("n_items", 8192 if n_items is None else n_items, minimum=max(1, self.k))
         check_count("n_candidates", n_candidates)
         check_choice("backend", backend, BACKENDS)
         self.encoder = build_encoder(spec) if encoder is None else encoder
@@ -111,10 +120,14 @@ class RAML(Learner[RAMLState]):
             self.retriever = Retriever(
                 spec, mode=retriever, n_candidates=n_candidates, weighs=retriever == "learned", backend=backend
             )
+        self.ready_made = passages is not None
+        if passages is not None:
+            rows = _checked(passages, spec)
+            self.retriever.fill(rows[:, None], {"x": rows})
 
     def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
-        """Fill the memory with rows of meta-training tasks drawn at the address (seed, "memory")."""
-        if not self.k:
+        """Fill a memory without passages with meta-training rows drawn at the address (seed, "memory")."""
+        if not self.k or self.ready_made:
             return
         self.sources.read(tasks)
         rows = draw_items(tasks, self.n_items, rows_per_item=1, seed=seed, like=self.retriever.importance)
@@ -172,3 +185,18 @@ class RAML(Learner[RAMLState]):
             states = self.encoder(rows)[:, None]
             seen = torch.ones(states.shape[:2], dtype=torch.bool, device=x.device)
         return states.unflatten(0, x.shape[:2]), seen.unflatten(0, x.shape[:2])
+
+
+def _checked(passages: Tensor, spec: TaskSpec) -> Tensor:
+    """The passages, once they are known to look like inputs of the spec."""
+    kind = "token ids, long" if spec.x_kind == "tokens" else "floating point"
+    if not isinstance(passages, Tensor) or passages.is_floating_point() == (spec.x_kind == "tokens"):
+        got = passages.dtype if isinstance(passages, Tensor) else type(passages).__name__
+        raise TypeError(f"passages must be a tensor, {kind}; got {got}")
+    if passages.ndim != 1 + len(spec.x_shape) or passages.shape[1:] != spec.x_shape or not len(passages):
+        wanted = ", ".join(["M", *map(str, spec.x_shape)])
+        raise ValueError(f"passages must be ({wanted}), M >= 1; got {tuple(passages.shape)}")
+    if spec.vocabulary is not None and not 0 <= int(passages.min()) <= int(passages.max()) < spec.vocabulary:
+        found = f"{int(passages.min())} .. {int(passages.max())}"
+        raise ValueError(f"token ids of passages must be in [0, {spec.vocabulary}); got {found}")
+    return passages.long() if spec.x_kind == "tokens" else passages.to(torch.get_default_dtype())
