@@ -173,9 +173,8 @@ def test_bundled_learners_on_a_dynamical_system(build):
     with torch.no_grad():
         expected = loop(learner, tasks, **SIZES)
     np.testing.assert_allclose(found.metrics["mse"], expected["mse"], rtol=1e-4)
-    assert found.mean("mse") != pytest.approx(
-        evaluate(learner, tasks, **SIZES, prequential=False).mean("mse"), rel=0.01
-    )
+    at_once = evaluate(learner, tasks, **SIZES, prequential=False)
+    assert found.mean("mse") != pytest.approx(at_once.mean("mse"), rel=1e-4)
 
 
 def test_a_learner_with_update_on_classes_that_are_no_stream():

@@ -182,7 +182,10 @@ def test_ridge_head_names_labels_out_of_range_and_does_not_read_those_of_masked_
     state, wrong = learner.adapt(support), support.y.clone()
     wrong[:, :2] = torch.tensor([-100, 3])
     for call in (learner.adapt, lambda rows: learner.update(state, rows)):
-        with pytest.raises(ValueError, match=r"^examples.y must hold labels in \[0, n_way=3\); got \[-100, 3\]; mark"):
+        with pytest.raises(
+            ValueError,
+            match=r"^examples.y must hold labels in \[0, n_way=3\); got \[-100, 3\], the first at task 0, row 0; mark",
+        ):
             call(Examples(support.x, wrong))
         real = (wrong >= 0) & (wrong < 3)
         found, expected = (call(Examples(support.x, y, real)).weights for y in (wrong, wrong.clamp(0, 2)))

@@ -189,7 +189,9 @@ def test_labels_out_of_range_are_named_and_those_of_masked_rows_are_not_read():
     learner, rows = nearest_mean(), rows_of(6)
     state = learner.adapt(rows)
     wrong = Examples(rows.x, torch.tensor([[0, -1, 2, 3, -7, 1], [0, 1, 2, 9, 0, 1]]))
-    with pytest.raises(ValueError, match=r"^examples.y must hold labels >= 0; got \[-7, -1\]$"):
+    with pytest.raises(
+        ValueError, match=r"^examples.y must hold labels >= 0; got \[-7, -1\], the first at task 0, row 1$"
+    ):
         learner.update(state, wrong)
     with pytest.raises(ValueError, match=r"^support.y must hold labels in \[0, n_way=4\); got \[-7, -1, 9\]$"):
         learner.adapt(wrong)

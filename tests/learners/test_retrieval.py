@@ -325,7 +325,7 @@ def test_a_source_gives_all_its_rows_and_names_the_setting_where_they_are_too_fe
         spec, torch.randn(21, 4), labels=torch.arange(21) // 3, class_splits=splits, class_names=range(7)
     )
     for wrapper in (RetrievalAugmented, DemonstrationRetrieval):
-        with pytest.raises(ValueError, match=r"rows_per_item = 4 needs .* has 3; lower rows_per_item"):
+        with pytest.raises(ValueError, match=r"rows_per_item = 4 needs .* has 3\. .*; lower rows_per_item"):
             wrapper(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=4).prepare(tasks, seed=0)
     whole = RetrievalAugmented(spec, learner=ProtoNet, k=1, n_items=3, rows_per_item=3)  # no row is left for a query
     whole.prepare(tasks, seed=0)
