@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metaicl.analysis.alignment import Alignment
+from metaicl.analysis.fingerprint_plot import label_plainly
 from metaicl.plots import COLORS, GRAY, STYLE
 from metaicl.statistics import Interval
 
@@ -44,9 +45,11 @@ def draw_alignments(
         for side, (color, style) in enumerate(((COLORS[0], "-"), (GRAY, "--"))):
             _curve(losses, found, [one.losses[side] for one in looks], label=names[side], color=color, linestyle=style)
         losses.set(title="half the squared error", yscale="log")
+        label_plainly(losses, (1, 2, 3, 5))
         _curve(cosine, found, [one.cosine for one in looks], color=COLORS[0])
         cosine.axhline(1, color=GRAY, linestyle="--")
-        cosine.set(title="cosine of slopes")
+        lowest = min(0.0, *(one.cosine.mean for one in looks))
+        cosine.set(title="cosine of slopes", ylim=(lowest - 0.02, 1.04))
         sizes = [one.slope_norm.mean for one in looks]
         _curve(differences, found, [one.answer_difference for one in looks], label="of answers", color=COLORS[0])
         _curve(
