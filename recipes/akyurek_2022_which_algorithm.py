@@ -7,7 +7,7 @@ Claim    A Transformer trained on noisy linear regression answers as Bayes does:
 Run      python recipes/akyurek_2022_which_algorithm.py --out runs/akyurek
 Smoke    python recipes/akyurek_2022_which_algorithm.py --smoke --out runs/akyurek
 Expect   Excess of Bayes at noise variance .25, D = 5: .228 and .054 per input at 5 and 10 rows.
-Scale    by default D = 5, 20 rows, 3 layers 64 wide, 8,000 updates of 32 streams, about 55 core-minutes in all;
+Scale    by default D = 5, 20 rows, 3 layers 64 wide, 8,000 updates of 32 streams, over an hour of one core in all;
          --paper: D = 8, 40 rows, 16 layers 512 wide, 500,000 updates of 64 streams (for a GPU);
          --depths 1 2 4: the sweep over depth too, on tasks without noise, about 2 core-minutes more for each layer.
 Differs  row and target are one token; a probe for each position instead of a learned softmax over positions, and linear

@@ -43,8 +43,8 @@ CELLS = ((8, 8), (8, 16), (8, 32), (16, 32))
 
 DIM, ROWS, WINDOW = 8, 16, 8
 OMEGA_STEP = 2 / (1 + math.sqrt(WINDOW / DIM)) ** 2
-"""Steps below this do not diverge on random keys: the largest eigenvalue of a window's covariance by Marchenko and
-Pastur. What the layer itself takes at most is safe for keys that are all alike, 1 / c."""
+"""Two over the largest eigenvalue that Marchenko and Pastur expect of random keys in a window. The largest step of the
+layer itself, 1 / c, is safe for keys that are all alike."""
 _PART = 1000  # tasks of part 1 in memory at a time
 
 

@@ -6,7 +6,7 @@ Claim    Trained on linear functions, it follows least squares at every number o
 Paper    Garg, Tsipras, Liang & Valiant 2022, arXiv:2208.01066, sections 3 and 4.
 Run      python recipes/garg_2022_linear.py --out runs/garg_2022_linear
 Smoke    python recipes/garg_2022_linear.py --smoke --out runs/garg_2022_linear
-Scale    by default d = 5, 3 layers of 64, 8,000 updates, and 3,000 more with noise, about 35 core-minutes in all;
+Scale    by default d = 5, 3 layers of 64, 8,000 updates, and 3,000 more with noise, about 40 core-minutes in all;
          --paper: d = 20, 12 layers of 256, 500,000 updates, the curriculum (for a GPU).
 Differs  inputs and targets have maps of their own (see InterleavedTransformer); prompts unlike those of training are
          reported, in results.json too, and not judged. But for --paper: the model for noisy targets goes on from the

@@ -17,6 +17,7 @@ from metaicl.learner import Learner, PredictsPrefixes, Traits, Updates
 from metaicl.learners import CausalInContextTransformer, ProtoNet
 from metaicl.learners.reference.recursive import RecursiveLeastSquares
 from metaicl.metrics import query_metrics
+from metaicl.nets.context import ContextTransformer
 from metaicl.prefixes import first_shots, predict_prefixes
 from metaicl.report import Report
 from metaicl.results import Result
@@ -164,7 +165,14 @@ def test_calibration_counts_every_real_row_once():
     assert ways[0].observed == ways[1].observed == ways[2].observed
 
 
-@pytest.mark.parametrize("build", [lambda spec: RecursiveLeastSquares(spec, penalty=0.1), CausalInContextTransformer])
+def attentive(spec):
+    """An untrained Transformer whose answers depend on the rows before."""
+    learner = CausalInContextTransformer(spec)
+    learner.transformer = ContextTransformer(dim=64, depth=4, heads=4, causal=True, kind="classification")
+    return learner
+
+
+@pytest.mark.parametrize("build", [lambda spec: RecursiveLeastSquares(spec, penalty=0.1), attentive])
 def test_bundled_learners_on_a_dynamical_system(build):
     tasks = DynamicalSystem(dim=3)
     torch.manual_seed(0)
@@ -174,7 +182,7 @@ def test_bundled_learners_on_a_dynamical_system(build):
         expected = loop(learner, tasks, **SIZES)
     np.testing.assert_allclose(found.metrics["mse"], expected["mse"], rtol=1e-4)
     at_once = evaluate(learner, tasks, **SIZES, prequential=False)
-    assert found.mean("mse") != pytest.approx(at_once.mean("mse"), rel=1e-4)
+    assert found.mean("mse") != pytest.approx(at_once.mean("mse"), rel=0.01)
 
 
 def test_a_learner_with_update_on_classes_that_are_no_stream():

@@ -50,16 +50,10 @@ def draw_alignments(
         cosine.axhline(1, color=GRAY, linestyle="--")
         lowest = min(0.0, *(one.cosine.mean for one in looks))
         cosine.set(title="cosine of slopes", ylim=(lowest - 0.02, 1.04))
+        answers, slopes = [one.answer_difference for one in looks], [one.slope_difference for one in looks]
+        _curve(differences, found, answers, label="of answers", color=COLORS[0])
         sizes = [one.slope_norm.mean for one in looks]
-        _curve(differences, found, [one.answer_difference for one in looks], label="of answers", color=COLORS[0])
-        _curve(
-            differences,
-            found,
-            [one.slope_difference for one in looks],
-            sizes,
-            label="of slopes / size",
-            color=COLORS[1],
-        )
+        _curve(differences, found, slopes, sizes, label="of slopes / size", color=COLORS[1])
         differences.set(title="differences", ylim=(0, None))
         for axes in (losses, cosine, differences):
             axes.set_xlabel(xlabel)

@@ -183,9 +183,8 @@ class AmortizedBayes(Learner[Posterior]):
         outputs = self._outputs(weights, noise, frozen, x)  # (S, N, ...)
         rows = row_nll(outputs, y.expand(len(outputs), *y.shape), rest.get(_RAW))
         prior = {name: value for name, value in rest.items() if name in weights}
-        return masked_mean(rows.mean(0), real, 0) + self.kl_weight * gaussian_kl(weights, prior) / real.sum().clamp(
-            min=1
-        )
+        divergence = gaussian_kl(weights, prior) / real.sum().clamp(min=1)
+        return masked_mean(rows.mean(0), real, 0) + self.kl_weight * divergence
 
     def _read(self) -> dict[str, Tensor]:
         """What the inner loss reads beside the weights: the rest of the net, the prior and the output scale."""

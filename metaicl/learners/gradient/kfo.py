@@ -1,13 +1,8 @@
 """MAML with a Kronecker-factored meta-optimizer: a learned map of each gradient of the inner loop."""
 
-from collections.abc import Iterable
-
-from torch import nn
-
 from metaicl.inner_loop.curvature import Kronecker
-from metaicl.inner_loop.optimizers import SGD
-from metaicl.learners.gradient.maml import HoldsMAML, choose_inner_lr
-from metaicl.spec import TaskSpec
+from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
+from metaicl.learners.gradient.maml import HoldsMAML
 
 
 class KFO(HoldsMAML):
@@ -21,7 +16,7 @@ class KFO(HoldsMAML):
         spec: The tasks.
         net: As in `MAML`.
         inner_lr: Step size of the inner loop; None takes MAML's.
-        inner_steps: Updates of the inner loop.
+        inner_steps: Updates of the inner loop; None takes five.
         first_order: As in `MAML`.
         adapt: As in `MAML`.
         truncate: As in `MAML`.
@@ -36,21 +31,9 @@ class KFO(HoldsMAML):
         the second inner step on.
     """
 
-    def __init__(
-        self,
-        spec: TaskSpec,
-        *,
-        net: nn.Module | None = None,
-        inner_lr: float | None = None,
-        inner_steps: int = 5,
-        first_order: bool = False,
-        adapt: str | Iterable[str] | None = None,
-        truncate: int | None = None,
-        checkpoint: bool | int = False,
-    ) -> None:
-        """Build the MAML inside."""
-        optimizer = SGD(choose_inner_lr(spec, inner_lr), precondition=Kronecker())
-        super().__init__(
-            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            truncate=truncate, checkpoint=checkpoint,
-        )  # fmt: skip
+    default_steps = 5
+
+    @staticmethod
+    def make_optimizer(lr: float) -> InnerOptimizer:
+        """Gradient descent on mapped gradients."""
+        return SGD(lr, precondition=Kronecker())

@@ -1,7 +1,8 @@
 """Model-agnostic meta-learning, and by choice of the adapted parameters ANIL and BOIL."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -110,20 +111,50 @@ class MAML(Learner[dict[str, Weight]]):
         return answer(output, self.raw_scale)
 
 
-class HoldsMAML(Learner[dict[str, Weight]]):
-    """A learner that is a MAML with an optimizer of its own, which the subclass makes.
+class HoldsMAML(Learner[dict[str, Weight]], ABC):
+    """A learner that is a MAML, its `maml`, with an optimizer of its own; a subclass writes `make_optimizer`.
 
     Args:
         spec: The tasks.
-        optimizer: The update rule of the inner loop.
-        settings: More arguments of `MAML`.
+        net: As in `MAML`.
+        inner_lr: Step size of the inner loop, or where learned ones start; None takes MAML's.
+        inner_steps: Updates of the inner loop; None takes `default_steps`.
+        first_order: As in `MAML`.
+        adapt: As in `MAML`.
+        truncate: As in `MAML`.
+        checkpoint: As in `MAML`.
+
+    Raises:
+        TypeError, ValueError: As `MAML`.
     """
 
-    def __init__(self, spec: TaskSpec, *, optimizer: InnerOptimizer, **settings: Any) -> None:
+    default_steps: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        *,
+        net: nn.Module | None = None,
+        inner_lr: float | None = None,
+        inner_steps: int | None = None,
+        first_order: bool = False,
+        adapt: str | Iterable[str] | None = None,
+        truncate: int | None = None,
+        checkpoint: bool | int = False,
+    ) -> None:
         """Build the MAML inside."""
         super().__init__(spec)
-        self.maml = MAML(spec, optimizer=optimizer, **settings)
+        self.maml = MAML(
+            spec, net=net, optimizer=self.make_optimizer(choose_inner_lr(spec, inner_lr)),
+            inner_steps=self.default_steps if inner_steps is None else inner_steps, first_order=first_order,
+            adapt=adapt, truncate=truncate, checkpoint=checkpoint,
+        )  # fmt: skip
         self.traits = self.maml.traits
+
+    @staticmethod
+    @abstractmethod
+    def make_optimizer(lr: float) -> InnerOptimizer:
+        """The update rule of the inner loop, not bound to any weights yet."""
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task, with leading axis B."""

@@ -1,13 +1,8 @@
 """Meta-SGD: MAML that learns a step size and a direction for every weight."""
 
-from collections.abc import Iterable
-
-from torch import nn
-
-from metaicl.inner_loop.optimizers import SGD
+from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.rates import Rate
-from metaicl.learners.gradient.maml import HoldsMAML, choose_inner_lr
-from metaicl.spec import TaskSpec
+from metaicl.learners.gradient.maml import HoldsMAML
 
 
 class MetaSGD(HoldsMAML):
@@ -20,7 +15,7 @@ class MetaSGD(HoldsMAML):
         spec: The tasks.
         net: As in `MAML`.
         inner_lr: Where all rates start; None takes MAML's.
-        inner_steps: Updates of the inner loop; the paper takes one.
+        inner_steps: Updates of the inner loop; None takes one, as the paper does.
         first_order: Drop second derivatives.
         adapt: As in `MAML`.
         truncate: As in `MAML`.
@@ -34,21 +29,7 @@ class MetaSGD(HoldsMAML):
         more than one inner step all steps share them.
     """
 
-    def __init__(
-        self,
-        spec: TaskSpec,
-        *,
-        net: nn.Module | None = None,
-        inner_lr: float | None = None,
-        inner_steps: int = 1,
-        first_order: bool = False,
-        adapt: str | Iterable[str] | None = None,
-        truncate: int | None = None,
-        checkpoint: bool | int = False,
-    ) -> None:
-        """Build the MAML inside."""
-        optimizer = SGD(Rate(choose_inner_lr(spec, inner_lr), "element", relative=False))
-        super().__init__(
-            spec, net=net, optimizer=optimizer, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            truncate=truncate, checkpoint=checkpoint,
-        )  # fmt: skip
+    @staticmethod
+    def make_optimizer(lr: float) -> InnerOptimizer:
+        """Gradient descent with a rate for each weight."""
+        return SGD(Rate(lr, "element", relative=False))
