@@ -138,11 +138,12 @@ def main(config: Config) -> RecipeResult:
         work = WORKS[name]
         seconds = measure(work, config)
         share = _flops(work) / seconds["ours"] / peak
-        break_even = seconds["compiling"] / max(seconds["ours, eager"] - seconds["ours"], 1e-9)
+        gain = seconds["ours, eager"] - seconds["ours"]
+        pays = f"{seconds['compiling'] / gain:.0f} updates to pay for it" if gain > 0 else "which does not pay"
         times = "  ".join(
             f"{variant} {1e3 * value:.3g}" for variant, value in seconds.items() if variant != "compiling"
         )
-        note = f"{share:.1%} of peak, {seconds['compiling']:.0f} s to compile, {break_even:.0f} updates to pay for it"
+        note = f"{share:.1%} of peak, {seconds['compiling']:.0f} s to compile, {pays}"
         rows.append(f"{name}: ms {times}; {note}")
         tqdm.write(rows[-1])
         for peer, bound in work.bounds.items():

@@ -20,6 +20,7 @@ LAYERS = {
         "mixtures",
         "convex",
         "inner_loop",
+        "native",
         "second_order",
         "nets",
         "files",

@@ -161,11 +161,11 @@ class SGD(InnerOptimizer):
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
         )
         self.nesterov = bool(nesterov)
-        plain = (
+        self.is_plain = (
             clip_norm is None and precondition is None and not self.uses("momentum") and not self.uses("weight_decay")
         )
         own_rule = type(self).update is not SGD.update  # which knows nothing of factors
-        self.takes_factors = plain and self.rates["lr"].learn != "element" and not own_rule
+        self.takes_factors = self.is_plain and self.rates["lr"].learn != "element" and not own_rule
         if self.nesterov and (not self.uses("momentum") or self.uses("dampening")):
             raise ValueError("nesterov needs momentum > 0 and dampening 0")
 

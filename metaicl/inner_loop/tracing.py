@@ -27,6 +27,11 @@ def trace_steps() -> Iterator[list[Tensor]]:
         _watchers.remove(found)
 
 
+def is_traced() -> bool:
+    """Whether somebody wants to know what the steps do."""
+    return bool(_watchers)
+
+
 def note(loss: Tensor, weights: Mapping[str, Any]) -> None:
     """Tell the innermost `trace_steps` about a step of one task; does nothing where there is none."""
     if torch.compiler.is_compiling() or not _watchers:

@@ -57,14 +57,17 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each call.
 
-    The calls take turns, so that a busy moment hits all. A turn goes on calling for `turn` seconds, as a call in a
-    training loop finds its data in the caches; 0 calls once. A call that has used up 20 seconds in three turns rests.
+    The calls take turns, so that a busy moment hits all. A turn calls once without a watch and then for `turn` seconds:
+    in a training loop a call finds its data in the caches, and no threads of others that are still awake. 0 calls once,
+    and times that. A call that has used up 20 seconds in three turns rests.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
             if len(times[name]) >= 3 and sum(times[name]) > 20:
                 continue
+            if turn:
+                call()
             count, began = 0, time.perf_counter()
             while count == 0 or time.perf_counter() - began < turn:
                 call()

@@ -14,6 +14,7 @@ from metaicl.inner_loop.unrolling import unroll_path
 from metaicl.learners import MAML, MAMLPlusPlus
 from metaicl.learners.gradient.shared import linear_layers
 from metaicl.meta_step import MetaStep
+from metaicl.native.library import without_kernels
 from metaicl.nets.backbones import MLP
 from metaicl.spec import TaskSpec
 
@@ -174,9 +175,10 @@ def test_wrong_use_is_refused() -> None:
 def test_several_steps_of_maml_plus_plus_are_factored_too() -> None:
     episode = draw(SINES, n_shot=2)
     learner = seeded(lambda: MAMLPlusPlus(SINES.spec, net=MLP([1, 64, 64, 1]), inner_steps=2))
-    state = learner.adapt(episode.support)
-    assert isinstance(state["2.weight"], Factors)
-    expected = meta_gradient(learner, episode)
+    with without_kernels():
+        state = learner.adapt(episode.support)
+        assert isinstance(state["2.weight"], Factors)
+        expected = meta_gradient(learner, episode)
     learner.layers = None
     for name, value in meta_gradient(learner, episode).items():
         assert float((value - expected[name]).abs().max()) <= 1e-12 * max(1.0, float(value.abs().max())), name
@@ -217,8 +219,9 @@ def test_a_net_that_changes_its_mind_is_refused() -> None:
 def test_supports_of_another_length_choose_again() -> None:
     learner = MAML(SINES.spec, net=MLP([1, 32, 32, 1]))
     few, many = (Examples(torch.randn(2, n, 1), torch.randn(2, n, 1)) for n in (4, 40))
-    assert isinstance(learner.adapt(few)["2.weight"], Factors)
-    assert isinstance(learner.adapt(many)["2.weight"], torch.Tensor)
+    with without_kernels():
+        assert isinstance(learner.adapt(few)["2.weight"], Factors)
+        assert isinstance(learner.adapt(many)["2.weight"], torch.Tensor)
 
 
 class Wide(nn.Module):

@@ -10,6 +10,7 @@ from metaicl.checks import check_count, check_positive
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
 from metaicl.inner_loop.calling import call_net
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import Params, frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
@@ -78,7 +79,7 @@ class ESMAML(PlainDescent):
         self.sigma = check_positive("sigma", sigma)
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
+    def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task: the adapted parameters with leading axis B."""
         return self.descend(support, self.inner_steps)
 

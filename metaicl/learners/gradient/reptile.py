@@ -9,6 +9,7 @@ from metaicl.checks import check_count
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import masked_mean
+from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import Params, adapted_tensors, frozen_tensors
 from metaicl.inner_loop.supervised import support_loss
@@ -71,7 +72,7 @@ class Reptile(PlainDescent):
         self.batch_rows = check_count("batch_rows", batch_rows)
         self.adapt_steps = check_count("adapt_steps", inner_steps if adapt_steps is None else adapt_steps)
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
+    def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task after full-batch descent on the support."""
         return self.descend(support, self.adapt_steps)
 

@@ -16,14 +16,16 @@ from metaicl.inner_loop.calling import unused_parameters
 from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import (
+    Params,
     adapted_tensors,
     check_inner_loop_module,
     check_precision,
     frozen_tensors,
     select_parameters,
 )
+from metaicl.inner_loop.perceptrons import descend
 from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import unroll_path, unroll_tasks
+from metaicl.inner_loop.unrolling import unroll_path
 from metaicl.learner import Learner
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
@@ -40,7 +42,7 @@ def check_support(learner: Learner[Any], support: Examples) -> None:
     check_precision(learner)
 
 
-class PlainDescent(Learner[dict[str, Tensor]]):
+class PlainDescent(Learner[dict[str, Weight]]):
     """A learner that adapts by gradient descent on the whole support, which nobody differentiates.
 
     Args:
@@ -65,15 +67,15 @@ class PlainDescent(Learner[dict[str, Tensor]]):
         self.optimizer = fixed_optimizer(self, optimizer, adapted_tensors(self.net, self.adapted))
         self.raw_scale = output_scale(spec)
 
-    def descend(self, support: Examples, steps: int) -> dict[str, Tensor]:
+    def descend(self, support: Examples, steps: int) -> dict[str, Weight]:
         """Fast weights of every task after so many steps: the adapted parameters with leading axis B."""
-        check_support(self, support)
-        start = adapted_tensors(self.net, self.adapted)
-        loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
-        data = (support.x, support.y, support.mask)
-        return unroll_tasks(loss, start, data, optimizer=self.optimizer, steps=steps, first_order=True)
+        path = unroll_support(
+            self, self.net, self.adapted, None, support, steps=steps, optimizer=self.optimizer,
+            shared=frozen_tensors(self.net, self.adapted), first_order=True, whole=False,
+        )  # fmt: skip
+        return path[-1]
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
+    def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         return answer(call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x), self.raw_scale)
 
@@ -206,17 +208,47 @@ def unroll_support(
             are not, its weights are formed.
     """
     check_support(learner, support)
+    chosen = layers.choose(support.n_rows, steps) if layers else {}
+    # A compiled graph of factors is faster still than a kernel; their operators one by one are not.
+    if not chosen or (layers and not layers.required and not torch.compiler.is_compiling()):
+        found = _by_kernels(learner.spec, net, adapted, support, steps=steps, shared=shared, **options)
+        if found is not None:
+            return found
     run = partial(
         unroll_path, support_loss(learner.spec, net, {}), adapted_tensors(net, adapted),
         (support.x, support.y, support.mask), steps=steps, shared=shared, **options,
     )  # fmt: skip
-    chosen = layers.choose(support.n_rows, steps) if layers else {}
     if not layers or layers.required:
         return run(layers=chosen)
     try:
         return run(layers=chosen)
     except NotFactorable:
         return run()
+
+
+def _by_kernels(
+    spec: TaskSpec,
+    net: nn.Module,
+    adapted: Collection[str],
+    support: Examples,
+    *,
+    checkpoint: bool | int = False,
+    stepwise: Collection[str] = (),
+    **options: Any,
+) -> list[dict[str, Weight]] | None:
+    """The same by a kernel, where there is one; see `metaicl.inner_loop.perceptrons`."""
+    if stepwise or checkpoint not in (False, True):  # a kernel keeps the weights of every step, and no activations
+        return None
+    data = (support.x, support.y, support.mask)
+
+    def by_torch(params: Params, optimizer: InnerOptimizer) -> list[dict[str, Tensor]]:
+        start = {name: value for name, value in params.items() if name in adapted}
+        rest = {name: value for name, value in params.items() if name not in adapted}
+        settings = {**options, "optimizer": optimizer, "shared": {**options["shared"], **rest}}
+        return unroll_path(support_loss(spec, net, {}), start, data, **settings)
+
+    settings = {name: value for name, value in options.items() if name != "shared"}
+    return descend(net, adapted, data, outputs=spec.output_size, by_torch=by_torch, **settings)
 
 
 def output_scale(spec: TaskSpec) -> nn.Parameter | None:

@@ -1,0 +1,152 @@
+"""Gradient descent of perceptrons on the supports of many tasks, and what they answer, by kernels in C."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaicl.native.operators import operator
+
+ByTorch = Callable[..., tuple[Tensor, ...]]
+
+
+class Layers(NamedTuple):
+    """The form of a perceptron.
+
+    Attributes:
+        sizes: Of the input and of what each linear layer puts out.
+        activation: Of `ACTIVATIONS`, between the layers.
+    """
+
+    sizes: tuple[int, ...]
+    activation: int
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the parts: matrix and bias of each layer in turn."""
+        return [shape for n_in, n_out in pairwise(self.sizes) for shape in ((n_out, n_in), (n_out,))]
+
+
+class Descent(NamedTuple):
+    """Gradient descent on B supports without the weights it starts from.
+
+    Attributes:
+        x: (B, N, inputs), contiguous like all that follows.
+        y: Targets (B, N, outputs), whose loss is the mean square over outputs, or labels (B, N), by cross-entropy.
+        importance: (B, N), what the loss of each row counts.
+        order: (), what second derivatives are multiplied by; 0 is first order.
+        steps: At least 1.
+        exact_from: Steps before this one are first order.
+        wanted: Which parts of the weights are given out.
+        whole: After every step, or after the last alone.
+        sizes: Of `Layers`.
+        activation: Of `Layers`.
+    """
+
+    x: Tensor
+    y: Tensor
+    importance: Tensor
+    order: Tensor
+    steps: int
+    exact_from: int
+    wanted: list[bool]
+    whole: bool
+    sizes: list[int]
+    activation: int
+
+    @property
+    def data(self) -> list[Tensor]:
+        """The tensors."""
+        return [self.x, self.y, self.importance, self.order]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All the rest, by name."""
+        return {name: value for name, value in self._asdict().items() if not isinstance(value, Tensor)}
+
+
+def descend(descent: Descent, rates: Tensor, start: Sequence[Tensor], by_torch: ByTorch) -> tuple[Tensor, ...]:
+    """The wanted parts of the weights of all tasks, each (B, ...), after each wanted step in turn.
+
+    Args:
+        descent: What to do.
+        rates: (1, parameters) or (steps, parameters): of every element, part after part. May want a gradient.
+        start: The parts, shared by all tasks. May want a gradient.
+        by_torch: (rates, *start) -> the same by torch, for derivatives of the gradient.
+    """
+    data, how = descent.data, descent.settings
+    learned = _wants_gradient([rates])
+    path = descent.steps > 1 and _wants_gradient([rates, *start])
+
+    def run(rates: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
+        return tuple(operator("descend")(rates, start, data, path=path, **how))
+
+    def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        rates, *start, path = saved
+        found = operator("descend_backward")(rates, start, data, path, slopes[:-1], learned=learned, **how)
+        return found if learned else [None, *found]
+
+    inputs = (rates.contiguous(), *(part.contiguous() for part in start))
+    return _Kernel.apply(run, pull, by_torch, *inputs)[:-1]  # type: ignore[no-any-return]
+
+
+def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch) -> Tensor:
+    """What a perceptron answers (B, Q, outputs) to x (B, Q, inputs).
+
+    Args:
+        layers: The net.
+        x: Contiguous, without a gradient.
+        parts: Of each task (B, ...), or shared by all. May want a gradient.
+        by_torch: (*parts) -> a tuple of the same by torch, for derivatives of the gradient.
+    """
+    sizes, activation = list(layers.sizes), layers.activation
+
+    def run(*parts: Tensor) -> tuple[Tensor, ...]:
+        return operator("answer")(parts, x, sizes, activation), x.new_empty(0)
+
+    def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return operator("answer_backward")(saved[:-1], slopes[0], x, sizes, activation)
+
+    return _Kernel.apply(run, pull, by_torch, *(part.contiguous() for part in parts))[0]  # type: ignore[no-any-return]
+
+
+class _Kernel(torch.autograd.Function):
+    """A kernel whose last result is kept for its backward pass, and the same by torch for what comes after that."""
+
+    @staticmethod
+    def forward(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.pull, ctx.by_torch, *tensors = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # somebody will differentiate the gradient
+            return None, None, None, *_by_torch(ctx.by_torch, saved[:-1], ctx.needs_input_grad[3:], slopes[:-1])
+        return None, None, None, *ctx.pull(saved, slopes)
+
+
+def _by_torch(
+    function: ByTorch, inputs: Sequence[Tensor], needed: Sequence[bool], slopes: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `inputs` with a graph of their own."""
+    given = [(value, slope) for value, slope in zip(function(*inputs), slopes, strict=True) if slope is not None]
+    wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
+    values, outer = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(values, wanted, outer, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward pass may come; a compiled graph cannot tell."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
