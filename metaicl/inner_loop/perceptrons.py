@@ -20,7 +20,7 @@ from metaicl.inner_loop.parameters import Params
 from metaicl.inner_loop.rates import LearnedRate
 from metaicl.inner_loop.tracing import is_traced
 from metaicl.native import perceptron as kernels
-from metaicl.native.operators import ACTIVATIONS, MOST_LAYERS, is_available
+from metaicl.native.operators import ACTIVATIONS, MOST_LAYERS, is_available, pays
 from metaicl.native.perceptron import Descent, Layers
 
 _MOST_WEIGHTS = 1 << 15  # of a layer: torch is as fast with larger ones, which leave a core's caches
@@ -213,6 +213,7 @@ def _serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
         and x.numel() > 0
         and not x.requires_grad
         and all(_is_plain_tensor(value) and value.dtype == x.dtype for value in (x, *parts))
+        and pays(x.shape[0], x.shape[1], perceptron.layers.weights)
         and is_available(x.dtype)
     )
 

@@ -16,6 +16,7 @@ MOST_LAYERS = 16
 
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 _VECTOR_BYTES = 32
+_LITTLE = 1 << 20  # products of a pass forward, which one thread makes in about 50 microseconds
 _INTEGERS = ("layers", "activation", "tasks", "rows", "steps", "rate_rows", "exact_from", "threads")
 _POINTERS = ("sizes", "strides", "x", "targets", "labels", "importance")
 
@@ -34,6 +35,12 @@ class _Problem(ctypes.Structure):
 def is_available(dtype: torch.dtype) -> bool:
     """Whether there are kernels for numbers of this type on this machine."""
     return dtype in _SUFFIX and load("perceptron") is not None
+
+
+@torch.compiler.assume_constant_result
+def pays(n_tasks: int, rows: int, weights: int) -> bool:
+    """Whether a kernel, which gives each task one thread, has work for all threads, or next to nothing to do."""
+    return n_tasks >= torch.get_num_threads() or n_tasks * rows * weights <= _LITTLE
 
 
 def operator(name: str) -> Callable[..., Any]:

@@ -28,6 +28,11 @@ class Layers(NamedTuple):
         """Shapes of the parts: matrix and bias of each layer in turn."""
         return [shape for n_in, n_out in pairwise(self.sizes) for shape in ((n_out, n_in), (n_out,))]
 
+    @property
+    def weights(self) -> int:
+        """How many, biases included."""
+        return sum(n_out * (n_in + 1) for n_in, n_out in pairwise(self.sizes))
+
 
 class Descent(NamedTuple):
     """Gradient descent on B supports without the weights it starts from.

@@ -151,6 +151,23 @@ def test_widths_of_every_remainder_and_any_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_torch_spreads_the_rows_of_few_large_tasks_over_threads(calls: list[str]) -> None:
+    learner = seeded(lambda: MAML(SINES.spec)).float()
+    few, many = (Examples(torch.randn(1, rows, 1), torch.randn(1, rows, 1)) for rows in (10, 2000))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        learner.adapt(many)
+        assert not calls
+        learner.adapt(few)
+        assert calls == ["descend"]
+        torch.set_num_threads(1)
+        learner.adapt(many)
+        assert calls == ["descend", "descend"]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_float32_and_nothing_to_differentiate(calls: list[str]) -> None:
     learner = seeded(lambda: MAML(SINES.spec, inner_steps=4)).float()
     episode = draw(SINES).to(dtype=torch.float32)
