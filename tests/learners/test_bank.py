@@ -65,6 +65,20 @@ def test_too_few_allowed_items_are_marked(backend: str) -> None:
     assert beyond.real.sum(1).tolist() == [6, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_keys", "chunk"), [(60, 60), (5000, 5000), (5000, 700)], ids=["few", "blocks", "pieces"])
+def test_of_equal_items_the_first_are_found_in_order(n_keys: int, chunk: int, dtype: torch.dtype) -> None:
+    source = torch.Generator().manual_seed(0)
+    keys = torch.randint(-1, 2, (n_keys, 4), generator=source).to(dtype)  # 81 different ones, exact products
+    queries = torch.randint(-1, 2, (20, 4), generator=source).to(dtype)
+    queries[0] = 0  # all alike
+    expected = (queries @ keys.mT).sort(dim=1, descending=True, stable=True)
+    for k in (1, 3, 7):
+        found = best_items(queries, keys, k, chunk=chunk)
+        assert torch.equal(found.index, expected.indices[:, :k])
+        assert torch.equal(found.score, expected.values[:, :k])
+
+
 def test_bad_searches_are_refused() -> None:
     with pytest.raises(ValueError, match="empty; fill it with add"):
         MemoryBank().search(torch.randn(1, 3), 1)

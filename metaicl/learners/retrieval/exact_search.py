@@ -38,7 +38,9 @@ def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask 
             may be more scores than items, -inf from the start.
 
     Returns:
-        Scores and item numbers; a masked item has the score -inf, and its number means nothing.
+        Scores and item numbers; a masked item has the score -inf, and its number means nothing. Of items with the same
+        score those with the lower numbers are found, in this order, so that duplicates are chosen alike on every
+        machine and in every precision; on accelerators and in compiled graphs any of them may be.
     """
     pieces = -(-len(keys) // chunk)
     size = -(-len(keys) // (pieces * _BLOCK)) * _BLOCK  # no small last piece
@@ -49,6 +51,27 @@ def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask 
         scores = multiply(keys[start : start + size])
         search.add(scores if mask is None else mask(scores, start), start)
     return search.result()
+
+
+def best_in_order(scores: Tensor, k: int) -> Scored:
+    """The k largest of few scores (..., c), best first; of equal ones the first."""
+    score, place = scores.sort(dim=-1, descending=True, stable=True)
+    return Scored(score[..., :k], place[..., :k])
+
+
+def first_of_equals(scores: Tensor, k: int) -> Scored:
+    """Like `top`, but which of equal scores are found does not depend on the machine: those that come first."""
+    score, index = top(scores, min(k + 1, scores.shape[1]))
+    alike = (score[:, 1:] == score[:, :-1]) & (score[:, 1:] > -torch.inf)
+    row = alike.any(1).nonzero().squeeze(1)
+    score, index = score[:, :k], index[:, :k].contiguous()
+    if len(row):
+        some, least = scores[row], score[row, -1:]
+        above, equal = ~(some <= least), some == least  # NaN, which topk puts first, counts as above
+        chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        place = chosen.nonzero()[:, 1].view(len(row), k)
+        index[row] = place.gather(1, best_in_order(some.gather(1, place), k).index)
+    return Scored(score, index)
 
 
 def top(scores: Tensor, k: int) -> Scored:
@@ -111,7 +134,7 @@ class _Stream:
         self.n_pending += len(query)
 
     def _add_all(self, scores: Tensor, start: int) -> None:
-        score, place = top(scores, self.k)
+        score, place = first_of_equals(scores, self.k)
         self._keep(score, place + start)
 
     def _merge(self) -> None:
@@ -151,7 +174,7 @@ def _join(found: list[Scored], k: int) -> Scored:
     if len(found) == 1:
         return found[0]
     score, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    score, order = score.topk(min(k, score.shape[1]), 1)
+    score, order = best_in_order(score, k)  # what came first has the lower numbers
     return Scored(score, index.gather(1, order))
 
 

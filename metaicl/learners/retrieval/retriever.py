@@ -11,6 +11,7 @@ from metaicl.checks import check_choice, check_count
 from metaicl.functional import unit_rows
 from metaicl.learners.retrieval.bank import Found, MemoryBank
 from metaicl.learners.retrieval.content import arbitrary_keys, content_ids, ids_in_all_precisions
+from metaicl.learners.retrieval.exact_search import best_in_order
 from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.learners.retrieval.words import SKETCH, bag_values, bags, search_bags, sketches, word_weights
 from metaicl.nets.backbones import MLP
@@ -142,7 +143,7 @@ class Retriever(nn.Module):
         n_candidates = len(self.bank) if self.n_candidates is None else min(self.n_candidates, len(self.bank))
         found = self._search(x, queries, max(n_candidates, k), exclude)
         score = (self.codes(queries) @ self.codes(self.bank.keys).mT).gather(-1, found.index)
-        best = score.detach().masked_fill(~found.real, -torch.inf).topk(k, -1).indices
+        best = best_in_order(score.detach().masked_fill(~found.real, -torch.inf), k).index
         index, real, score = (value.gather(-1, best) for value in (found.index, found.real, score))
         sharpness = self.log_sharpness.exp() if hasattr(self, "log_sharpness") else _SHARPNESS
         return Retrieved(index, (score * sharpness).masked_fill(~real, 0.0), real)

@@ -9,6 +9,7 @@ from torch import Tensor
 from metaicl.functional import unit_rows
 from metaicl.learners.retrieval.bank import Found, MemoryBank
 from metaicl.learners.retrieval.content import hashed
+from metaicl.learners.retrieval.exact_search import best_in_order
 from metaicl.learners.retrieval.exclusion import Exclusion
 
 SKETCH = 1024
@@ -95,5 +96,5 @@ def search_bags(bank: MemoryBank, queries: Tensor, whole: Tensor, k: int, *, exc
     with torch.no_grad():
         words, weights = bank.values["words"][found.index], bank.values["word_weights"][found.index]  # (..., Q, n, P)
         score = (whole.gather(-1, words.flatten(-2)).unflatten(-1, words.shape[-2:]) * weights).sum(-1)
-        score, order = score.to(found.score.dtype).masked_fill(~found.real, -torch.inf).topk(k, -1)
+        score, order = best_in_order(score.to(found.score.dtype).masked_fill(~found.real, -torch.inf), k)
         return Found(found.index.gather(-1, order), score, found.real.gather(-1, order))
