@@ -3,6 +3,9 @@
 What is computed is what the engine computes for any net; derivatives of the meta-gradient are the engine's. Wherever
 somebody could notice that torch was passed by (hooks, modes, transforms, traces of inner losses), or asks for something
 that the kernels do not know, the engine serves.
+
+Reference: the way back is that of Finn, Abbeel & Levine, 2017, arXiv:1703.03400, by Hessian-vector products after
+Pearlmutter, 1994, Neural Computation 6(1).
 """
 
 import functools
@@ -102,7 +105,8 @@ def descend(
         whole: False leaves out all steps but the last.
     """
     x, y, mask = data
-    found = as_perceptron(net) if _torch_may_be_passed_by() and steps > 0 and is_plain(optimizer) else None
+    plain = type(optimizer) is SGD and optimizer.is_plain  # a subclass may have a rule of its own
+    found = as_perceptron(net) if plain and steps > 0 and _torch_may_be_passed_by() else None
     if found is None or not _serves(found, found.parts, x) or found.layers.sizes[-1] != outputs:
         return None
     x = x.flatten(2) if found.flattens else x
@@ -157,11 +161,6 @@ def answers(
     return kernels.answer(found.layers, (x.flatten(2) if found.flattens else x).contiguous(), parts, again)
 
 
-def is_plain(optimizer: InnerOptimizer) -> bool:
-    """Whether an optimizer is gradient descent and nothing else, with rates of any kind."""
-    return type(optimizer) is SGD and optimizer.is_plain
-
-
 class _GivenRates(InnerOptimizer):
     """Gradient descent with a rate for every element, taken from one tensor (1 or steps, parameters)."""
 
@@ -192,13 +191,12 @@ def _is_flatten(layer: nn.Module) -> bool:
 
 def _torch_may_be_passed_by() -> bool:
     """Whether nobody watches what torch does, or changes it."""
-    if torch.compiler.is_compiling():
-        return True
-    return not (
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return torch.compiler.is_compiling() or not (
         torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
         or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        or torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
         or is_traced()
     )

@@ -15,8 +15,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+VECTOR_BYTES = 32
+"""To whole vectors of this size rows are padded, in C and in the memory that Python gives it."""
+
 _FOLDER = Path(__file__).parent
-_PLAIN = ("-std=gnu11", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+_PLAIN = ("-std=gnu11", "-O3", "-fno-math-errno", "-shared", "-fPIC", f"-DVECTOR_BYTES={VECTOR_BYTES}")
 _PARALLEL = () if platform.system() == "Darwin" else ("-fopenmp",)  # Apple's compiler has none
 _FLAGS = ((*_PARALLEL, "-march=native"), ("-mcpu=native",), _PARALLEL, ())  # the first that the compiler takes
 _SECONDS = 120  # after which a compiler is given up
@@ -53,7 +56,13 @@ def _loaded(name: str) -> ctypes.CDLL | None:
     source = _FOLDER / f"{name}.c"
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
-        parts = (source.read_bytes(), shlex.join(compiler).encode(), version, _processor(), repr(_FLAGS).encode())
+        parts = (
+            source.read_bytes(),
+            shlex.join(compiler).encode(),
+            version,
+            _processor(),
+            repr((_PLAIN, _FLAGS)).encode(),
+        )
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
         return ctypes.CDLL(str(_made(compiler, source, f"{name}-{key}.so")))
     except (OSError, subprocess.SubprocessError) as error:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaicl.native.library import load
+from metaicl.native.library import VECTOR_BYTES, load
 
 ACTIVATIONS = {None: 0, torch.nn.ReLU: 1, torch.nn.Tanh: 2, torch.nn.Sigmoid: 3}
 MOST_LAYERS = 16
 
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
-_VECTOR_BYTES = 32
 _LITTLE = 1 << 20  # products of a pass forward, which one thread makes in about 50 microseconds
 _INTEGERS = ("layers", "activation", "tasks", "rows", "steps", "rate_rows", "exact_from", "threads")
 _POINTERS = ("sizes", "strides", "x", "targets", "labels", "importance")
@@ -120,7 +119,7 @@ def _room_for_slopes(rates: Tensor, start: Sequence[Tensor], *rest: Any, learned
 
 def _padded_count(sizes: Sequence[int], bytes_each: int) -> int:
     """Numbers of a set of weights whose rows are padded to whole vectors; as in perceptron.c."""
-    lanes = _VECTOR_BYTES // bytes_each
+    lanes = VECTOR_BYTES // bytes_each
     widths = [-(-size // lanes) * lanes for size in sizes]
     return sum(
         n_out * wide_in + wide_out for n_out, (wide_in, wide_out) in zip(sizes[1:], pairwise(widths), strict=True)

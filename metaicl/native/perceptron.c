@@ -21,8 +21,7 @@
 #define omp_get_thread_num() 0
 #endif
 
-#define MOST_LAYERS 16
-#define VECTOR_BYTES 32
+#define MOST_LAYERS 16 /* VECTOR_BYTES comes from library.py */
 
 enum { IDENTITY, RELU, TANH, SIGMOID };
 
@@ -342,16 +341,11 @@ static void NAME(hessian)(const Layout *at, const Problem *problem, int64_t task
             at->width[l], work->product + at->matrix[l], at->width[l], 1);
 }
 
-/* Numbers that the path of one task takes. */
-int64_t NAME(path_size)(const Problem *problem) {
-    return (problem->steps - 1) * NAME(layout)(problem).total;
-}
-
 /* Weights after gradient descent; each function returns how many threads lacked memory.
  *
  * start: 2 * layers tensors that tasks share
  * rates: (rate_rows, count), tensor after tensor
- * path:  (tasks, path_size), for the way back; or null
+ * path:  (tasks, steps - 1, padded weights), for the way back; or null
  * fast:  steps * 2 * layers tensors with a leading axis of tasks, null where they are not wanted
  */
 int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *rates, REAL *path, REAL **fast) {

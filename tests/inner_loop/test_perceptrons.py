@@ -203,6 +203,16 @@ def test_a_compiled_step_calls_the_kernels(calls: list[str]) -> None:
     assert worst_gap(found, expected) <= 1e-5
 
 
+def test_a_compiled_step_in_bfloat16_multiplies_in_bfloat16(calls: list[str]) -> None:
+    episode = draw(SINES).to(dtype=torch.float32)
+    learner = seeded(lambda: MAML(SINES.spec, net=MLP([1, 5, 5, 1]), inner_steps=2)).float()
+    torch.compiler.reset()
+    compiled = MetaStep(learner, compile=True, autocast="bf16")
+    compiled(episode)
+    assert compiled.is_compiled
+    assert not calls
+
+
 class Watcher(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))

@@ -3,7 +3,6 @@
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def test_other_flags_are_tried_where_the_first_are_unknown(fresh: Path, monkeypa
 
 @needs_compiler
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
-    command = [*(library._compiler() or ()), *library._PLAIN, "-Wall", "-Wextra", "-Werror", "-fopenmp"]
+    command = [*(library._compiler() or ()), *library._PLAIN, *library._PARALLEL, "-Wall", "-Wextra", "-Werror"]
     source = Path(library.__file__).with_name("perceptron.c")
     subprocess.run([*command, str(source), "-o", str(tmp_path / "out.so"), "-lm"], check=True)
-    assert sys.platform != "linux" or (tmp_path / "out.so").exists()
+    assert (tmp_path / "out.so").exists()
