@@ -9,7 +9,7 @@ Pearlmutter, 1994, Neural Computation 6(1).
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ def as_perceptron(net: nn.Module) -> Perceptron | None:
     """`net` as a perceptron; None if it is another net, or does more than its layers say."""
     if module_hooks._has_any_global_hook():  # type: ignore[attr-defined]
         return None
-    places = list(_flat("", net))
+    places = _flat("", net, [])
     flattens = bool(places) and _is_flatten(places[0][1])
     places = places[flattens:]
     linear, between = places[::2], places[1::2]
@@ -174,15 +174,17 @@ class _GivenRates(InnerOptimizer):
         return value - rates[min(step, len(rates) - 1)].view(value.shape) * gradient, slots
 
 
-def _flat(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of nested Sequentials in order, with the prefix of their parameters' names."""
-    hidden = "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+def _flat(prefix: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Add to `places` the layers of nested Sequentials in order, with the prefix of their parameters' names."""
+    own = module.__dict__
+    hidden = "forward" in own or any(own[hooks] for hooks in _HOOKS)
     if hidden or not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        yield prefix, nn.Module() if hidden else module
+        places.append((prefix, nn.Module() if hidden else module))
     else:
         for name, child in module._modules.items():
             if child is not None and type(child) is not nn.Identity:
-                yield from _flat(f"{prefix}{name}.", child)
+                _flat(f"{prefix}{name}.", child, places)
+    return places
 
 
 def _is_flatten(layer: nn.Module) -> bool:

@@ -141,15 +141,20 @@ def _of_tasks(parts: Sequence[Tensor]) -> list[bool]:
 
 def _problem(x: Tensor, sizes: Sequence[int], activation: int, of_tasks: Sequence[bool]) -> tuple[_Problem, Any]:
     """The structure without what belongs to a descent, and the arrays that it points to."""
-    counts = [count for n_in, n_out in pairwise(sizes) for count in (n_in * n_out, n_out)]
-    strides = [count * own for count, own in zip(counts, of_tasks, strict=True)]
-    kept = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * len(strides))(*strides)
+    kept = _sizes_and_strides(tuple(sizes), tuple(of_tasks))
     problem = _Problem(
         layers=len(sizes) - 1, activation=activation, tasks=x.shape[0], rows=x.shape[1], steps=1, rate_rows=1,
         threads=min(torch.get_num_threads(), x.shape[0]), sizes=ctypes.addressof(kept[0]),
         strides=ctypes.addressof(kept[1]), x=x.data_ptr(),
     )  # fmt: skip
     return problem, kept
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes_and_strides(sizes: tuple[int, ...], of_tasks: tuple[bool, ...]) -> tuple[Any, Any]:
+    counts = [count for n_in, n_out in pairwise(sizes) for count in (n_in * n_out, n_out)]
+    strides = [count * own for count, own in zip(counts, of_tasks, strict=True)]
+    return (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * len(strides))(*strides)
 
 
 def _problem_of_descent(rates: Tensor, data: Sequence[Tensor], **how: Any) -> tuple[_Problem, Any]:

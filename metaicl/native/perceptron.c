@@ -21,6 +21,7 @@
 #define omp_get_thread_num() 0
 #endif
 
+#define MOST_SUMS 12 /* in vector registers at a time */
 #define MOST_LAYERS 16 /* VECTOR_BYTES comes from library.py */
 
 enum { IDENTITY, RELU, TANH, SIGMOID };
@@ -131,32 +132,31 @@ static int NAME(reserve)(const Layout *at, int64_t rows, int64_t rate_rows, Work
 /* C (rows, vectors) = A B, or += if `add`; A is read by two strides. Its sums stay in registers. */
 static inline __attribute__((always_inline)) void NAME(tile)(const int rows, const int vectors, int64_t inner,
     const REAL *a, int64_t a_row, int64_t a_inner, const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int add) {
-    Vector sum[4][3];
+    Vector sum[MOST_SUMS];
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) sum[i][j] = add ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0};
+        for (int j = 0; j < vectors; j++) sum[i * vectors + j] = add ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0};
     for (int64_t k = 0; k < inner; k++)
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < vectors; j++)
-                sum[i][j] += a[i * a_row + k * a_inner] * *(const Vector *)(b + k * b_row + j * LANES);
+                sum[i * vectors + j] += a[i * a_row + k * a_inner] * *(const Vector *)(b + k * b_row + j * LANES);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) *(Vector *)(c + i * c_row + j * LANES) = sum[i][j];
+        for (int j = 0; j < vectors; j++) *(Vector *)(c + i * c_row + j * LANES) = sum[i * vectors + j];
 }
 
 /* The same for any m and for any n that is a whole number of vectors. */
 static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, int64_t a_row, int64_t a_inner,
     const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int add) {
 #define CASE(rows, vectors) \
-    case rows * 4 + vectors: \
+    case rows * 2 + vectors: \
         NAME(tile)(rows, vectors, inner, a + i * a_row, a_row, a_inner, b + j, b_row, c + i * c_row + j, c_row, add); \
         break;
     for (int64_t j = 0, vectors; j < n; j += vectors * LANES) {
-        vectors = (n - j) / LANES;
-        vectors = vectors == 4 ? 2 : vectors > 3 ? 3 : vectors; /* two and two rather than three and one */
+        vectors = n - j > LANES ? 2 : 1;
         for (int64_t i = 0, rows; i < m; i += rows) {
-            rows = m - i > 4 ? 4 : m - i;
-            switch (rows * 4 + vectors) {
-                CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(2, 1) CASE(2, 2) CASE(2, 3)
-                CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(4, 1) CASE(4, 2) CASE(4, 3)
+            rows = m - i > MOST_SUMS / vectors ? MOST_SUMS / vectors : m - i;
+            switch (rows * 2 + vectors) {
+                CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1) CASE(9, 1)
+                CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
             }
         }
     }
