@@ -13,6 +13,7 @@ from metaicl.compiled import Gradients, Result, compile_step, find_problem
 from metaicl.distributed import check_unwrapped
 from metaicl.episode import Episode
 from metaicl.inner_loop.calling import call_net
+from metaicl.inner_loop.parameters import named_tensors
 from metaicl.learner import HasMetaGradients, Learner
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.second_order import hint_at_ways_out
@@ -106,7 +107,7 @@ class MetaStep:
         # Never the module's own Parameter objects, and the rest read afresh: a learner may put a new tensor in the
         # place of a buffer or of a frozen parameter.
         trainable = {_PREFIX + name: value.detach() for name, value in self.parameters.items()}
-        rest = {name: value.detach() for name, value in self._module.named_buffers()}
+        rest = {name: value.detach() for name, value in named_tensors(self._module)[1].items()}
         rest |= {name: self._module.get_parameter(name).detach() for name in self._frozen}
         losses, gradients = self._graph(trainable, rest, episode)
         return losses.detach(), {name: gradients[_PREFIX + name] for name in self.parameters}

@@ -49,14 +49,28 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
     return frozenset(chosen)
 
 
+def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers as `named_parameters` and `named_buffers` have them, in a quarter of the time.
+
+    Every adaptation asks for them, and a small net adapts as fast as they are found.
+    """
+    kinds = type(net).named_parameters, type(net).named_buffers
+    if torch.compiler.is_compiling() or kinds != (nn.Module.named_parameters, nn.Module.named_buffers):
+        return dict(net.named_parameters()), dict(net.named_buffers())
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    _gather(net, "", {id(None)}, parameters, buffers)
+    return parameters, buffers
+
+
 def adapted_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
     """Parameters of `net` that are adapted: where every task starts."""
-    return {name: value for name, value in _named(net)[0].items() if name in adapted}
+    return {name: value for name, value in named_tensors(net)[0].items() if name in adapted}
 
 
 def frozen_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
     """Parameters of `net` that are not adapted, and copies of its buffers, which a forward pass may write into."""
-    parameters, buffers = _named(net)
+    parameters, buffers = named_tensors(net)
     named = {name: value for name, value in parameters.items() if name not in adapted}
     return {**named, **{name: value.clone() for name, value in buffers.items()}}
 
@@ -97,7 +111,7 @@ def check_precision(net: nn.Module) -> None:
     Raises:
         ValueError: If a parameter is float16.
     """
-    half = [name for name, parameter in _named(net)[0].items() if parameter.dtype == torch.float16]
+    half = [name for name, parameter in named_tensors(net)[0].items() if parameter.dtype == torch.float16]
     if half:
         raise ValueError(
             "an inner loop cannot run in float16, where gradients and products of them underflow; "
@@ -121,20 +135,6 @@ def check_no_running_statistics(net: nn.Module) -> None:
             "Use GroupNorm or LayerNorm, metaicl.nets.norm.BatchStatNorm for the batch statistics of the papers, or "
             "metaicl.nets.norm.freeze_statistics(net) to keep those of a pretrained net"
         )
-
-
-def _named(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers as `named_parameters` and `named_buffers` have them, in a quarter of the time.
-
-    Every adaptation asks for them, and a small net adapts as fast as they are found.
-    """
-    kinds = type(net).named_parameters, type(net).named_buffers
-    if torch.compiler.is_compiling() or kinds != (nn.Module.named_parameters, nn.Module.named_buffers):
-        return dict(net.named_parameters()), dict(net.named_buffers())
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    _gather(net, "", {id(None)}, parameters, buffers)
-    return parameters, buffers
 
 
 def _gather(
