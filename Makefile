@@ -52,7 +52,7 @@ CLAIMS         := gaussian_bayes finn_2017_sinusoid gradient_family gradient_cal
                   huang_2023_softmax_convergence dai_2022_dual_form fast_weight_ladder associative_recall \
                   garg_2022_linear akyurek_2022_which_algorithm icl_vs_gradient explanations_world \
                   demonstration_retrieval demonstration_draws benchmark_meta_step benchmark_gradient benchmark_memory \
-                  benchmark_in_context
+                  benchmark_in_context benchmark_processes
 CLAIMS_ON_DATA := few_shot_intents few_shot_headlines omniglot omniglot_heads omniglot_gradient \
                   federated_reconnaissance susana_losses raml_text benchmark_metric_retrieval
 DATA           ?= --download

@@ -134,7 +134,8 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
     const REAL *a, int64_t a_row, int64_t a_inner, const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int add) {
     Vector sum[MOST_SUMS];
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) sum[i * vectors + j] = add ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0};
+        for (int j = 0; j < vectors; j++)
+            sum[i * vectors + j] = add ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0};
     for (int64_t k = 0; k < inner; k++)
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < vectors; j++)
@@ -173,7 +174,8 @@ static void NAME(flip)(const Layout *at, const REAL *weights, REAL *flipped) {
 }
 
 /* Add the tensors of a task to a set of weights; those that are null are left out. */
-static void NAME(add_parts)(const Layout *at, const REAL *const *parts, const int64_t *strides, int64_t task, REAL *to) {
+static void NAME(add_parts)(const Layout *at, const REAL *const *parts, const int64_t *strides, int64_t task,
+    REAL *to) {
     for (int64_t l = 0; l < at->layers; l++) {
         const REAL *matrix = parts[2 * l], *bias = parts[2 * l + 1];
         int64_t n_in = at->size[l], n_out = at->size[l + 1];
@@ -206,7 +208,8 @@ static void NAME(cut)(const Layout *at, REAL *vector, REAL **parts) {
 }
 
 /* What all tasks share: the start, the same transposed, the rates of each step. */
-static int NAME(prepare)(const Layout *at, const Problem *problem, const REAL *const *start, const REAL *rates, Work *common) {
+static int NAME(prepare)(const Layout *at, const Problem *problem, const REAL *const *start, const REAL *rates,
+    Work *common) {
     if (!NAME(reserve)(at, 1, problem->rate_rows, common)) return 0;
     NAME(add_parts)(at, start, problem->strides, 0, common->weights);
     NAME(flip)(at, common->weights, common->flipped);
@@ -372,7 +375,8 @@ int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *
                 for (int64_t i = 0; i < at.total; i++) work.weights[i] = now[i] - rate[i] * work.gradient[i];
                 NAME(write_parts)(&at, work.weights, problem->strides, task, fast + step * 2 * at.layers);
                 if (path && step + 1 < steps)
-                    memcpy(path + (task * (steps - 1) + step) * at.total, work.weights, (size_t)at.total * sizeof(REAL));
+                    memcpy(path + (task * (steps - 1) + step) * at.total, work.weights,
+                        (size_t)at.total * sizeof(REAL));
             }
         free(work.memory);
     }
@@ -470,7 +474,8 @@ int NAME(answer)(const Problem *problem, const REAL *const *parts, REAL *out) {
 }
 
 /* From gradients at answers to those at `parts`: of each task, or summed over the tasks that share a tensor. */
-int NAME(answer_backward)(const Problem *problem, const REAL *const *parts, const REAL *out_slopes, REAL **part_slopes) {
+int NAME(answer_backward)(const Problem *problem, const REAL *const *parts, const REAL *out_slopes,
+    REAL **part_slopes) {
     Layout at = NAME(layout)(problem);
     int64_t rows = problem->rows, size = at.size[at.layers];
     REAL *own[2 * MOST_LAYERS], *shared[2 * MOST_LAYERS];
