@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
@@ -40,17 +41,16 @@ def check_positive(name: str, value: float) -> float:
 
 
 def check_seed(seed: object) -> int:
-    """Return `seed` if it is an integer in [0, 2**63).
+    """Return `seed` as an int if it is an integer in [0, 2**63), one of NumPy's too.
 
     Raises:
-        TypeError: If it is not an int.
+        TypeError: If it is not an integer.
         ValueError: If it is out of range.
     """
-    check_count("seed", seed, minimum=0)
-    assert isinstance(seed, int)
-    if seed >= 2**63:
-        raise ValueError(f"seed must be in [0, 2**63); got {seed}")
-    return seed
+    found = check_count("seed", int(seed) if isinstance(seed, np.integer) else seed, minimum=0)
+    if found >= 2**63:
+        raise ValueError(f"seed must be in [0, 2**63); got {found}")
+    return found
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,7 +121,7 @@ def _check_names(learners: Mapping[str, Source], tasks: Mapping[str, TaskDistrib
 
 
 def _seed_list(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    found = tuple(range(check_count("seeds", seeds))) if isinstance(seeds, int) else tuple(map(check_seed, seeds))
+    found = tuple(map(check_seed, seeds if isinstance(seeds, Iterable) else range(check_count("seeds", seeds))))
     if not found or len(set(found)) != len(found):
         raise ValueError(f"seeds must be at least one number, each once; got {found}")
     return found

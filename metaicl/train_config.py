@@ -117,7 +117,7 @@ class TrainConfig:
         return {name: getattr(self, name) for name in (*names, "compile", "autocast", "workers")}
 
     def _check_optimization(self) -> None:
-        check_seed(self.seed)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         check_positive("outer_lr", self.outer_lr)
         check_choice("optimizer", self.optimizer, _OPTIMIZERS)
         if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)):

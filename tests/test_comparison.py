@@ -99,6 +99,15 @@ CONFIG = TrainConfig(steps=2, meta_batch_size=4, n_shot=3, n_query=4, validate_e
 SIZES = {"train": CONFIG, "n_episodes": 20, "seeds": 2, "progress": False}
 
 
+def test_seeds_can_be_an_array(tmp_path):
+    sizes = {**SIZES, "n_episodes": 2, "directory": tmp_path}
+    report = compare({"a": Scaled}, Levels(), trainer=Trainer(), **{**sizes, "seeds": np.array([1, 2])})
+    again = compare({"a": Scaled}, Levels(), trainer=Trainer(), **{**sizes, "seeds": [1, 2]})
+    assert report.rows("Levels")[0].seeds == again.rows("Levels")[0].seeds == (1, 2)
+    with pytest.raises(TypeError, match=r"seeds must be an int >= 1; got 1\.5"):
+        compare({"a": Scaled}, Levels(), trainer=Trainer(), **{**sizes, "seeds": 1.5})
+
+
 def test_every_learner_is_trained_once_per_seed_from_the_same_address():
     trainer = Trainer()
     report = compare({"a": Scaled, "b": lambda spec: Scaled(spec)}, Levels(), trainer=trainer, **SIZES)

@@ -3,6 +3,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from training_helpers import make_ridge
@@ -48,6 +49,15 @@ from metaicl.train_config import TrainConfig, make_optimizer, rate_factor
 def test_bad_values_are_named(field: str, value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrainConfig(**{"steps": 10, field: value})
+
+
+def test_a_seed_of_numpy_is_kept_as_an_int() -> None:
+    config = TrainConfig(steps=10, seed=np.int64(3))
+    assert type(config.seed) is int
+    assert config == TrainConfig(steps=10, seed=3)
+    for wrong in (np.float64(3.0), np.bool_(True), np.int64(-1)):
+        with pytest.raises((TypeError, ValueError), match="seed must be an int >= 0"):
+            TrainConfig(steps=10, seed=wrong)
 
 
 def test_copies_and_changes() -> None:
