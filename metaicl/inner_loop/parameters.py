@@ -50,16 +50,16 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
 
 
 def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers as `named_parameters` and `named_buffers` have them, in a quarter of the time.
+    """Parameters and buffers by name, as `named_parameters` and `named_buffers` have them, in half of the time.
 
-    Every adaptation asks for them, and a small net adapts as fast as they are found.
+    Every adaptation asks for them, and torch's way took a tenth of one of a small net.
     """
     kinds = type(net).named_parameters, type(net).named_buffers
     if torch.compiler.is_compiling() or kinds != (nn.Module.named_parameters, nn.Module.named_buffers):
         return dict(net.named_parameters()), dict(net.named_buffers())
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    _gather(net, "", {id(None)}, parameters, buffers)
+    _gather(net, "", set(), parameters, buffers)
     return parameters, buffers
 
 
@@ -143,9 +143,9 @@ def _gather(
     """Fill in what a module holds and its parts hold, each tensor and each part under its first name."""
     for tensors, found in ((module._parameters, parameters), (module._buffers, buffers)):
         for name, value in tensors.items():
-            if id(value) not in seen:
+            if value is not None and id(value) not in seen:
                 seen.add(id(value))
-                found[prefix + name] = value  # type: ignore[assignment]  # None counts as seen
+                found[prefix + name] = value
     for name, child in module._modules.items():
         if child is not None and id(child) not in seen:
             seen.add(id(child))

@@ -94,7 +94,7 @@ def descend(descent: Descent, rates: Tensor, start: Sequence[Tensor], by_torch: 
         return found if learned else [None, *found]
 
     inputs = (rates.contiguous(), *(part.contiguous() for part in start))
-    return _apply(run, pull, by_torch, *inputs)[:-1]  # type: ignore[no-any-return]
+    return _apply(run, pull, by_torch, *inputs)[:-1]
 
 
 def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch) -> Tensor:
@@ -114,35 +114,41 @@ def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch
     def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return operator("answer_backward")(saved[:-1], slopes[0], x, sizes, activation)
 
-    return _apply(run, pull, by_torch, *(part.contiguous() for part in parts))[0]  # type: ignore[no-any-return]
+    return _apply(run, pull, by_torch, *(part.contiguous() for part in parts))[0]
 
 
-class _Kernel(torch.autograd.Function):
-    """A kernel whose last result is kept for its backward pass, and the same by torch for what comes after that.
-
-    In the old style, without `setup_context`: torch.func, which asks for that, is served by torch, and the way to it
-    reads the signature of `forward` at every call, which takes longer than a small kernel.
-    """
+class _WayBack(torch.autograd.Function):
+    """Backward of a kernel whose last result was kept for it, and the same by torch for derivatives of that."""
 
     @staticmethod
-    def forward(ctx: Any, run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> Any:
-        found = run(*inputs)
-        _TracedKernel.setup_context(ctx, (run, pull, by_torch, *inputs), found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *slopes: Any) -> Any:
         saved = ctx.saved_tensors
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # somebody will differentiate the gradient
             return None, None, None, *_by_torch(ctx.by_torch, saved[:-1], ctx.needs_input_grad[3:], slopes[:-1])
         return None, None, None, *ctx.pull(saved, slopes)
 
 
-class _TracedKernel(_Kernel):
-    """The same for compiled graphs, whose gradients are those of torch.func."""
+class _Kernel(_WayBack):
+    """For eager steps, in the old style.
+
+    With `setup_context` every call reads the signature of `forward`, which takes longer than a small kernel. Only
+    torch.func needs it, and that is served by torch.
+    """
 
     @staticmethod
-    def forward(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> Any:  # type: ignore[override]
+    def forward(
+        ctx: Any, run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = run(*inputs)
+        _TracedKernel.setup_context(ctx, (run, pull, by_torch, *inputs), found)
+        return found
+
+
+class _TracedKernel(_WayBack):
+    """For compiled graphs, whose gradients are those of torch.func."""
+
+    @staticmethod
+    def forward(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> tuple[Tensor, ...]:
         return run(*inputs)
 
     @staticmethod
@@ -153,8 +159,10 @@ class _TracedKernel(_Kernel):
         ctx.save_for_backward(*tensors, output[-1])
 
 
-def _apply(*arguments: Any) -> Any:
-    return (_TracedKernel if torch.compiler.is_compiling() else _Kernel).apply(*arguments)
+def _apply(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> tuple[Tensor, ...]:
+    kernel = _TracedKernel if torch.compiler.is_compiling() else _Kernel
+    found: tuple[Tensor, ...] = kernel.apply(run, pull, by_torch, *inputs)
+    return found
 
 
 def _by_torch(

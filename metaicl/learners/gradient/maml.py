@@ -49,8 +49,8 @@ class MAML(Learner[dict[str, Weight]]):
         checkpoint: Compute segments of so many steps once more in the backward pass, to save memory in long inner
             loops; True is 1. See `metaicl.inner_loop.unroll_tasks`.
         factored: Keep the fast weights of linear layers as W_0 plus factors and never form them, which is exact.
-            None: where that is cheaper, which is in layers wider than rows of the support times inner steps, and no
-            kernel serves the net (`metaicl.inner_loop.perceptrons`).
+            None: where that is cheaper, which is in layers wider than rows of the support times inner steps. A net
+            that a kernel serves (`metaicl.inner_loop.perceptrons`) is factored in compiled steps only.
 
     Raises:
         TypeError: If a count is no int or `optimizer` is no InnerOptimizer.
