@@ -30,6 +30,19 @@ def twice(function, *inputs):
 MASK = torch.tensor([[True, False, True, True], [True, True, False, False]])
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+def test_a_learned_scale_keeps_pace_with_adam(spread):
+    raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([raw], lr=2e-3)
+    assert functional.learned_scale(raw) == functional.positive(raw)
+    for _ in range(400):
+        scale = functional.learned_scale(raw)
+        optimizer.zero_grad()
+        (0.5 * (spread / scale) ** 2 + scale.log()).backward()  # errors of one size: the best scale is that size
+        optimizer.step()
+    assert functional.learned_scale(raw).item() == pytest.approx(spread, rel=0.02)
+
+
 def test_categorical_and_gaussian():
     logits = randn(2, 3, 4)
     found = functional.categorical(logits)

@@ -10,10 +10,11 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, masked_mean, positive
+from metaicl.functional import masked_mean
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import check_no_running_statistics, check_precision
 from metaicl.learner import Learner
+from metaicl.learners.gradient.shared import answer, output_scale
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
@@ -36,8 +37,7 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
         super().__init__(spec)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.first_order = bool(first_order)
-        if spec.kind == "regression":
-            self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
+        self.raw_scale = output_scale(spec)
 
     @property
     @abstractmethod
@@ -76,8 +76,7 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
             for i, inputs in enumerate(x):
                 weights = {**shared, **{name: value[i] for name, value in state.items()}}
                 outputs.append(call_net(self.net, weights, (inputs,)))
-        output = torch.stack(outputs)
-        return categorical(output) if self.spec.kind == "classification" else gaussian(output, positive(self.raw_scale))
+        return answer(torch.stack(outputs), self.raw_scale)
 
     def task_loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The inner loss of one task (scalar): mean cross-entropy in nats, or mean squared error."""

@@ -13,7 +13,7 @@ from torch import nn
 from metaicl.collation import concatenate
 from metaicl.convex.support_vectors import support_vector_weights
 from metaicl.episode import Examples
-from metaicl.functional import positive
+from metaicl.functional import learned_scale, positive
 from metaicl.learners.metric.logistic_head import LogisticHead
 from metaicl.learners.metric.ridge_head import RidgeHead, RowState, SumState
 from metaicl.learners.metric.svm_head import SVMHead
@@ -55,7 +55,7 @@ def test_ridge_head_regresses_as_the_bayesian_posterior(n_shot: int) -> None:
     x, queries = (
         np.pad(features(learner, part.x), ((0, 0), (0, 1)), constant_values=1) for part in (task.support, task.query)
     )
-    penalty, noise = positive(learner.raw_penalty).item(), positive(learner.raw_noise)[0].item()
+    penalty, noise = positive(learner.raw_penalty).item(), learned_scale(learner.raw_noise)[0].item()
     covariance = np.linalg.inv(x.T @ x / noise**2 + penalty / noise**2 * np.eye(7))
     mean = queries @ covariance @ x.T @ task.support.y[0].numpy() / noise**2
     variance = noise**2 + np.einsum("qd,de,qe->q", queries, covariance, queries)

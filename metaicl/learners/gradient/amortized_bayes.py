@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import masked_mean, positive
+from metaicl.functional import learned_scale, masked_mean
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
@@ -75,7 +75,9 @@ class AmortizedBayes(Learner[Posterior]):
             its own weights become meta-parameters that all tasks share.
         adapt: Shell-style patterns of the parameters with a posterior; the rest is shared. None takes all but word
             vectors, or with `rank` the factors.
-        inner_lr: Step size of the inner loop; None takes .01 for regression and .1 for classification.
+        inner_lr: Step size of the inner loop; None takes .02 for regression and .1 for classification. In regression
+            it multiplies gradients of the bound times the squared output scale, which are those of half the squared
+            error: a step is as long as one of MAML with half the rate, wherever training takes the scale.
         inner_steps: Updates of the inner loop; 0 answers by the prior.
         optimizer: Any other update rule of the inner loop, for means and logarithms of scales alike, instead of
             `inner_lr`; see `MAML`.
@@ -85,7 +87,7 @@ class AmortizedBayes(Learner[Posterior]):
         n_predictions: Draws that an answer mixes.
         prior_scale: Start of the prior's standard deviations.
         kl_weight: Factor on both KL terms; 1 gives the evidence bounds, and then asks for a wider prior: plain steps
-            are stable while inner_lr * kl_weight < 2 * rows * prior_scale^2.
+            are stable while inner_lr * kl_weight < 2 * rows * prior_scale^2 (in regression: times scale^2 on the left).
         first_order: Drop second derivatives.
 
     Raises:
@@ -95,7 +97,7 @@ class AmortizedBayes(Learner[Posterior]):
     Reference:
         Ravi & Beatson, 2019, "Amortized Bayesian meta-learning" (ICLR), Algorithms 1 and 2. Low-rank factors: Zhang
         et al. 2025 (ABMLL). Differs: the outer likelihood is that of the query, not of support and query, and its KL
-        is shared out over support rows; no hyper-prior on the prior; `kl_weight` (theirs down-weights the inner
+        is shared out over support rows; inner steps on the bound times the squared scale of regression answers; no hyper-prior on the prior; `kl_weight` (theirs down-weights the inner
         KL); plain draws instead of local reparametrization; group normalization; in ABMLL the scales
         are low-rank products too.
     """
@@ -138,7 +140,7 @@ class AmortizedBayes(Learner[Posterior]):
         log_scale = math.log(check_positive("prior_scale", prior_scale))
         means = adapted_tensors(self.net, self.adapted)
         self.log_scales = nn.ParameterList([torch.full_like(value, log_scale) for value in means.values()])
-        rule = choose_optimizer(optimizer, inner_lr, default=0.01 if spec.kind == "regression" else 0.1)
+        rule = choose_optimizer(optimizer, inner_lr, default=0.02 if spec.kind == "regression" else 0.1)
         self.optimizer = rule.bind(self.prior(), max(1, self.inner_steps))
         self.raw_scale = output_scale(spec)
 
@@ -177,14 +179,19 @@ class AmortizedBayes(Learner[Posterior]):
         return {**means, **{_SCALE + name: value for name, value in zip(means, self.log_scales, strict=True)}}
 
     def _bound(self, weights: Params, x: Tensor, y: Tensor, real: Tensor, noise: Params) -> Tensor:
-        """What the inner loop minimizes on one task, in nats per row; `weights` name what `_read` names too."""
+        """What the inner loop minimizes on one task; `weights` name what `_read` names too.
+
+        In nats per row; in regression times the squared scale of the answers. A step of fixed size on nats would shrink
+        and grow with the scale while that is learned.
+        """
         rest = {name.removeprefix(_READ): value for name, value in weights.items() if name.startswith(_READ)}
         frozen = {name: value for name, value in rest.items() if name not in (*weights, _RAW)}
         outputs = self._outputs(weights, noise, frozen, x)  # (S, N, ...)
         rows = row_nll(outputs, y.expand(len(outputs), *y.shape), rest.get(_RAW))
         prior = {name: value for name, value in rest.items() if name in weights}
         divergence = gaussian_kl(weights, prior) / real.sum().clamp(min=1)
-        return masked_mean(rows.mean(0), real, 0) + self.kl_weight * divergence
+        bound = masked_mean(rows.mean(0), real, 0) + self.kl_weight * divergence
+        return bound * learned_scale(rest[_RAW]).square().mean() if _RAW in rest else bound
 
     def _read(self) -> dict[str, Tensor]:
         """What the inner loss reads beside the weights: the rest of the net, the prior and the output scale."""
@@ -228,7 +235,7 @@ def row_nll(outputs: Tensor, y: Tensor, raw_scale: Tensor | None) -> Tensor:
     """Negative log-likelihood of targets y in nats, without the axis of outputs (..., N, C) or (..., N, y_dim)."""
     if raw_scale is None:
         return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none")
-    scale = positive(raw_scale)
+    scale = learned_scale(raw_scale)
     return (0.5 * ((y - outputs) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_labels, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, inverse_positive, positive, rounding_of, solvable
+from metaicl.functional import categorical, gaussian, inverse_positive, learned_scale, positive, rounding_of, solvable
 from metaicl.learners.metric.embedding import EmbeddingLearner
 from metaicl.nets.backbones import MLP
 from metaicl.nets.rows import as_numbers
@@ -118,7 +118,7 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         else:
             explained = _quadratic(state.factor, features @ state.features.mT)
             spread = (features.square().sum(-1) - explained).clamp(min=0) / positive(self.raw_penalty)
-        return gaussian(mean, positive(self.raw_noise) * (1 + spread).sqrt()[..., None])
+        return gaussian(mean, learned_scale(self.raw_noise) * (1 + spread).sqrt()[..., None])
 
     def _rows(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) and targets (B, N, K), masked rows zero."""
