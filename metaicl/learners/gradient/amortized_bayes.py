@@ -97,9 +97,9 @@ class AmortizedBayes(Learner[Posterior]):
     Reference:
         Ravi & Beatson, 2019, "Amortized Bayesian meta-learning" (ICLR), Algorithms 1 and 2. Low-rank factors: Zhang
         et al. 2025 (ABMLL). Differs: the outer likelihood is that of the query, not of support and query, and its KL
-        is shared out over support rows; inner steps on the bound times the squared scale of regression answers; no hyper-prior on the prior; `kl_weight` (theirs down-weights the inner
-        KL); plain draws instead of local reparametrization; group normalization; in ABMLL the scales
-        are low-rank products too.
+        is shared out over support rows; inner steps on the bound times the squared scale of regression answers; no
+        hyper-prior on the prior; `kl_weight` (theirs down-weights the inner KL); plain draws instead of local
+        reparametrization; group normalization; in ABMLL the scales are low-rank products too.
     """
 
     traits = Traits()
