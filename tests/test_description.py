@@ -200,6 +200,12 @@ def test_differences_are_the_innermost():
     assert len(shortened("x" * 5000)) < 300
 
 
+def test_an_inner_optimizer_is_told_by_its_settings_alone():
+    # What follows from them may be worked out in another way tomorrow; stored comparisons have to stay what they are.
+    told = describe(SGD(0.1, momentum=0.9))
+    assert set(told["attributes"]) == {"rates", "clip_norm", "precondition", "nesterov"}
+
+
 def make_learner():
     torch.manual_seed(0)
     learner = MAML(Sinusoid().spec, adapt=["head.*", "encoder.*"], optimizer=SGD(0.1, momentum=0.9), inner_steps=2)

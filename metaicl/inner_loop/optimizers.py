@@ -57,8 +57,10 @@ class InnerOptimizer(nn.Module, ABC):
         self.precondition = precondition
         self.learned = nn.ModuleDict()
 
-    takes_factors: bool = False
-    """Whether `update` can move `Factors` by factored gradients."""
+    @property
+    def takes_factors(self) -> bool:
+        """Whether `update` can move `Factors` by factored gradients."""
+        return False
 
     @abstractmethod
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
@@ -161,13 +163,20 @@ class SGD(InnerOptimizer):
             weight_decay=check_rate("weight_decay", weight_decay, low=0),
         )
         self.nesterov = bool(nesterov)
-        self.is_plain = (
-            clip_norm is None and precondition is None and not self.uses("momentum") and not self.uses("weight_decay")
-        )
-        own_rule = type(self).update is not SGD.update  # which knows nothing of factors
-        self.takes_factors = self.is_plain and self.rates["lr"].learn != "element" and not own_rule
         if self.nesterov and (not self.uses("momentum") or self.uses("dampening")):
             raise ValueError("nesterov needs momentum > 0 and dampening 0")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is the gradient times a rate, and nothing else."""
+        as_they_come = self.clip_norm is None and self.precondition is None
+        return as_they_come and not self.uses("momentum") and not self.uses("weight_decay")
+
+    @property
+    def takes_factors(self) -> bool:
+        """Whether `update` can move `Factors` by factored gradients."""
+        own_rule = type(self).update is not SGD.update  # which knows nothing of factors
+        return self.is_plain and self.rates["lr"].learn != "element" and not own_rule
 
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
         """One step of one tensor."""

@@ -14,7 +14,7 @@ from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian
 from metaicl.learner import Learner, Traits
-from metaicl.spec import Kind, TaskSpec
+from metaicl.spec import Kind, NotServed, TaskSpec
 
 _FLOOR = 1e-6  # smallest probability of a class: an estimator's 0 would cost an infinite loss
 _MIN_SCALE = 1e-3
@@ -55,7 +55,8 @@ class SklearnLearner(Learner[list[FittedTask]]):
         scale: A fixed standard deviation for regression, which saves the cross-validation.
 
     Raises:
-        TypeError: If the estimator is of the wrong kind for the spec.
+        TypeError: If the estimator is neither a classifier with `predict_proba` nor a regressor.
+        NotServed: If it is the one and the tasks are the other's; a comparison goes on without it.
         ValueError: If `scale` is no positive number.
     """
 
@@ -64,12 +65,13 @@ class SklearnLearner(Learner[list[FittedTask]]):
     def __init__(self, spec: TaskSpec, estimator: Any, *, scale: float | None = None) -> None:
         """Check that the estimator fits the spec, and fix its random states."""
         super().__init__(spec)
-        right = is_classifier(estimator) if spec.kind == "classification" else is_regressor(estimator)
-        if not right:
-            name = type(estimator).__name__
-            raise TypeError(f"estimator must be a scikit-learn {_noun(spec.kind)} for a {spec.kind} spec; got {name}")
+        served = {"classification": is_classifier(estimator), "regression": is_regressor(estimator)}
+        name = type(estimator).__name__
+        if not served[spec.kind]:
+            raise (NotServed if any(served.values()) else TypeError)(
+                f"estimator must be a scikit-learn {_noun(spec.kind)} for a {spec.kind} spec; got {name}"
+            )
         if spec.kind == "classification" and not hasattr(estimator, "predict_proba"):
-            name = type(estimator).__name__
             raise TypeError(f"{name} has no predict_proba; wrap it in sklearn.calibration.CalibratedClassifierCV")
         self.scale = None if scale is None else check_positive("scale", scale)
         self.estimator: Any = clone(estimator)

@@ -21,7 +21,7 @@ from metaicl.interop.sklearn import InContextClassifier, InContextRegressor, Skl
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.objectives import query_loss
-from metaicl.spec import TaskSpec
+from metaicl.spec import NotServed, TaskSpec
 from metaicl.task import derive_generator
 from metaicl.tasks.functions import LinearRegression
 from metaicl.tasks.gaussians import GaussianClasses
@@ -125,8 +125,10 @@ def test_masked_rows_are_absent_and_images_are_flattened():
 
 
 def test_wrong_estimators():
-    with pytest.raises(TypeError, match="must be a scikit-learn classifier for a classification spec; got Ridge"):
+    with pytest.raises(NotServed, match="must be a scikit-learn classifier for a classification spec; got Ridge"):
         SklearnLearner(GAUSSIANS.spec, SkRidge())
+    with pytest.raises(TypeError, match="must be a scikit-learn regressor for a regression spec; got StandardScaler"):
+        SklearnLearner(LINEAR.spec, StandardScaler())
     with pytest.raises(TypeError, match=r"RidgeClassifier has no predict_proba.*CalibratedClassifierCV"):
         SklearnLearner(GAUSSIANS.spec, RidgeClassifier())
     with pytest.raises(ValueError, match="scale must be a finite number > 0"):
