@@ -14,7 +14,7 @@ from metaicl.learners.gradient.maml import MAML
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 
-LINES = TaskSpec("regression", (2,), y_dim=1)
+LINE, LINES = (TaskSpec("regression", (dim,), y_dim=1) for dim in (1, 2))
 
 
 def estimate(learner, episode, seed: int = 0):
@@ -48,26 +48,34 @@ def flat(gradients) -> torch.Tensor:
 
 
 def test_smoothing_a_curved_loss_changes_its_gradient() -> None:
-    """The scale enters by 1 / s^2 and log s: the estimate follows the smoothed loss, by quadrature, not the loss."""
-    learner, sigma = seeded(lambda: ESMAML(LINES, net=nn.Linear(2, 1), n_pairs=400, sigma=1.5)), 1.5
-    learner.net.requires_grad_(False)
-    nodes, weights = hermite()
-
-    def smoothed_slope() -> float:
-        start, total = learner.raw_scale.detach().clone(), 0.0
+    """Of a bounded net with one weight: estimates follow the smoothed loss, by quadrature, and not the loss itself."""
+    curved = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh())
+    learner, sigma = seeded(lambda: ESMAML(LINE, net=curved, n_pairs=400, sigma=1.5)), 1.5
+    (weight,), scale = learner.net.parameters(), learner.raw_scale
+    nodes, shares = hermite()
+    smoothed = {"net.0.weight": 0.0, "raw_scale": 0.0}
+    start = weight.detach().clone()
+    for node, share in zip(nodes, shares, strict=True):
         with torch.no_grad():
-            for node, weight in zip(nodes, weights, strict=True):
-                learner.raw_scale.copy_(start + sigma * node)
-                total += float(weight * node * query_loss(learner, lines()).detach().mean()) / sigma
-            learner.raw_scale.copy_(start)
-        return total
+            weight.copy_(start + sigma * node)
+        loss = query_loss(learner, line()).mean()
+        smoothed["net.0.weight"] += float(share * node * loss.detach()) / sigma
+        smoothed["raw_scale"] += float(share * torch.autograd.grad(loss, scale)[0])
+    with torch.no_grad():
+        weight.copy_(start)
+    exact = dict(zip(smoothed, torch.autograd.grad(query_loss(learner, line()).mean(), (weight, scale)), strict=True))
+    draws = [estimate(learner, line(), seed)[1] for seed in range(40)]
+    for name, expected in smoothed.items():
+        found = torch.tensor([float(draw[name]) for draw in draws])
+        error = float(found.std()) / 40**0.5
+        assert abs(float(found.mean()) - expected) < 4 * error
+        assert abs(expected - float(exact[name])) > 8 * error
 
-    expected = smoothed_slope()
-    exact = float(torch.autograd.grad(query_loss(learner, lines()).mean(), learner.raw_scale)[0])
-    draws = torch.tensor([float(estimate(learner, lines(), seed)[1]["raw_scale"]) for seed in range(40)])
-    error = float(draws.std()) / 40**0.5
-    assert abs(float(draws.mean()) - expected) < 4 * error
-    assert abs(expected - exact) > 8 * error
+
+def line() -> Episode:
+    source = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 4, 1, generator=source, dtype=torch.float64) for _ in range(4)]
+    return Episode(Examples(*parts[:2]), Examples(*parts[2:]))
 
 
 def hermite():
@@ -80,21 +88,26 @@ def hermite():
 def test_equals_a_loop_over_pairs_and_tasks(tasks) -> None:
     learner, episode = seeded(lambda: ESMAML(tasks.spec, n_pairs=3, inner_steps=2, sigma=0.1)), draw(tasks)
     _, found = estimate(learner, episode)
-    start = {name: value.detach().clone() for name, value in learner.named_parameters()}
+    start = {name: value.detach().clone() for name, value in learner.net.named_parameters()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         noise = {name: torch.randn(3, len(episode), *v.shape, dtype=v.dtype) for name, v in start.items()}
-    expected = {name: torch.zeros_like(value) for name, value in start.items()}
+    expected = {name: torch.zeros_like(value) for name, value in learner.named_parameters()}
     for pair in range(3):
         for index, task in enumerate(episode):
             losses = []
             for sign in (1, -1):
                 with torch.no_grad():
-                    for name, value in learner.named_parameters():
+                    for name, value in learner.net.named_parameters():
                         value.copy_(start[name] + sign * 0.1 * noise[name][pair, index])
-                    losses.append(float(query_loss(learner, task).detach()))
-            for name, value in expected.items():
-                value += (losses[0] - losses[1]) / 0.2 * noise[name][pair, index] / (3 * len(episode))
+                losses.append(query_loss(learner, task).mean())
+            slope = float((losses[0] - losses[1]).detach()) / 0.2
+            for name, value in noise.items():
+                expected[f"net.{name}"] += slope * value[pair, index] / (3 * len(episode))
+            if learner.raw_scale is not None:
+                (exact,) = torch.autograd.grad((losses[0] + losses[1]) / 2, learner.raw_scale)
+                expected["raw_scale"] += exact / (3 * len(episode))
+    assert found.keys() == expected.keys()
     scale = max(float(value.abs().max()) for value in expected.values())
     assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-12 * max(scale, 1)
 

@@ -29,7 +29,8 @@ class ESMAML(PlainDescent):
     The meta-gradient is that of the loss smoothed by a Gaussian of width `sigma`, estimated by pairs of opposite
     perturbations: mean of (f(w + sigma e) - f(w - sigma e)) e / (2 sigma), where f adapts and evaluates. Nothing is
     differentiated through the inner loop, which may be long. Its noise grows with the number of parameters: a small
-    net and many pairs suit it.
+    net and many pairs suit it. The scale of regression answers comes after the inner loop: it is not perturbed, and its
+    gradient is the exact one of the smoothed loss, over the same perturbations of the weights.
 
     Perturbations come from torch's default generator, which `outer_loop` seeds for each update and puts back.
 
@@ -86,8 +87,8 @@ class ESMAML(PlainDescent):
     def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
         """The query's loss at the unperturbed weights (scalar, nats per row), and the estimated gradient."""
         check_support(self, episode.support)
-        trainable = {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
-        n_tasks, shape = episode.n_tasks, (self.n_pairs, episode.n_tasks)
+        trainable = {name: value.detach() for name, value in self.net.named_parameters() if value.requires_grad}
+        n_tasks, shape, learned = episode.n_tasks, (self.n_pairs, episode.n_tasks), self.raw_scale
         with torch.no_grad():
             noise = {name: _normal(value, shape) for name, value in trainable.items()}
             plus, minus = (
@@ -95,18 +96,20 @@ class ESMAML(PlainDescent):
                 for sign in (1, -1)
             )
             slopes = (plus - minus) / (2 * self.sigma * self.n_pairs * n_tasks)
-            found = {name: torch.tensordot(slopes, value, 2) for name, value in noise.items()}
-            return query_loss(self, episode).mean(), found
+            found = {f"net.{name}": torch.tensordot(slopes, value, 2) for name, value in noise.items()}
+            loss = query_loss(self, episode).mean()
+        if learned is not None and learned.requires_grad:
+            found["raw_scale"] = torch.autograd.grad((plus + minus).mean() / 2, learned)[0]
+        return loss, found
 
     def _losses(self, weights: Params, episode: Episode) -> Tensor:
-        """The query's losses (P, B) after adapting from weights with leading axes (P, B)."""
-        frozen = {name: value for name, value in frozen_tensors(self.net, ()).items() if f"net.{name}" not in weights}
+        """The query's losses (P, B) after adapting from weights with leading axes (P, B); a function of the scale."""
+        frozen = {name: value for name, value in frozen_tensors(self.net, ()).items() if name not in weights}
         support, query = episode.support, episode.query
 
         def one(weights: Params, x: Tensor, y: Tensor, mask: Tensor | None, inputs: Tensor) -> Tensor:
-            net = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
-            rest = {**frozen, **{name: value for name, value in net.items() if name not in self.adapted}}
-            start = {name: value for name, value in net.items() if name in self.adapted}
+            rest = {**frozen, **{name: value for name, value in weights.items() if name not in self.adapted}}
+            start = {name: value for name, value in weights.items() if name in self.adapted}
             loss, data = support_loss(self.spec, self.net, rest), (x, y, mask)
             fast = unroll(loss, start, data, optimizer=self.optimizer, steps=self.inner_steps, first_order=True)
             return call_net(self.net, {**rest, **fast}, (inputs,))
@@ -118,10 +121,10 @@ class ESMAML(PlainDescent):
                 over_tasks, in_dims=(0, None, None, None, None), randomness="different", chunk_size=self.chunk_size
             )
             output = over_pairs(weights, support.x, support.y, support.mask, query.x)
-        scale = weights.get("raw_scale", self.raw_scale)
-        log_prob = answer(output, None if scale is None else scale.unsqueeze(-2)).log_prob(query.y)
-        mask = None if query.mask is None else query.mask.expand_as(log_prob)
-        return masked_mean(-log_prob, mask, 2)
+        with torch.enable_grad():
+            log_prob = answer(output, self.raw_scale).log_prob(query.y)
+            mask = None if query.mask is None else query.mask.expand_as(log_prob)
+            return masked_mean(-log_prob, mask, 2)
 
 
 def _normal(like: Tensor, leading: tuple[int, ...]) -> Tensor:
