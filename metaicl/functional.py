@@ -12,7 +12,7 @@ from metaicl.spec import TaskSpec
 NOTHING = 1e-30  # probability of a class that no row has shown, beside those that have rows
 
 _MIN_SCALE = 1e-3
-_SCALE_GAIN = 10  # 5 and 20 are as good on sine waves
+_GAIN = 10  # of meta-parameters that stand for one positive number; 5 and 20 are as good on sine waves
 
 
 def categorical(logits: Tensor) -> Categorical:
@@ -30,29 +30,30 @@ def positive(raw: Tensor) -> Tensor:
     return _MIN_SCALE + F.softplus(raw)
 
 
-def learned_scale(raw: Tensor) -> Tensor:
-    """The scale of a Gaussian answer from numbers that all rows share: `positive` of ten times each.
+def learned_positive(raw: Tensor) -> Tensor:
+    """A positive number, such as a scale or a penalty, from a meta-parameter of its own: `positive` of ten times it.
 
-    Adam moves a number by about its learning rate in an update. Without the factor, a scale that starts at softplus(0)
-    and belongs at a hundredth is on its way for thousands of updates, in which likelihoods weigh the errors too little.
+    Adam moves a parameter by about its learning rate in an update. Without the factor, a scale that starts at
+    softplus(0) and belongs at a hundredth is on its way for thousands of updates; a net, whose answers are sums over
+    many weights, is there in a few hundred.
     """
-    return positive(_SCALE_GAIN * raw)
+    return positive(_GAIN * raw)
 
 
-def inverse_positive(value: float, *, name: str = "value") -> float:
-    """The raw number for which `positive` gives `value`.
+def inverse_learned_positive(value: float, *, name: str = "value") -> float:
+    """The raw number for which `learned_positive` gives `value`.
 
     Args:
-        value: What `positive` should give.
+        value: What `learned_positive` should give.
         name: What an error calls it.
 
     Raises:
         ValueError: If `value` is not finite and above the floor of 1e-3.
     """
     if not _MIN_SCALE < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > {_MIN_SCALE}, the floor of positive(); got {value}")
+        raise ValueError(f"{name} must be a finite number > {_MIN_SCALE}, the floor of learned_positive(); got {value}")
     above = value - _MIN_SCALE
-    return above + math.log(-math.expm1(-above))  # log(exp(x) - 1) without overflow
+    return (above + math.log(-math.expm1(-above))) / _GAIN  # log(exp(x) - 1) without overflow
 
 
 def rounding_of(gram: Tensor) -> Tensor:

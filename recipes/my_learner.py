@@ -24,7 +24,7 @@ from metaicl import (
     check_learner,
     compare,
 )
-from metaicl.functional import gaussian, learned_scale, squared_distances
+from metaicl.functional import gaussian, learned_positive, squared_distances
 from metaicl.learners import Constant
 from metaicl.nets.backbones import MLP, encode
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
@@ -49,7 +49,7 @@ class KernelRegressor(Learner[tuple[Tensor, Tensor, Tensor]]):
         keys, y, real = state
         scores = -squared_distances(encode(self.encoder, x), keys)  # (B, Q, N)
         weights = torch.softmax(scores.masked_fill(~real[:, None], -torch.inf), -1)
-        return gaussian(weights @ y, learned_scale(self.raw_scale))
+        return gaussian(weights @ y, learned_positive(self.raw_scale))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,13 +34,13 @@ MASK = torch.tensor([[True, False, True, True], [True, True, False, False]])
 def test_a_learned_scale_keeps_pace_with_adam(spread):
     raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=2e-3)
-    assert functional.learned_scale(raw) == functional.positive(raw)
+    assert functional.learned_positive(raw) == functional.positive(raw)
     for _ in range(400):
-        scale = functional.learned_scale(raw)
+        scale = functional.learned_positive(raw)
         optimizer.zero_grad()
         (0.5 * (spread / scale) ** 2 + scale.log()).backward()  # errors of one size: the best scale is that size
         optimizer.step()
-    assert functional.learned_scale(raw).item() == pytest.approx(spread, rel=0.02)
+    assert functional.learned_positive(raw).item() == pytest.approx(spread, rel=0.02)
 
 
 def test_categorical_and_gaussian():
@@ -62,13 +62,15 @@ def test_positive_and_its_inverse():
     expected = 1e-3 + np.logaddexp(0, raw.numpy())
     assert np.abs(functional.positive(raw).numpy() - expected).max() < 1e-14
     for value in (0.0011, 0.5, 1.0, 30.0, 1e6):
-        back = functional.positive(torch.tensor(functional.inverse_positive(value), dtype=torch.float64))
+        back = functional.learned_positive(
+            torch.tensor(functional.inverse_learned_positive(value), dtype=torch.float64)
+        )
         assert float(back) == pytest.approx(value, rel=1e-9)
     for value in (1e-3, 0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"finite number > 0\.001"):
-            functional.inverse_positive(value)
+            functional.inverse_learned_positive(value)
     with pytest.raises(ValueError, match=r"penalty must be a finite number > 0\.001"):
-        functional.inverse_positive(1e-4, name="penalty")
+        functional.inverse_learned_positive(1e-4, name="penalty")
     assert twice(functional.positive, randn(5))
 
 

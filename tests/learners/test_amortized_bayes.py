@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from metaicl.episode import Examples
-from metaicl.functional import inverse_positive, learned_scale
+from metaicl.functional import inverse_learned_positive, learned_positive
 from metaicl.learner import Regularizes
 from metaicl.learners.gradient.amortized_bayes import AmortizedBayes, gaussian_kl, mixture, row_nll
 from metaicl.learners.gradient.maml import MAML
@@ -89,7 +89,7 @@ def test_one_step_equals_the_closed_form() -> None:
     )  # fmt: skip
     prior, noise = learner.prior(), learner._noise("adapt", 3, 2, 3)["weight"].flatten(1)
     center, spread = prior["weight"].item(), prior["log_scale weight"].exp().item()
-    kl_weight = 0.7 * learned_scale(learner.raw_scale).item() ** 2 / 4
+    kl_weight = 0.7 * learned_positive(learner.raw_scale).item() ** 2 / 4
     state = learner.adapt(Examples(x, y))
     for task in range(3):
         mean, scale = center, spread
@@ -107,7 +107,7 @@ def test_rows_and_mixtures_equal_torch_distributions() -> None:
     source = torch.Generator().manual_seed(0)
     raw = torch.tensor([0.03, -0.05], dtype=torch.float64)
     outputs, y = (torch.randn(2, 4, 5, 2, generator=source, dtype=torch.float64) for _ in range(2))
-    expected = -Independent(Normal(outputs, learned_scale(raw)), 1).log_prob(y)
+    expected = -Independent(Normal(outputs, learned_positive(raw)), 1).log_prob(y)
     assert float((row_nll(outputs, y, raw) - expected).abs().max()) < 1e-12
     labels = torch.randint(0, 2, (2, 4, 5), generator=source)
     by_torch = -Categorical(logits=outputs).log_prob(labels)
@@ -117,11 +117,11 @@ def test_rows_and_mixtures_equal_torch_distributions() -> None:
     probs = mixture(outputs, None).probs
     assert float((probs - outputs.softmax(-1).mean(2)).abs().max()) < 1e-12
     target = y[:, :, 0]
-    parts = Independent(Normal(outputs, learned_scale(raw).expand_as(outputs)), 1)
+    parts = Independent(Normal(outputs, learned_positive(raw).expand_as(outputs)), 1)
     both = MixtureSameFamily(Categorical(logits=torch.zeros(2, 4, 5).double()), parts).log_prob(target)
     assert float((mixture(outputs, raw).log_prob(target) - both).abs().max()) < 1e-12
     one = mixture(outputs[..., :1], raw[:1])
-    by_hand = Normal(outputs[..., 0], learned_scale(raw[:1])).log_prob(target[..., :1]).logsumexp(-1) - math.log(5)
+    by_hand = Normal(outputs[..., 0], learned_positive(raw[:1])).log_prob(target[..., :1]).logsumexp(-1) - math.log(5)
     assert one.event_shape == (1,)
     assert float((one.log_prob(target[..., :1]) - by_hand).abs().max()) < 1e-12
     assert float((one.mean[..., 0] - outputs[..., 0].mean(-1)).abs().max()) < 1e-12
@@ -182,7 +182,7 @@ def test_evidence_narrows_the_posterior() -> None:
     for steps in (1, 3, 9):
         learner = seeded(lambda steps=steps: AmortizedBayes(spec, net=nn.Linear(1, 1), inner_steps=steps, **settings))
         with torch.no_grad():
-            learner.raw_scale.fill_(inverse_positive(0.3) / 10)
+            learner.raw_scale.fill_(inverse_learned_positive(0.3))
         state = learner.adapt(Examples(x, 0.5 * x))
         scales.append(float(state.weights["log_scale weight"].detach().max()))
     assert scales[0] > scales[1] > scales[2]

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import learned_scale, masked_mean
+from metaicl.functional import learned_positive, masked_mean
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
@@ -191,7 +191,7 @@ class AmortizedBayes(Learner[Posterior]):
         prior = {name: value for name, value in rest.items() if name in weights}
         divergence = gaussian_kl(weights, prior) / real.sum().clamp(min=1)
         bound = masked_mean(rows.mean(0), real, 0) + self.kl_weight * divergence
-        return bound * learned_scale(rest[_RAW]).square().mean() if _RAW in rest else bound
+        return bound * learned_positive(rest[_RAW]).square().mean() if _RAW in rest else bound
 
     def _read(self) -> dict[str, Tensor]:
         """What the inner loss reads beside the weights: the rest of the net, the prior and the output scale."""
@@ -235,7 +235,7 @@ def row_nll(outputs: Tensor, y: Tensor, raw_scale: Tensor | None) -> Tensor:
     """Negative log-likelihood of targets y in nats, without the axis of outputs (..., N, C) or (..., N, y_dim)."""
     if raw_scale is None:
         return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none")
-    scale = learned_scale(raw_scale)
+    scale = learned_positive(raw_scale)
     return (0.5 * ((y - outputs) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 

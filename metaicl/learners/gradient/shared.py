@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, learned_scale
+from metaicl.functional import categorical, gaussian, learned_positive
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.calling import unused_parameters
 from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
@@ -263,4 +263,4 @@ def answer(output: Tensor, raw_scale: Tensor | None) -> Distribution:
         output: Logits (B, Q, C) or means (B, Q, y_dim).
         raw_scale: What `output_scale` gave: None makes the answer a distribution over classes.
     """
-    return categorical(output) if raw_scale is None else gaussian(output, learned_scale(raw_scale))
+    return categorical(output) if raw_scale is None else gaussian(output, learned_positive(raw_scale))

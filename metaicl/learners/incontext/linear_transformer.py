@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, learned_scale
+from metaicl.functional import categorical, gaussian, learned_positive
 from metaicl.learner import Learner, Traits
 from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.linear_attention import LinearAttentionStack
@@ -125,7 +125,7 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
         return count.clamp(min=1)[..., None] if self.per_row else torch.ones_like(count)[..., None]
 
     def _answer(self, tokens: Tensor) -> Distribution:
-        output, scale = -tokens[..., self.x_size : self.x_size + self.y_size], learned_scale(self.raw_scale)
+        output, scale = -tokens[..., self.x_size : self.x_size + self.y_size], learned_positive(self.raw_scale)
         return gaussian(output, scale) if self.spec.kind == "regression" else categorical(output / scale)
 
 

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import gaussian, learned_scale
+from metaicl.functional import gaussian, learned_positive
 from metaicl.learner import Learner, Traits
 from metaicl.nets.moments import Moments, row_moments
 from metaicl.spec import NotServed, TaskSpec
@@ -64,7 +64,7 @@ class LoopedLinearAttention(Learner[LoopedFit]):
 
     def predict(self, state: LoopedFit, x: Tensor) -> Distribution:
         """Gaussian around x W."""
-        return gaussian(x @ state.weights, learned_scale(self.raw_scale))
+        return gaussian(x @ state.weights, learned_positive(self.raw_scale))
 
     def _run(self, moments: Moments) -> LoopedFit:
         count = moments.count.clamp(min=1)[..., None, None]

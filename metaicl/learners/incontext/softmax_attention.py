@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Examples
-from metaicl.functional import gaussian, learned_scale
+from metaicl.functional import gaussian, learned_positive
 from metaicl.learner import Learner, Traits
 from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.rows import as_numbers
@@ -84,7 +84,7 @@ class SoftmaxAttention(Learner[Support]):
 
     def _answer(self, output: Tensor) -> Distribution:
         if self.raw_scale is not None:
-            return gaussian(output, learned_scale(self.raw_scale))
+            return gaussian(output, learned_positive(self.raw_scale))
         # Mixed with a trace of the uniform distribution: a class that nothing votes for has a finite loss.
         uniform = 1 / self.spec.output_size
         mixed = output + (1 - output.sum(-1, keepdim=True)) * uniform
