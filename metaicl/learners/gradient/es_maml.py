@@ -99,7 +99,9 @@ class ESMAML(PlainDescent):
             found = {f"net.{name}": torch.tensordot(slopes, value, 2) for name, value in noise.items()}
             loss = query_loss(self, episode).mean()
         if learned is not None and learned.requires_grad:
-            found["raw_scale"] = torch.autograd.grad((plus + minus).mean() / 2, learned)[0]
+            with torch.enable_grad():
+                smoothed = (plus + minus).mean() / 2
+            found["raw_scale"] = torch.autograd.grad(smoothed, learned)[0]
         return loss, found
 
     def _losses(self, weights: Params, episode: Episode) -> Tensor:
