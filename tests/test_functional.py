@@ -1,5 +1,6 @@
 """Every function against an oracle in float64, with first and second derivatives, masks and the nasty points."""
 
+import itertools
 import math
 
 import numpy as np
@@ -61,10 +62,9 @@ def test_positive_and_its_inverse():
     raw = torch.tensor([-800.0, -3.0, 0.0, 5.0, 800.0], dtype=torch.float64)
     expected = 1e-3 + np.logaddexp(0, raw.numpy())
     assert np.abs(functional.positive(raw).numpy() - expected).max() < 1e-14
-    for value in (0.0011, 0.5, 1.0, 30.0, 1e6):
-        back = functional.learned_positive(
-            torch.tensor(functional.inverse_learned_positive(value), dtype=torch.float64)
-        )
+    for value, kind in itertools.product((0.0011, 0.5, 1.0, 30.0, 1e6), ("regression", "classification")):
+        raw = torch.tensor(functional.inverse_learned_positive(value, kind), dtype=torch.float64)
+        back = functional.learned_positive(raw, kind)
         assert float(back) == pytest.approx(value, rel=1e-9)
     for value in (1e-3, 0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"finite number > 0\.001"):

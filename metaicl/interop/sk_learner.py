@@ -56,7 +56,7 @@ class SklearnLearner(Learner[list[FittedTask]]):
 
     Raises:
         TypeError: If the estimator is neither a classifier with `predict_proba` nor a regressor.
-        NotServed: If it is the one and the tasks are the other's; a comparison goes on without it.
+        NotServed: If it is a classifier and the tasks are regression, or the other way round.
         ValueError: If `scale` is no positive number.
     """
 

@@ -46,7 +46,7 @@ class LogisticHead(EmbeddingLearner[Tensor]):
         """Build the encoder where none is given."""
         super().__init__(spec, encoder)
         self.raw_penalty = nn.Parameter(
-            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), name="penalty"))
+            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), spec.kind, name="penalty"))
         )
         self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
@@ -54,7 +54,7 @@ class LogisticHead(EmbeddingLearner[Tensor]):
         """Weights (B, D + 1, C), the bias last."""
         features, n_way = self._features(support.x), self.spec.output_size
         return logistic_weights(
-            features, support.y, n_way, penalty=learned_positive(self.raw_penalty), mask=support.mask
+            features, support.y, n_way, penalty=learned_positive(self.raw_penalty, self.spec.kind), mask=support.mask
         )
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:

@@ -88,7 +88,7 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
             encoder = MLP((spec.x_shape[0], 64, 64, 64))
         super().__init__(spec, encoder)
         self.raw_penalty = nn.Parameter(
-            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), name="penalty"))
+            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), spec.kind, name="penalty"))
         )
         start = math.log(check_positive("temperature", temperature))
         if spec.kind == "classification":
@@ -117,7 +117,7 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
             spread = _quadratic(state.factor, features)
         else:
             explained = _quadratic(state.factor, features @ state.features.mT)
-            spread = (features.square().sum(-1) - explained).clamp(min=0) / learned_positive(self.raw_penalty)
+            spread = (features.square().sum(-1) - explained).clamp(min=0) / self._penalty
         return gaussian(mean, learned_positive(self.raw_noise) * (1 + spread).sqrt()[..., None])
 
     def _rows(self, examples: Examples) -> tuple[Tensor, Tensor]:
@@ -142,9 +142,13 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         factor = self._factor(gram)
         return SumState(gram, cross, factor, torch.cholesky_solve(cross, factor))
 
+    @property
+    def _penalty(self) -> Tensor:
+        return learned_positive(self.raw_penalty, self.spec.kind)
+
     def _factor(self, gram: Tensor) -> Tensor:
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        penalty = learned_positive(self.raw_penalty) + rounding_of(gram)  # the same for rows and for features
+        penalty = self._penalty + rounding_of(gram)  # the same for rows and for features
         return torch.linalg.cholesky(gram + penalty * identity)
 
     def _features(self, x: Tensor) -> Tensor:
