@@ -4,15 +4,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributions import Categorical, Independent, Normal
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from metaicl.spec import Kind, TaskSpec
 
 NOTHING = 1e-30  # probability of a class that no row has shown, beside those that have rows
 
 _MIN_SCALE = 1e-3
-# Of meta-parameters that stand for one positive number. In regression 5 and 20 are as good as 10 on sine waves; in
+# Of meta-parameters that stand for one positive number. In regression scales of answers learn as well with 5 and 20; in
 # classification a penalty that learns as fast fits the training classes (HuffPost, 5 shots: .428, and .440 with 1).
 _GAINS: dict[Kind, int] = {"regression": 10, "classification": 1}
 
@@ -33,12 +33,15 @@ def positive(raw: Tensor) -> Tensor:
 
 
 def learned_positive(raw: Tensor, kind: Kind = "regression") -> Tensor:
-    """A positive number, such as a scale or a penalty, from a meta-parameter of its own.
+    """Positive numbers, such as a scale or a penalty, from a meta-parameter of their own; in the shape of `raw`.
 
-    In regression `positive` of ten times it, in classification of itself.
+    In regression `positive` of ten times it, in classification of itself. Adam moves a parameter by about its learning
+    rate in an update: without the factor, a scale that starts at softplus(0) and belongs at a hundredth is on its way
+    for thousands of updates.
 
-    Adam moves a parameter by about its learning rate in an update. Without the factor, a scale that starts at
-    softplus(0) and belongs at a hundredth is on its way for thousands of updates.
+    Args:
+        raw: The meta-parameter.
+        kind: Of the tasks.
     """
     return positive(_GAINS[kind] * raw)
 
@@ -58,6 +61,21 @@ def inverse_learned_positive(value: float, kind: Kind = "regression", *, name: s
         raise ValueError(f"{name} must be a finite number > {_MIN_SCALE}, the floor of learned_positive(); got {value}")
     above = value - _MIN_SCALE
     return (above + math.log(-math.expm1(-above))) / _GAINS[kind]  # log(exp(x) - 1) without overflow
+
+
+def output_scale(spec: TaskSpec) -> nn.Parameter | None:
+    """The raw scale of a regression answer (y_dim,), a meta-parameter that starts at softplus(0); None otherwise."""
+    return nn.Parameter(torch.zeros(spec.output_size)) if spec.kind == "regression" else None
+
+
+def answer(output: Tensor, raw_scale: Tensor | None) -> Distribution:
+    """A distribution with batch shape (B, Q) from the net's output.
+
+    Args:
+        output: Logits (B, Q, C) or means (B, Q, y_dim).
+        raw_scale: What `output_scale` gave: None makes the answer a distribution over classes.
+    """
+    return categorical(output) if raw_scale is None else gaussian(output, learned_positive(raw_scale))
 
 
 def rounding_of(gram: Tensor) -> Tensor:

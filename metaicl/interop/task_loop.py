@@ -10,11 +10,10 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import masked_mean
+from metaicl.functional import answer, masked_mean, output_scale
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.parameters import check_no_running_statistics, check_precision
 from metaicl.learner import Learner
-from metaicl.learners.gradient.shared import answer, output_scale
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 

@@ -40,9 +40,8 @@ def test_ridge_head_classifies_as_scikit_learn(n_shot: int) -> None:
         np.pad(features(learner, part.x), ((0, 0), (0, 1)), constant_values=1) for part in (task.support, task.query)
     )
     targets = np.eye(3)[task.support.y[0].numpy()] - 1 / 3
-    model = Ridge(
-        alpha=learned_positive(learner.raw_penalty, learner.spec.kind).item(), fit_intercept=False, tol=1e-14
-    ).fit(x, targets)
+    penalty = learned_positive(learner.raw_penalty, "classification").item()
+    model = Ridge(alpha=penalty, fit_intercept=False, tol=1e-14).fit(x, targets)
     expected = torch.from_numpy(model.predict(queries)) * learner.log_temperature.exp().item()
     found = learner(task.support, task.query.x).logits[0]
     assert float((found - expected.log_softmax(-1)).detach().abs().max()) <= 1e-10
@@ -57,10 +56,7 @@ def test_ridge_head_regresses_as_the_bayesian_posterior(n_shot: int) -> None:
     x, queries = (
         np.pad(features(learner, part.x), ((0, 0), (0, 1)), constant_values=1) for part in (task.support, task.query)
     )
-    penalty, noise = (
-        learned_positive(learner.raw_penalty, learner.spec.kind).item(),
-        learned_positive(learner.raw_noise, learner.spec.kind)[0].item(),
-    )
+    penalty, noise = learned_positive(learner.raw_penalty).item(), learned_positive(learner.raw_noise)[0].item()
     covariance = np.linalg.inv(x.T @ x / noise**2 + penalty / noise**2 * np.eye(7))
     mean = queries @ covariance @ x.T @ task.support.y[0].numpy() / noise**2
     variance = noise**2 + np.einsum("qd,de,qe->q", queries, covariance, queries)
@@ -100,7 +96,7 @@ def test_logistic_head_equals_scikit_learn() -> None:
         np.pad(features(learner, part.x), ((0, 0), (0, 1)), constant_values=1) for part in (task.support, task.query)
     )
     model = LogisticRegression(
-        C=1 / learned_positive(learner.raw_penalty, learner.spec.kind).item(),
+        C=1 / learned_positive(learner.raw_penalty, "classification").item(),
         fit_intercept=False,
         tol=1e-14,
         solver="newton-cholesky",

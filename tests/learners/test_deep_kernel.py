@@ -35,15 +35,11 @@ def reference(learner: DeepKernel, x: torch.Tensor, y: np.ndarray) -> tuple[Gaus
         length = np.sqrt(np.sum(found**2, axis=1, keepdims=True) + 1e-12)  # guarded as in unit_rows
         return found / length if learner.kernel == "cosine" else found
 
-    variance, noise = (
-        learned_positive(learner.raw_variance, learner.spec.kind).item(),
-        learned_positive(learner.raw_noise, learner.spec.kind).item(),
-    )
-    inner = (
-        RBF(learned_positive(learner.raw_length, learner.spec.kind).item())
-        if learner.kernel == "rbf"
-        else DotProduct(sigma_0=1e-12)
-    )
+    def learned(raw: torch.Tensor) -> float:
+        return learned_positive(raw, learner.spec.kind).item()
+
+    variance, noise = learned(learner.raw_variance), learned(learner.raw_noise)
+    inner = RBF(learned(learner.raw_length)) if learner.kernel == "rbf" else DotProduct(sigma_0=1e-12)
     kernel = ConstantKernel(variance, "fixed") * inner
     process = GaussianProcessRegressor(kernel, alpha=noise**2, optimizer=None).fit(embed(x), y)
     return process, embed
@@ -57,7 +53,7 @@ def test_regression_equals_scikit_learn(kernel: str, n_shot: int) -> None:
     for task in range(3):
         process, embed = reference(learner, episode.support.x[task], episode.support.y[task, :, 0].numpy())
         mean, scale = process.predict(embed(episode.query.x[task]), return_std=True)
-        variance = scale**2 + learned_positive(learner.raw_noise, learner.spec.kind).item() ** 2
+        variance = scale**2 + learned_positive(learner.raw_noise).item() ** 2
         assert np.abs(found.mean[task, :, 0].detach().numpy() - mean).max() <= 1e-10
         assert np.abs(found.variance[task, :, 0].detach().numpy() - variance).max() <= 1e-10
 

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import learned_positive, masked_mean
+from metaicl.functional import answer, learned_positive, masked_mean, output_scale
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
@@ -24,13 +24,11 @@ from metaicl.inner_loop.parameters import (
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.shared import (
-    answer,
     check_checkpoint,
     check_support,
     check_truncate,
     choose_adapted,
     choose_optimizer,
-    output_scale,
 )
 from metaicl.mixtures import marginal
 from metaicl.nets.backbones import build_net
@@ -87,7 +85,8 @@ class AmortizedBayes(Learner[Posterior]):
         n_predictions: Draws that an answer mixes.
         prior_scale: Start of the prior's standard deviations.
         kl_weight: Factor on both KL terms; 1 gives the evidence bounds, and then asks for a wider prior: plain steps
-            are stable while inner_lr * kl_weight < 2 * rows * prior_scale^2 (in regression: times scale^2 on the left).
+            are stable while inner_lr * kl_weight (in regression times the squared output scale) < 2 * rows *
+            prior_scale^2.
         first_order: Drop second derivatives.
 
     Raises:

@@ -7,21 +7,14 @@ from torch.func import vmap
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import masked_mean
+from metaicl.functional import answer, masked_mean, output_scale
 from metaicl.inner_loop.calling import call_net, try_net
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import Params, check_inner_loop_module, first_floating, frozen_tensors
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import (
-    answer,
-    check_checkpoint,
-    check_support,
-    check_truncate,
-    choose_optimizer,
-    output_scale,
-)
+from metaicl.learners.gradient.shared import check_checkpoint, check_support, check_truncate, choose_optimizer
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

@@ -8,7 +8,7 @@ from torch.func import vmap
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Episode, Examples
-from metaicl.functional import masked_mean
+from metaicl.functional import answer, masked_mean
 from metaicl.inner_loop.calling import call_net
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
@@ -17,7 +17,7 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll
 from metaicl.learner import Traits
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import PlainDescent, answer, check_support, choose_optimizer
+from metaicl.learners.gradient.shared import PlainDescent, check_support, choose_optimizer
 from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

@@ -8,6 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.optimizers import InnerOptimizer
@@ -17,14 +18,7 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import (
-    answer,
-    check_support,
-    choose_adapted,
-    choose_optimizer,
-    fixed_optimizer,
-    output_scale,
-)
+from metaicl.learners.gradient.shared import check_support, choose_adapted, choose_optimizer, fixed_optimizer
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 

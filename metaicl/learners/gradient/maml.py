@@ -9,19 +9,18 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
+from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.shared import (
-    answer,
     check_checkpoint,
     check_truncate,
     choose_adapted,
     choose_optimizer,
     linear_layers,
-    output_scale,
     unroll_support,
 )
 from metaicl.nets.backbones import build_net

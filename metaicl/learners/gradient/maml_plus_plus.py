@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
+from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.factored import Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
@@ -20,12 +21,10 @@ from metaicl.inner_loop.parameters import (
 )
 from metaicl.learner import Learner
 from metaicl.learners.gradient.shared import (
-    answer,
     check_checkpoint,
     choose_adapted,
     choose_optimizer,
     linear_layers,
-    output_scale,
     unroll_support,
 )
 from metaicl.nets.backbones import build_net

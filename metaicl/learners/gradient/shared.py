@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, learned_positive
+from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.calling import unused_parameters
 from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
@@ -249,18 +249,3 @@ def _by_kernels(
 
     settings = {name: value for name, value in options.items() if name != "shared"}
     return descend(net, adapted, data, outputs=spec.output_size, by_torch=by_torch, **settings)
-
-
-def output_scale(spec: TaskSpec) -> nn.Parameter | None:
-    """The raw scale of a regression answer (y_dim,), a meta-parameter that starts at softplus(0); None otherwise."""
-    return nn.Parameter(torch.zeros(spec.output_size)) if spec.kind == "regression" else None
-
-
-def answer(output: Tensor, raw_scale: Tensor | None) -> Distribution:
-    """A distribution with batch shape (B, Q) from the net's output.
-
-    Args:
-        output: Logits (B, Q, C) or means (B, Q, y_dim).
-        raw_scale: What `output_scale` gave: None makes the answer a distribution over classes.
-    """
-    return categorical(output) if raw_scale is None else gaussian(output, learned_positive(raw_scale))

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import gaussian, learned_positive
+from metaicl.functional import answer, output_scale
 from metaicl.learner import Learner, Traits
 from metaicl.nets.moments import Moments, row_moments
 from metaicl.spec import NotServed, TaskSpec
@@ -52,7 +52,7 @@ class LoopedLinearAttention(Learner[LoopedFit]):
         self.loops, (dim,) = check_count("loops", loops), spec.x_shape
         self.preconditioner = nn.Parameter(start * torch.eye(dim))
         self.shift = nn.Parameter(torch.zeros(dim, spec.output_size))
-        self.raw_scale = nn.Parameter(torch.zeros(spec.output_size))
+        self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> LoopedFit:
         """Moments, and the map after the loops."""
@@ -64,7 +64,7 @@ class LoopedLinearAttention(Learner[LoopedFit]):
 
     def predict(self, state: LoopedFit, x: Tensor) -> Distribution:
         """Gaussian around x W."""
-        return gaussian(x @ state.weights, learned_positive(self.raw_scale))
+        return answer(x @ state.weights, self.raw_scale)
 
     def _run(self, moments: Moments) -> LoopedFit:
         count = moments.count.clamp(min=1)[..., None, None]

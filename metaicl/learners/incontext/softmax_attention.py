@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Examples
-from metaicl.functional import gaussian, learned_positive
+from metaicl.functional import answer, output_scale
 from metaicl.learner import Learner, Traits
 from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.rows import as_numbers
@@ -54,7 +54,7 @@ class SoftmaxAttention(Learner[Support]):
         self.declare_nets(self.encoder)
         dim = encoder_dim(self.encoder, spec)
         self.query_key = nn.Parameter(torch.zeros(dim, dim))
-        self.raw_scale = nn.Parameter(torch.zeros(spec.output_size)) if spec.kind == "regression" else None
+        self.raw_scale = output_scale(spec)
 
     def adapt(self, support: Examples) -> Support:
         """Features and labels; nothing is computed from them."""
@@ -84,7 +84,7 @@ class SoftmaxAttention(Learner[Support]):
 
     def _answer(self, output: Tensor) -> Distribution:
         if self.raw_scale is not None:
-            return gaussian(output, learned_positive(self.raw_scale))
+            return answer(output, self.raw_scale)
         # Mixed with a trace of the uniform distribution: a class that nothing votes for has a finite loss.
         uniform = 1 / self.spec.output_size
         mixed = output + (1 - output.sum(-1, keepdim=True)) * uniform

@@ -13,8 +13,6 @@ from metaicl.functional import (
     categorical,
     class_weights,
     gaussian,
-    inverse_learned_positive,
-    learned_positive,
     rounding_of,
     solvable,
     squared_distances,
@@ -82,12 +80,10 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         super().__init__(spec, encoder)
         default = "cosine" if spec.kind == "classification" else "rbf"
         self.kernel = check_choice("kernel", default if kernel is None else kernel, KERNELS)
-        self.raw_noise = nn.Parameter(
-            torch.tensor(inverse_learned_positive(check_positive("noise", noise), spec.kind, name="noise"))
-        )
-        self.raw_variance = nn.Parameter(torch.tensor(inverse_learned_positive(1.0, spec.kind)))
+        self.raw_noise = self._starting_at("noise", noise)
+        self.raw_variance = self._starting_at("variance", 1.0)
         if self.kernel == "rbf":
-            self.raw_length = nn.Parameter(torch.tensor(inverse_learned_positive(1.0, spec.kind)))
+            self.raw_length = self._starting_at("length", 1.0)
         if spec.kind == "classification":
             self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
@@ -96,7 +92,7 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         features = self._features(support.x)
         targets = self._targets(support, features.dtype)
         both = support.real[..., :, None] & support.real[..., None, :]
-        noise = learned_positive(self.raw_noise, self.spec.kind).square()
+        noise = self._positive(self.raw_noise).square()
         identity = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
         covariance = torch.where(both, self._covariance(features, features), 0.0)
         noise = noise + rounding_of(covariance)  # or a linear kernel of long features would have no factor
@@ -112,7 +108,7 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         if self.spec.kind == "classification":
             return categorical(mean * self.log_temperature.exp())
         variance = self._variance(features) - whitened.square().sum(-2)
-        variance = variance.clamp(min=0) + learned_positive(self.raw_noise, self.spec.kind).square()
+        variance = variance.clamp(min=0) + self._positive(self.raw_noise).square()
         return gaussian(mean, variance.sqrt()[..., None])
 
     def negative_log_marginal(self, examples: Examples) -> Tensor:
@@ -135,19 +131,16 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         return y * examples.real[..., None]
 
     def _covariance(self, a: Tensor, b: Tensor) -> Tensor:
-        variance = learned_positive(self.raw_variance, self.spec.kind)
+        variance = self._positive(self.raw_variance)
         if self.kernel == "rbf":
-            return (
-                variance
-                * (-0.5 * squared_distances(a, b) / learned_positive(self.raw_length, self.spec.kind).square()).exp()
-            )
+            return variance * (-0.5 * squared_distances(a, b) / self._positive(self.raw_length).square()).exp()
         if self.kernel == "cosine":
             a, b = unit_rows(a), unit_rows(b)
         return variance * a @ b.mT
 
     def _variance(self, features: Tensor) -> Tensor:
         """The diagonal (B, Q) of the covariance of rows with themselves."""
-        variance = learned_positive(self.raw_variance, self.spec.kind)
+        variance = self._positive(self.raw_variance)
         if self.kernel == "rbf":
             return variance.expand(features.shape[:-1])
         rows = unit_rows(features) if self.kernel == "cosine" else features

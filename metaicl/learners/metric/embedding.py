@@ -3,8 +3,11 @@
 from copy import copy
 from typing import NamedTuple, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from metaicl.checks import check_positive
+from metaicl.functional import inverse_learned_positive, learned_positive
 from metaicl.learner import Learner, Traits
 from metaicl.nets.backbones import build_encoder, encode, encoder_dim
 from metaicl.spec import TaskSpec
@@ -60,3 +63,12 @@ class EmbeddingLearner(Learner[State]):
         twin = copy(self)
         twin._is_embedded = True
         return twin
+
+    def _starting_at(self, name: str, value: float) -> nn.Parameter:
+        """A meta-parameter from which `_positive` makes `value`; errors call it `name`."""
+        return nn.Parameter(
+            torch.tensor(inverse_learned_positive(check_positive(name, value), self.spec.kind, name=name))
+        )
+
+    def _positive(self, raw: Tensor) -> Tensor:
+        return learned_positive(raw, self.spec.kind)

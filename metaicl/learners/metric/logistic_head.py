@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_positive
 from metaicl.convex.logistic import logistic_weights
 from metaicl.episode import Examples
-from metaicl.functional import categorical, inverse_learned_positive, learned_positive
+from metaicl.functional import categorical
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.spec import TaskSpec
 
@@ -45,17 +45,13 @@ class LogisticHead(EmbeddingLearner[Tensor]):
     ) -> None:
         """Build the encoder where none is given."""
         super().__init__(spec, encoder)
-        self.raw_penalty = nn.Parameter(
-            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), spec.kind, name="penalty"))
-        )
+        self.raw_penalty = self._starting_at("penalty", penalty)
         self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
     def adapt(self, support: Examples) -> Tensor:
         """Weights (B, D + 1, C), the bias last."""
-        features, n_way = self._features(support.x), self.spec.output_size
-        return logistic_weights(
-            features, support.y, n_way, penalty=learned_positive(self.raw_penalty, self.spec.kind), mask=support.mask
-        )
+        features, n_way, penalty = self._features(support.x), self.spec.output_size, self._positive(self.raw_penalty)
+        return logistic_weights(features, support.y, n_way, penalty=penalty, mask=support.mask)
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
         """Softmax of the scores."""

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_labels, check_positive
 from metaicl.episode import Examples
-from metaicl.functional import categorical, gaussian, inverse_learned_positive, learned_positive, rounding_of, solvable
+from metaicl.functional import categorical, gaussian, rounding_of, solvable
 from metaicl.learners.metric.embedding import EmbeddingLearner
 from metaicl.nets.backbones import MLP
 from metaicl.nets.rows import as_numbers
@@ -87,9 +87,7 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         if encoder is None and getattr(spec, "x_kind", None) == "vector":
             encoder = MLP((spec.x_shape[0], 64, 64, 64))
         super().__init__(spec, encoder)
-        self.raw_penalty = nn.Parameter(
-            torch.tensor(inverse_learned_positive(check_positive("penalty", penalty), spec.kind, name="penalty"))
-        )
+        self.raw_penalty = self._starting_at("penalty", penalty)
         start = math.log(check_positive("temperature", temperature))
         if spec.kind == "classification":
             self.log_temperature = nn.Parameter(torch.tensor(start))
@@ -117,8 +115,8 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
             spread = _quadratic(state.factor, features)
         else:
             explained = _quadratic(state.factor, features @ state.features.mT)
-            spread = (features.square().sum(-1) - explained).clamp(min=0) / self._penalty
-        return gaussian(mean, learned_positive(self.raw_noise) * (1 + spread).sqrt()[..., None])
+            spread = (features.square().sum(-1) - explained).clamp(min=0) / self._positive(self.raw_penalty)
+        return gaussian(mean, self._positive(self.raw_noise) * (1 + spread).sqrt()[..., None])
 
     def _rows(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) and targets (B, N, K), masked rows zero."""
@@ -142,13 +140,9 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         factor = self._factor(gram)
         return SumState(gram, cross, factor, torch.cholesky_solve(cross, factor))
 
-    @property
-    def _penalty(self) -> Tensor:
-        return learned_positive(self.raw_penalty, self.spec.kind)
-
     def _factor(self, gram: Tensor) -> Tensor:
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        penalty = self._penalty + rounding_of(gram)  # the same for rows and for features
+        penalty = self._positive(self.raw_penalty) + rounding_of(gram)  # the same for rows and for features
         return torch.linalg.cholesky(gram + penalty * identity)
 
     def _features(self, x: Tensor) -> Tensor:
