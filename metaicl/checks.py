@@ -16,28 +16,34 @@ _LISTED = 5  # offending values named in a message
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return `value` if it is an integer of at least `minimum` (bool is no integer here).
+    """Return `value` as an int if it is an integer of at least `minimum`, one of NumPy's too (bool is none here).
 
     Raises:
-        TypeError: If it is not an int.
+        TypeError: If it is not an integer.
         ValueError: If it is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int >= {minimum}; got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name} must be an int >= {minimum}; got {value}")
-    return value
+    return int(value)
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return `value` if it is a finite number above zero.
+    """Return `value` as a float if it is a finite number above zero, one of NumPy's too.
 
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not is_finite_number(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
     return float(value)
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether `value` is a finite int or float of Python or NumPy."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]  # known to be a number
 
 
 def check_seed(seed: object) -> int:
@@ -47,7 +53,7 @@ def check_seed(seed: object) -> int:
         TypeError: If it is not an integer.
         ValueError: If it is out of range.
     """
-    found = check_count("seed", int(seed) if isinstance(seed, np.integer) else seed, minimum=0)
+    found = check_count("seed", seed, minimum=0)
     if found >= 2**63:
         raise ValueError(f"seed must be in [0, 2**63); got {found}")
     return found

@@ -131,7 +131,7 @@ def make_board(
         n_shot = _agreed("n_shot", name, [high for _, high in ranges])
     n_query = _agreed("n_query", name, [config.n_query for config in configs]) if n_query is None else n_query
     counts = sorted({check_count("n_shot", n_shot), *(check_count("shots", k) for k in shots)})
-    check_count("n_query", n_query)
+    n_query = check_count("n_query", n_query)
     example = example_episode(tasks, shots=counts, n_shot=n_shot, n_query=n_query, split=options.split, seed=EVAL_SEED)
     cards = example_cards(tasks, example)
     return Board(

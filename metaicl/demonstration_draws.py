@@ -84,8 +84,8 @@ def evaluate_draws(
     Reference:
         Min et al., 2022, arXiv:2110.15943, section 4.3 (mean and worst over 5 seeds of demonstrations).
     """
-    check_count("n_draws", n_draws)
-    check_count("n_episodes", n_episodes)
+    n_draws = check_count("n_draws", n_draws)
+    n_episodes = check_count("n_episodes", n_episodes)
     stream = EpisodeStream(
         tasks, seed=seed, split=split, n_shot=check_count("n_shot", n_shot) * n_draws, n_query=n_query
     )

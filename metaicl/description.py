@@ -91,6 +91,8 @@ class _Description:
             return f"bytes of {len(value)}, {_digest(bytes(value))}"
         if isinstance(value, Tensor):
             return _of_tensor(value)
+        if isinstance(value, (np.bool_, np.integer, np.floating)):
+            return self.of(value.item(), path)
         if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
             array = np.ascontiguousarray(value)
             return f"{array.dtype.str} {np.shape(value)}, {_digest(array.tobytes())}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -219,11 +220,13 @@ def _pad_rows(leaf: Tensor, missing: int, value: int) -> Tensor:
 
 
 def _keep_axis(index: int | slice | Tensor, size: int) -> slice | Tensor:
-    if not isinstance(index, int):
+    if isinstance(index, Tensor) and not index.ndim:
+        index = int(index)
+    if not isinstance(index, (int, np.integer)):
         return index
     if not -size <= index < size:
         raise IndexError(f"task index must be in [-{size}, {size}); got {index}")
-    index %= size
+    index = int(index) % size
     return slice(index, index + 1)
 
 

@@ -179,7 +179,7 @@ def evaluate_shots(
     """
     name = name or type(learner).__name__
     _check_served(learner, tasks, name)
-    check_count("n_episodes", n_episodes)
+    n_episodes = check_count("n_episodes", n_episodes)
     in_order = is_prequential(prequential, tasks.spec)
     shots = sorted({check_count("shots", k) for k in shots})
     if not shots:

@@ -10,7 +10,7 @@ from metaicl.checks import check_choice
 from metaicl.evaluation import Evaluation
 from metaicl.metrics import Calibration, metric_bounds, pooled, primary_metric
 from metaicl.results import Result, Role, Status
-from metaicl.statistics import Array, Bounds, Interval, corrected, interval, intervals, paired
+from metaicl.statistics import Array, Bounds, Interval, family_intervals, interval, paired
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ class Findings:
             pairs += [(first, second) for i, first in enumerate(others) for second in others[i + 1 :]]
         gaps = {pair: self._paired(task, *pair, metric) for pair in pairs}
         matrices = {pair: matrix for pair, matrix in gaps.items() if matrix is not None}
-        found = intervals(list(matrices.values()), bounds=self._gap_bounds(task, metric))
-        family = dict(zip(matrices, corrected(found), strict=True))
+        found = family_intervals(list(matrices.values()), bounds=self._gap_bounds(task, metric))
+        family = dict(zip(matrices, found, strict=True))
         return {pair: one for pair, one in family.items() if pair in asked}
 
     def regret(self, task: str, learner: str, metric: str | None = None) -> Interval | None:

@@ -88,8 +88,8 @@ def incremental_accuracy(
         raise TypeError(f"a stream of classes needs a learner with update; {type(learner).__name__} has none")
     if check_count("n_clients", n_clients) > 1 and not isinstance(learner, Merges):
         raise TypeError(f"{n_clients} clients need a learner with merge; {type(learner).__name__} has none")
-    check_count("n_holders", n_holders)
-    check_count("classes_per_round", classes_per_round)
+    n_holders = check_count("n_holders", n_holders)
+    classes_per_round = check_count("classes_per_round", classes_per_round)
     found = _checked_checkpoints(checkpoints, train, test)
     if isinstance(orders, int) or not orders:
         raise ValueError(f"orders must be at least one seed, in a sequence; got {orders!r}")
@@ -127,7 +127,7 @@ def rows_by_class(tasks: ClassEpisodes, *, split: Split, n_rows: int, seed: int 
     Raises:
         ValueError: If a class has fewer rows.
     """
-    check_count("n_rows", n_rows)
+    n_rows = check_count("n_rows", n_rows)
     check_choice("split", split, SPLITS)
     picked = []
     for label in tasks.class_splits[split].tolist():

@@ -86,7 +86,7 @@ def audit_leakage(
     Raises:
         ValueError: If `tasks.identity` names a latent that the episodes do not have.
     """
-    check_count("n_episodes", n_episodes)
+    n_episodes = check_count("n_episodes", n_episodes)
     found: dict[str, dict[Split, Values]] = {}
     overlap: dict[str, tuple[int, Values]] = {}
     for split in SPLITS:

@@ -1,7 +1,8 @@
 """What every task of a distribution looks like: the first argument of every learner."""
 
+import operator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 Kind = Literal["regression", "classification"]
 XKind = Literal["vector", "image", "tokens"]
@@ -28,6 +29,7 @@ class TaskSpec:
         vocabulary: Number of token ids, padding (id 0) included; for token inputs only.
 
     Raises:
+        TypeError: If a size is no integer.
         ValueError: If the fields contradict each other.
     """
 
@@ -46,6 +48,8 @@ class TaskSpec:
         object.__setattr__(self, "x_shape", tuple(int(size) for size in self.x_shape))
         if self.kind not in ("regression", "classification"):
             raise ValueError(f"TaskSpec.kind must be 'regression' or 'classification'; got {self.kind!r}")
+        for name in ("n_way", "y_dim", "vocabulary"):
+            self._check_size(name)
         ranks = {"vector": 1, "image": 3, "tokens": 1}
         if self.x_kind not in ranks:
             raise ValueError(f"TaskSpec.x_kind must be one of {sorted(ranks)}; got {self.x_kind!r}")
@@ -65,6 +69,14 @@ class TaskSpec:
             raise ValueError(
                 f"TaskSpec.vocabulary goes with x_kind 'tokens' alone; got {self.vocabulary} for {self.x_kind!r}"
             )
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError(f"TaskSpec.{name} must be an int or None; got {value!r} ({type(value).__name__})")
+        object.__setattr__(self, name, operator.index(value))
 
     @property
     def output_size(self) -> int:

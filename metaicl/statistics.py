@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 Bounds = tuple[float, float]
 
 N_DRAWS = 10_000
+_DRAWS_PER_TEST = 200  # of a family: the smallest corrected p-value is a hundredth then, whatever its size
 LEVEL = 0.95
 UNBOUNDED: Bounds = (-math.inf, math.inf)
 _RESAMPLED = 2_000  # units beyond which resampled means are drawn from their normal limit
@@ -32,7 +33,7 @@ class Interval:
         mean: Over all seeds and episodes.
         low: Lower end; None where nothing was repeated, so that nothing can be said.
         high: Upper end, likewise.
-        p: Two-sided bootstrap p-value of a zero mean, at least 1 / (draws + 1); None where there is no interval.
+        p: Two-sided bootstrap p-value of a zero mean, at least 2 / (draws + 1); None where there is no interval.
         n_seeds: S.
         n_episodes: E.
     """
@@ -105,7 +106,7 @@ def intervals(
         stack = np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
             alike = shape[1] > 1 and math.isfinite(bounds[1] - bounds[0]) and float(np.ptp(arrays[i])) == 0
-            one = _exact(arrays[i], level, bounds) if alike else _summarize(float(mean), draws, shape, level)
+            one = _exact(arrays[i], level, bounds, n_draws) if alike else _summarize(float(mean), draws, shape, level)
             found[i] = _within(one, bounds)
     return [one for one in found if one is not None]
 
@@ -129,7 +130,15 @@ def paired(first: Array, second: Array) -> Array:
 def paired_differences(values: Sequence[Array]) -> dict[tuple[int, int], Interval]:
     """Intervals of first - second for every pair i < j of matrices (S, E); the p-values are Holm-corrected."""
     pairs = list(itertools.combinations(range(len(values)), 2))
-    return dict(zip(pairs, corrected(intervals([paired(values[i], values[j]) for i, j in pairs])), strict=True))
+    return dict(zip(pairs, family_intervals([paired(values[i], values[j]) for i, j in pairs]), strict=True))
+
+
+def family_intervals(matrices: Sequence[Array], *, bounds: Bounds = UNBOUNDED) -> list[Interval]:
+    """Intervals of matrices that are tested together, as `intervals`, with Holm-corrected p-values.
+
+    A p-value is a share of draws, so their number grows with that of the matrices: the smallest corrected one is .01.
+    """
+    return corrected(intervals(matrices, n_draws=max(N_DRAWS, _DRAWS_PER_TEST * len(matrices)), bounds=bounds))
 
 
 def corrected(family: Sequence[Interval]) -> list[Interval]:
@@ -184,12 +193,15 @@ def _summarize(mean: float, draws: Array, shape: tuple[int, ...], level: float) 
     return Interval(mean, low, high, p, n_seeds, n_episodes)
 
 
-def _exact(values: Array, level: float, bounds: Bounds) -> Interval:
-    """Of a matrix with one value in all cells. The p-value is the smallest 1 - level whose interval leaves zero out."""
+def _exact(values: Array, level: float, bounds: Bounds, n_draws: int) -> Interval:
+    """Of a matrix with one value in all cells. The p-value is the smallest 1 - level whose interval leaves zero out.
+
+    It is no smaller than bootstrapped ones can be, beside which it stands.
+    """
     value, (low, high), n = float(values[0, 0]), bounds, values.shape[1]
     share = (1 - level) ** (1 / n)
     edge = low if value > 0 else high
-    p = 1.0 if value == 0 else max((edge / (edge - value)) ** n, 1 / (1 + N_DRAWS))
+    p = 1.0 if value == 0 else max((edge / (edge - value)) ** n, 2 / (1 + n_draws))
     ends = low + share * (value - low), high - share * (high - value)
     return Interval(value, *ends, p, *values.shape)
 
@@ -220,7 +232,9 @@ def _resample(effect: Array, n_draws: int, seed: int, axis: str) -> Array:
     if n > _RESAMPLED:
         means = rng.standard_normal(n_draws) * np.sqrt((effect**2).sum(1, keepdims=True)) / n
     else:
-        means = effect @ _weights(n, n_draws, seed, axis).T.astype(np.float64) / n
+        weights = _weights(n, n_draws, seed, axis)
+        starts = range(0, n_draws, N_DRAWS)  # not all as floating point at once
+        means = np.concatenate([effect @ weights[i : i + N_DRAWS].T.astype(np.float64) for i in starts], 1) / n
     return means * np.sqrt(n / (n - 1)) / np.sqrt(rng.chisquare(n - 1, n_draws) / (n - 1))
 
 
@@ -229,7 +243,7 @@ def _weights(n: int, n_draws: int, seed: int, axis: str) -> NDArray[np.uint8]:
     """How often each of n units is drawn: multinomial counts (R, n). The intervals of a report share them."""
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", axis))
     counts = np.empty((n_draws, n), dtype=np.uint8)  # no unit comes 256 times
-    for rows in np.array_split(np.arange(n_draws), 10):  # a tenth at a time, to bound the memory
+    for rows in np.array_split(np.arange(n_draws), 10 * math.ceil(n_draws / N_DRAWS)):  # to bound the memory
         drawn = rng.integers(0, n, (len(rows), n)) + n * np.arange(len(rows))[:, None]
         counts[rows] = np.bincount(drawn.ravel(), minlength=len(rows) * n).reshape(len(rows), n)
     counts.setflags(write=False)

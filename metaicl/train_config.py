@@ -15,6 +15,11 @@ from metaicl.task import EpisodeStream, TaskDistribution
 
 _OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
 _SCHEDULES = ("constant", "cosine", "linear")
+_COUNTS = {  # and the least that each can be
+    "steps": 1, "meta_batch_size": 1, "micro_batch_size": 1, "n_query": 1, "validate_every": 1, "n_validation": 1,
+    "checkpoint_every": 1, "log_every": 1, "warmup_steps": 0, "workers": 0,
+}  # fmt: skip
+_OPTIONAL = ("micro_batch_size", "validate_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +92,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("steps", "meta_batch_size", "n_query", "n_validation", "checkpoint_every", "log_every"):
-            check_count(name, getattr(self, name))
-        for name in ("micro_batch_size", "validate_every"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name in ("warmup_steps", "workers"):
-            check_count(name, getattr(self, name), minimum=0)
+        for name, minimum in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                self._keep(name, check_count(name, value, minimum))
         if isinstance(self.n_shot, (tuple, list)) and len(self.n_shot) != 2:
             raise ValueError(f"n_shot must be an int or a pair (low, high); got {self.n_shot!r}")
         low, high = self.n_shot if isinstance(self.n_shot, (tuple, list)) else (self.n_shot, self.n_shot)
-        check_count("n_shot", high, minimum=check_count("n_shot", low))
-        if isinstance(self.n_shot, list):
-            object.__setattr__(self, "n_shot", (low, high))
+        low = check_count("n_shot", low)
+        high = check_count("n_shot", high, minimum=low)
+        self._keep("n_shot", (low, high) if isinstance(self.n_shot, (tuple, list)) else low)
         self._check_optimization()
         check_choice("select", self.select, ("best", "last"))
         if not isinstance(self.compile, bool):
@@ -107,27 +109,30 @@ class TrainConfig:
         if self.autocast is not None:
             check_choice("autocast", self.autocast, AUTOCAST)
         if self.device is not None:
-            object.__setattr__(self, "device", str(check_device(self.device)))
+            self._keep("device", str(check_device(self.device)))
         if self.max_seconds is not None:
-            check_positive("max_seconds", self.max_seconds)
+            self._keep("max_seconds", check_positive("max_seconds", self.max_seconds))
 
     def loop_options(self) -> dict[str, Any]:
         """The arguments of `outer_loop` that are fields of this configuration, apart from `steps` and `device`."""
         names = ("meta_batch_size", "micro_batch_size", "n_shot", "n_query", "seed", "clip_norm")
         return {name: getattr(self, name) for name in (*names, "compile", "autocast", "workers")}
 
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_optimization(self) -> None:
-        object.__setattr__(self, "seed", check_seed(self.seed))
-        check_positive("outer_lr", self.outer_lr)
+        self._keep("seed", check_seed(self.seed))
+        self._keep("outer_lr", check_positive("outer_lr", self.outer_lr))
         check_choice("optimizer", self.optimizer, _OPTIMIZERS)
         if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)):
             raise ValueError(f"betas must be a pair of numbers in [0, 1); got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
+        self._keep("betas", tuple(map(float, self.betas)))
         check_choice("schedule", self.schedule, _SCHEDULES)
         if self.weight_decay != 0:
-            check_positive("weight_decay", self.weight_decay)
+            self._keep("weight_decay", check_positive("weight_decay", self.weight_decay))
         if self.clip_norm is not None:
-            check_positive("clip_norm", self.clip_norm)
+            self._keep("clip_norm", check_positive("clip_norm", self.clip_norm))
         if self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps must be below steps = {self.steps}; got {self.warmup_steps}")
 

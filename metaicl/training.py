@@ -111,11 +111,11 @@ def outer_loop(
     check_built_for(type(learner).__name__, learner.spec, tasks.spec)
     if meta_batch_size < n_processes():
         raise ValueError(f"meta_batch_size must give each of {n_processes()} processes a task; got {meta_batch_size}")
-    check_count("start", start, minimum=0)
-    check_count("steps", steps, minimum=start)
-    check_count("workers", workers, minimum=0)
+    start = check_count("start", start, minimum=0)
+    steps = check_count("steps", steps, minimum=start)
+    workers = check_count("workers", workers, minimum=0)
     if micro_batch_size is not None:
-        check_count("micro_batch_size", micro_batch_size)
+        micro_batch_size = check_count("micro_batch_size", micro_batch_size)
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
     if device is not None:

@@ -27,7 +27,7 @@ from metaicl.evaluation import evaluate_shots
 from metaicl.files import atomic_write
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
-from metaicl.statistics import Array, corrected, intervals, paired
+from metaicl.statistics import Array, family_intervals, intervals, paired
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers.metric_heads import HEADS
@@ -161,7 +161,7 @@ def table_of(setting: str, values: Mapping[str, Array], minutes: Mapping[str, li
     wrong = setting == TRIALS
     values = {name: 1 - one if wrong else one for name, one in values.items()}
     means = intervals(list(values.values()))
-    gaps = corrected(intervals([paired(each, values["ProtoNet"]) for each in list(values.values())[1:]]))
+    gaps = family_intervals([paired(each, values["ProtoNet"]) for each in list(values.values())[1:]])
     lines = [f"\n{setting}, {'errors' if wrong else 'accuracy'} in %, difference from ProtoNet"]
     for name, mean, gap in zip(values, means, [None, *gaps], strict=True):
         text = f"{name:28} {100 * mean.mean:6.2f}  {np.mean(minutes[name]):5.1f} CPU minutes"

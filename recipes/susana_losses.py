@@ -24,7 +24,7 @@ from metaicl.nets.backbones import Conv4
 from metaicl.objectives import Objective, query_loss
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
-from metaicl.statistics import Array, corrected, interval, intervals, paired
+from metaicl.statistics import Array, family_intervals, interval, paired
 from metaicl.tasks.mnist import MNIST
 
 
@@ -93,7 +93,7 @@ def main(config: Config) -> RecipeResult:
         base = interval(values[place, "likelihood"])
         criteria.append(Criterion(f"{place}: accuracy of the likelihood alone", base.mean, ">=", floor, ci=base.ends))
         others = [name for name in variants if name != "likelihood"]
-        gaps = corrected(intervals([paired(values[place, name], values[place, "likelihood"]) for name in others]))
+        gaps = family_intervals([paired(values[place, name], values[place, "likelihood"]) for name in others])
         for name, gap in zip(others, gaps, strict=True):
             low, high = (100 * end for end in gap.ends or (float("nan"), float("nan")))
             verdict = "helps" if low > 0 else "harms" if high < 0 else "makes no difference that can be told"

@@ -118,6 +118,20 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
+@pytest.mark.parametrize("n", [5, 23])
+def test_a_large_family_can_be_significant(n):
+    """The smallest p-value of a bootstrap is a share of its draws, and Holm multiplies it by the pairs."""
+    rng = np.random.default_rng(2)
+    values = [1e-3 * rng.standard_normal((3, 50)) + i for i in range(n)]
+    found = paired_differences(values)
+    assert len(found) == n * (n - 1) // 2
+    assert max(one.p for one in found.values()) <= 0.01
+    alone = interval(paired(values[0], values[1]))
+    assert found[0, 1].ends == pytest.approx(alone.ends, abs=1e-4)
+    same = [1e-3 * rng.standard_normal((3, 50)) for _ in range(n)]
+    assert min(one.p for one in paired_differences(same).values()) > 0.05
+
+
 def test_corrected_keeps_the_ends_and_passes_over_what_has_no_p():
     family = [Interval(1.0, 0.5, 1.5, 0.01, 2, 3), Interval(1.0, None, None, None, 1, 1), Interval(0, -1, 1, 0.5, 2, 3)]
     assert [one.p for one in corrected(family)] == [0.02, None, 0.5]

@@ -46,7 +46,7 @@ def draw_episodes(
     Raises:
         ValueError: If a task has fewer rows than another: a prefix of k rows must mean the same for all.
     """
-    check_count("stop", stop, minimum=check_count("start", start, minimum=0) + 1)
+    stop = check_count("stop", stop, minimum=check_count("start", start, minimum=0) + 1)
     stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query)
     episode = collate(list(stream.batches(start, stop, batch_size=stream.chunk_size))).to(dtype=torch.float64)
     for name, part in (("support", episode.support), ("query", episode.query)):

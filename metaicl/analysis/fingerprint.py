@@ -76,7 +76,7 @@ def fingerprint(
         distances are from different episodes; every value has an interval; ties are named.
     """
     learners = check_learners(learner, tasks)
-    check_count("n_episodes", n_episodes, minimum=2)
+    n_episodes = check_count("n_episodes", n_episodes, minimum=2)
     library = reference_library(tasks) if references is None else as_references(references, tasks.spec)
     closer_query = max(32, 4 * int(np.prod(tasks.spec.x_shape))) if n_query is None else check_count("n_query", n_query)
     if tasks.spec.kind == "classification":

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ Tables = Mapping[str, Mapping[str, Mapping[str, tuple[Interval, ...]]]]
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """R^2 of probes: `r2[target][subject][module]` holds an interval for each position.
+    """R^2 of probes: `r2[target][subject][module]` holds an interval for each position, or one if they are pooled.
 
     The subjects are "trained", "shuffled" (the same activations, targets of other episodes) and one for each control.
 
@@ -40,11 +41,15 @@ class ProbeReport:
         r2: On held-out episodes, from position 1: position t has seen t rows.
         kind: "linear" or "mlp".
         n_episodes: Fitting, choosing and held-out ones together.
+        n_rows: Of a stream, before the last position.
+        pooled: Whether one probe read all positions of a stream.
     """
 
     r2: Tables
     kind: str
     n_episodes: int
+    n_rows: int
+    pooled: bool = False
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a file."""
@@ -52,7 +57,8 @@ class ProbeReport:
 
     def __str__(self) -> str:
         """R^2 at the last position: targets by subjects and modules."""
-        lines = [f"R2 of {self.kind} probes at the last position, held-out episodes, with 95 % intervals"]
+        place = "on all positions, for the last" if self.pooled else "at the last position"
+        lines = [f"R2 of {self.kind} probes {place}, held-out episodes, with 95 % intervals"]
         for target, subjects in self.r2.items():
             for subject, modules in subjects.items():
                 for module, values in modules.items():
@@ -75,7 +81,7 @@ class ProbeReport:
                 for j, subject in enumerate(subjects):
                     axes = panels[i, j]
                     values = [[one.mean for one in self.r2[target][subject][module]] for module in modules]
-                    extent = (0.5, len(values[0]) + 0.5, len(modules) - 0.5, -0.5)
+                    extent = (self.n_rows + 0.5 - len(values[0]), self.n_rows + 0.5, len(modules) - 0.5, -0.5)
                     image = axes.imshow(
                         np.clip(values, 0, 1), vmin=0, vmax=1, cmap=colormaps["cividis"], aspect="auto", extent=extent
                     )
@@ -102,6 +108,7 @@ def probe_layers(
     controls: Mapping[str, Learner],
     n_shot: int,
     kind: Literal["linear", "mlp"] = "linear",
+    pooled: bool = False,
     positions: slice | None = None,
     sees_target: bool = False,
     call: int = -1,
@@ -122,6 +129,7 @@ def probe_layers(
             They are probed alike on the same episodes. A control with shuffled targets is always there.
         n_shot: Rows of the stream.
         kind: "linear" or "mlp".
+        pooled: One probe for all positions of a stream, as in the paper, instead of one for each; see `probe`.
         positions: Which places of an output are the rows, where there are more: see `prefix_activations`. None finds
             the inputs among interleaved tokens.
         sees_target: Probe places that know their own target, such as `positions=slice(1, None, 2)` of interleaved
@@ -138,8 +146,7 @@ def probe_layers(
 
     Reference:
         Akyürek et al. 2022, arXiv:2211.15661, section 5; Hewitt & Liang 2019, arXiv:1909.03368, for control tasks.
-        Differs: a probe for each position and a penalty chosen on other episodes, in place of a learned softmax over
-        positions.
+        Differs: by default a probe for each position, and penalties chosen on other episodes.
     """
     if not targets:
         raise ValueError("targets must name at least one quantity; see metaicl.analysis.probe_targets")
@@ -148,21 +155,19 @@ def probe_layers(
     episode = draw_episodes(tasks, n_shot=n_shot, n_query=1, start=0, stop=n_episodes, split=split, seed=seed)
     stream = concatenate(episode.support, episode.query)
     wanted = {name: target(stream, episode.latents)[:, 1:] for name, target in targets.items()}
+    fit = partial(probe, kind=kind, pooled=pooled, seed=seed)
     found: dict[str, dict[str, dict[str, tuple[Interval, ...]]]] = {name: {} for name in targets}
     for subject, one in subjects.items():
         activations = prefix_activations(
             one, episode, names, positions=positions, sees_target=sees_target, call=call, seed=seed
         )
         for name, values in wanted.items():
-            found[name][subject] = {
-                module: probe(rows[:, 1:], values, kind=kind, seed=seed).r2 for module, rows in activations.items()
-            }
+            found[name][subject] = {module: fit(rows[:, 1:], values).r2 for module, rows in activations.items()}
             if subject == "trained":
                 found[name]["shuffled"] = {
-                    module: probe(rows[:, 1:], shuffled(values), kind=kind, seed=seed).r2
-                    for module, rows in activations.items()
+                    module: fit(rows[:, 1:], shuffled(values)).r2 for module, rows in activations.items()
                 }
-    return ProbeReport(found, kind, n_episodes)
+    return ProbeReport(found, kind, n_episodes, n_shot, pooled)
 
 
 def untrained(learner: Learner, *, seed: int = 0) -> Learner:

@@ -1,5 +1,6 @@
 """Probes: can a quantity be read off activations by a linear map, or a small net, on episodes it was not fitted to?"""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,15 +14,16 @@ from metaicl.statistics import Interval, intervals
 from metaicl.task import derive_generator
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # on standardized features, over the number of rows
+_STEEPNESS = 10.0  # of the softmax over positions: Adam moves its scores by a hundredth at a time
 
 
 @dataclass(frozen=True)
 class ProbeFit:
-    """How well a probe reads a target at every position, on held-out episodes.
+    """How well a probe reads a target, on held-out episodes.
 
     Args:
         r2: R^2 at each position, 1 - residual / variance, pooled over held-out episodes and outputs; below 0 where the
-            probe is worse than the mean.
+            probe is worse than the mean. A pooled probe has one.
         n_fitted: Episodes that fitted the probe; those that chose its penalty or length are not among them.
         n_held_out: Episodes behind each interval.
     """
@@ -36,28 +38,35 @@ def probe(
     targets: Tensor,
     *,
     kind: Literal["linear", "mlp"] = "linear",
+    pooled: bool = False,
     hidden: int = 64,
     steps: int = 300,
     seed: int = 0,
 ) -> ProbeFit:
-    """Fit a probe at every position by itself and judge it on other episodes.
+    """Fit a probe at every position by itself, or one to all positions, and judge it on other episodes.
 
-    The first half of the episodes fit, the next quarter chooses the penalty (linear) or the number of updates (mlp),
-    the last quarter is judged.
+    The first half of the episodes fit, the next quarter chooses the penalty (linear) or the number of updates (mlp,
+    pooled), the last quarter is judged.
 
     Args:
         activations: (B, T, H).
         targets: (B, T, P).
         kind: "linear" is ridge regression in closed form; "mlp" one hidden layer, trained by Adam on all rows at once.
+        pooled: One probe reads the mean of all positions under a softmax of learned scores, for the target of the last.
         hidden: Units of the mlp.
-        steps: Updates of the mlp.
+        steps: Updates of the mlp and of the scores.
         seed: Of the mlp's first weights.
 
     Raises:
         ValueError: If shapes do not fit, values are not finite, there are fewer than 16 episodes, or a target is the
             same in all of them, so that no share of its variance can be named.
+
+    Reference:
+        Akyürek et al. 2022, arXiv:2211.15661, section 5 (pooled). Differs: features are standardized, a linear map is
+        solved for at every step of the scores, and other episodes choose penalty and length.
     """
     check_choice("kind", kind, ("linear", "mlp"))
+    hidden, steps = check_count("hidden", hidden), check_count("steps", steps)
     if activations.ndim != 3 or targets.ndim != 3 or activations.shape[:2] != targets.shape[:2]:
         raise ValueError(
             "probe needs activations (B, T, H) and targets (B, T, P) of the same episodes and positions; "
@@ -68,13 +77,13 @@ def probe(
         raise ValueError(f"a probe needs at least 16 episodes to fit, choose and judge; got {n}")
     if not (bool(activations.isfinite().all()) and bool(targets.isfinite().all())):
         raise ValueError("activations and targets must be finite")
-    x, y = _standardized(activations, n // 2), _standardized(targets, n // 2)
-    if kind == "linear":
-        residual = _ridge_residual(x, y, n // 2, 3 * n // 4)
+    cuts = (n // 2, 3 * n // 4)
+    x, y = _standardized(activations, n // 2, together=pooled), _standardized(targets, n // 2)
+    y = y[-1:] if pooled else y
+    if kind == "mlp":
+        residual = _mlp_residual(x, y, cuts, hidden, steps, seed, pooled=pooled)
     else:
-        residual = _mlp_residual(
-            x, y, n // 2, 3 * n // 4, (check_count("hidden", hidden), check_count("steps", steps), seed)
-        )
+        residual = _pooled_ridge_residual(x, y, cuts, steps) if pooled else _ridge_residual(x, y, cuts)
     judged = y[:, 3 * n // 4 :]
     total = (judged - judged.mean(1, keepdim=True)).square().sum(-1)
     constant = (total.sum(-1) == 0).nonzero()[:, 0].tolist()
@@ -90,51 +99,89 @@ def shuffled(targets: Tensor, *, seed: int = 0) -> Tensor:
     return targets[order]
 
 
-def _standardized(values: Tensor, n_fit: int) -> Tensor:
-    """(T, B, features) with mean 0 and variance 1 over the fitting episodes; a constant feature becomes 0."""
+def _standardized(values: Tensor, n_fit: int, *, together: bool = False) -> Tensor:
+    """(T, B, features) with mean 0 and variance 1 over the fitting episodes; a constant feature becomes 0.
+
+    The mean is that of each position. So is the variance, or it is one for all positions `together`.
+    """
     values = values.detach().double().cpu().transpose(0, 1)
     mean, spread = values[:, :n_fit].mean(1, keepdim=True), values[:, :n_fit].std(1, keepdim=True)
+    if together:
+        spread = spread.square().mean(0, keepdim=True).sqrt()
     floor = 1e-9 * (1 + mean.abs())
     return torch.where(spread > floor, (values - mean) / spread.clamp(min=1e-300), 0.0)
 
 
-def _ridge_residual(x: Tensor, y: Tensor, n_fit: int, n_chosen: int) -> Tensor:
+def _ridge_residual(x: Tensor, y: Tensor, cuts: tuple[int, int]) -> Tensor:
     """Residuals (T, held-out, P), each position with the penalty that the choosing episodes like best."""
-    fit_x, fit_y = x[:, :n_fit], y[:, :n_fit]
-    gram, cross = fit_x.mT @ fit_x, fit_x.mT @ fit_y
-    eye = torch.eye(x.shape[-1], dtype=x.dtype)
-    weights = torch.stack([torch.linalg.solve(gram + p * n_fit * eye, cross) for p in _PENALTIES])  # (G, T, H, P)
+    n_fit, n_chosen = cuts
+    weights = torch.stack([_ridge(x[:, :n_fit], y[:, :n_fit], p) for p in _PENALTIES])  # (G, T, H, P)
     errors = (x[:, n_fit:n_chosen] @ weights - y[:, n_fit:n_chosen]).square().mean((-2, -1))  # (G, T)
     best = weights[errors.argmin(0), torch.arange(x.shape[0])]
     return x[:, n_chosen:] @ best - y[:, n_chosen:]
 
 
-def _mlp_residual(x: Tensor, y: Tensor, n_fit: int, n_chosen: int, options: tuple[int, int, int]) -> Tensor:
-    """Residuals (T, held-out, P) of one net per position, at the update that the choosing episodes like best."""
-    hidden, steps, seed = options
+def _ridge(x: Tensor, y: Tensor, penalty: Tensor | float) -> Tensor:
+    eye = torch.eye(x.shape[-1], dtype=x.dtype)
+    return torch.linalg.solve(x.mT @ x + penalty * x.shape[-2] * eye, x.mT @ y)
+
+
+def _pooled_ridge_residual(x: Tensor, y: Tensor, cuts: tuple[int, int], steps: int) -> Tensor:
+    """Residuals (1, held-out, P) of ridge regression on pooled positions, one set of scores for each penalty."""
+    penalties = torch.tensor(_PENALTIES, dtype=x.dtype)[:, None, None]
+    scores = torch.zeros(len(_PENALTIES), x.shape[0], dtype=x.dtype, requires_grad=True)
+
+    def answer(part: slice) -> Tensor:
+        rows = _pooled(x, scores)
+        fit = slice(cuts[0])
+        return rows[:, part] @ _ridge(rows[:, fit], y[:, fit], penalties)
+
+    residual, error = _descend(answer, [scores], y, cuts, steps)
+    return residual[error.argmin()][None]
+
+
+def _mlp_residual(
+    x: Tensor, y: Tensor, cuts: tuple[int, int], hidden: int, steps: int, seed: int, *, pooled: bool
+) -> Tensor:
+    """Residuals (T or 1, held-out, P) of one net per position, or on the pooled ones."""
     x, y = x.float(), y.float()
     generator = derive_generator(seed, "mlp probe")
-    shapes = ((x.shape[0], x.shape[2], hidden), (x.shape[0], 1, hidden), (x.shape[0], hidden, y.shape[2]))
+    shapes = ((len(y), x.shape[2], hidden), (len(y), 1, hidden), (len(y), hidden, y.shape[2]))
     tensors = [torch.randn(shape, generator=generator) * shape[1] ** -0.5 for shape in shapes]
-    tensors[1].zero_()
-    parameters = [tensor.requires_grad_(True) for tensor in (*tensors, torch.zeros(x.shape[0], 1, y.shape[2]))]
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for start in tensors[1:]:
+        start.zero_()  # the net without any update gives the mean
+    tensors += [torch.zeros(len(y), 1, y.shape[2]), torch.zeros(1, len(x))]
+    first, offset, second, bias, scores = (tensor.requires_grad_(True) for tensor in tensors)
 
-    def answer(rows: Tensor) -> Tensor:
-        first, offset, second, bias = parameters
+    def answer(part: slice) -> Tensor:
+        rows = _pooled(x[:, part], scores) if pooled else x[:, part]
         return F.gelu(rows @ first + offset) @ second + bias
 
-    best = torch.full((x.shape[0],), float("inf"))
-    residual = y[:, n_chosen:].clone()
+    return _descend(answer, [first, offset, second, bias, *([scores] if pooled else [])], y, cuts, steps)[0].double()
+
+
+def _pooled(x: Tensor, scores: Tensor) -> Tensor:
+    """Means (G, B, H) of the positions of x (T, B, H) under softmaxes of scores (G, T)."""
+    return torch.einsum("gt,tbh->gbh", (_STEEPNESS * scores).softmax(-1), x)
+
+
+def _descend(
+    answer: Callable[[slice], Tensor], parameters: Sequence[Tensor], y: Tensor, cuts: tuple[int, int], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Residuals (G, held-out, P) and errors (G,) of each probe at the update that the choosing episodes like best."""
+    fit, choose, judge = slice(cuts[0]), slice(*cuts), slice(cuts[1], None)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    with torch.no_grad():
+        residual = answer(judge) - y[:, judge]
+    best = residual.new_full((len(residual),), float("inf"))
     for step in range(steps + 1):
         if step % 10 == 0 or step == steps:
             with torch.no_grad():
-                error = (answer(x[:, n_fit:n_chosen]) - y[:, n_fit:n_chosen]).square().mean((1, 2))
+                error = (answer(choose) - y[:, choose]).square().mean((1, 2))
                 better = error < best
                 best = torch.where(better, error, best)
-                now = answer(x[:, n_chosen:]) - y[:, n_chosen:]
-                residual = torch.where(better[:, None, None], now, residual)
+                residual = torch.where(better[:, None, None], answer(judge) - y[:, judge], residual)
         optimizer.zero_grad()
-        (answer(x[:, :n_fit]) - y[:, :n_fit]).square().mean((1, 2)).sum().backward()
+        (answer(fit) - y[:, fit]).square().mean((1, 2)).sum().backward()
         optimizer.step()
-    return residual.double()
+    return residual, best

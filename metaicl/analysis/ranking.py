@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from metaicl.analysis.fingerprint_result import Nearest
-from metaicl.statistics import Array, Interval, corrected, intervals, paired
+from metaicl.statistics import Array, Interval, family_intervals, intervals, paired
 
 SAME = 1e-8
 """Relative distances that differ by less are the same answers up to rounding (a relative error of 1e-4 in them)."""
@@ -73,5 +73,5 @@ def _ties(values: Mapping[str, Array], order: Sequence[str]) -> tuple[str, ...]:
     first, others = order[0], list(order[1:])
     if values[first].mean() <= SAME:  # no distance is below zero, so whatever is not equal is farther for certain
         return tuple(name for name in others if values[name].mean() <= values[first].mean() + SAME)
-    gaps = corrected(intervals([paired(values[name], values[first]) for name in others]))
+    gaps = family_intervals([paired(values[name], values[first]) for name in others])
     return tuple(name for name, gap in zip(others, gaps, strict=True) if gap.p is None or gap.p >= _LEVEL)

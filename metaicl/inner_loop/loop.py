@@ -127,7 +127,7 @@ def make_loop(
             "optimizer must be an InnerOptimizer, such as metaicl.inner_loop.Adam(0.01); "
             f"got {type(optimizer).__module__}.{type(optimizer).__name__}"
         )
-    check_count("steps", steps, minimum=0)
+    steps = check_count("steps", steps, minimum=0)
     exact_from = 0 if truncate is None else max(0, steps - check_count("truncate", truncate, minimum=0))
     if layers and not (optimizer is None or optimizer.takes_factors):
         raise ValueError(f"layers need an optimizer that takes factors, got {type(optimizer).__name__}")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metaicl.checks import check_choice, check_count, check_positive
+from metaicl.checks import check_choice, check_count, check_positive, is_finite_number
 from metaicl.inner_loop.parameters import dotless
 
 Learn = Literal["all", "tensor", "element"]
@@ -41,7 +41,7 @@ class Rate:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+        if not is_finite_number(self.value):
             raise ValueError(f"Rate.value must be a finite number; got {self.value!r}")
         if self.learn is not None:
             check_choice("Rate.learn", self.learn, ("all", "tensor", "element"))

@@ -87,7 +87,7 @@ def to_taskset(
         TypeError, ValueError: If a count, the seed or the split is out of range.
     """
     if num_tasks != -1:
-        check_count("num_tasks", num_tasks)
+        num_tasks = check_count("num_tasks", num_tasks)
     stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query, chunk_size=1)
     return EpisodeTaskset(stream, num_tasks)
 

@@ -43,7 +43,7 @@ def low_rank_copy(net: nn.Module, *, rank: int) -> tuple[nn.Module, list[str]]:
     Raises:
         ValueError: If there is no linear layer.
     """
-    check_count("rank", rank)
+    rank = check_count("rank", rank)
     holder = nn.Sequential(copy.deepcopy(net))
     for name, layer in list(holder.named_modules()):
         if type(layer) is nn.Linear:

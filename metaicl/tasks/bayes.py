@@ -1,6 +1,7 @@
 """Bayes-optimal learners of the synthetic families, built from their parameters."""
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,13 @@ from torch.distributions import Distribution
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, gaussian, squared_distances
 from metaicl.learner import Learner, Traits
+from metaicl.mixtures import marginal
 from metaicl.nets.moments import Moments, prefix_moments, row_moments
 from metaicl.spec import TaskSpec
+
+# Of the plane of waves: cells along the axis that the rows leave more open and along the other, points in each along
+# both, which weigh it, and how many standard deviations all of them reach.
+_CELLS, _FINE, _REACH = (64, 24), 4, 5.0
 
 
 class LinearPosterior(NamedTuple):
@@ -84,59 +90,81 @@ class BayesianLinearRegression(Learner[LinearPosterior]):
         return torch.linalg.cholesky(moments.gram + penalty * eye)
 
 
-class SinusoidPosterior(Learner[dict[str, Tensor]]):
-    """The posterior predictive of a sine wave y = a sin(x + p), by quadrature over a grid of waves.
+class WavePosterior(NamedTuple):
+    """Waves in cells of the plane of (a cos p, a sin p), in float64.
 
-    Without noise the posterior is a point that two rows already determine up to ties; a small assumed noise
-    keeps the weights on the waves nearest to the rows.
+    Attributes:
+        waves: The mean of each cell (B, S, 2).
+        log_weights: Logarithm of its posterior probability (B, S).
+        cell: Covariance (B, 2, 2) of a point drawn from a cell.
+    """
+
+    waves: Tensor
+    log_weights: Tensor
+    cell: Tensor
+
+
+class SinusoidPosterior(Learner[WavePosterior]):
+    """The posterior predictive of a sine wave y = a sin(x + p) with a and p uniform, by quadrature.
+
+    A wave is linear in u = (a cos p, a sin p), so the likelihood of u is a Gaussian: along the two axes of its
+    precision, cells are laid over the part of the plane that the rows leave open, weighted by the likelihood and by the
+    prior, which is uniform in a and p and so 1 / a in the plane. The answer is a mixture over the cells.
 
     Args:
         spec: One input, one output.
         amplitude: Range of a.
         phase: Range of p, radians.
-        noise: Standard deviation of the noise; at least .02 is assumed, the resolution of the grid.
-        grid: Grid points per parameter.
+        noise: Standard deviation of the noise; at least 1e-4 is assumed, well above rounding.
     """
 
     traits = Traits(kinds=("regression",), trainable=False)
 
     def __init__(
-        self,
-        spec: TaskSpec,
-        *,
-        amplitude: tuple[float, float],
-        phase: tuple[float, float],
-        noise: float,
-        grid: int = 256,
+        self, spec: TaskSpec, *, amplitude: tuple[float, float], phase: tuple[float, float], noise: float
     ) -> None:
-        """Lay out the grid."""
+        """Keep the prior."""
         super().__init__(spec)
-        self.noise = max(float(noise), 0.02)
-        a = torch.linspace(*amplitude, grid, dtype=torch.float64)
-        p = torch.linspace(*phase, grid, dtype=torch.float64)
-        # y = (a cos p) sin x + (a sin p) cos x is linear in these two coordinates.
-        waves = torch.stack([a[:, None] * p.cos(), a[:, None] * p.sin()], -1).flatten(0, 1)
-        self.waves: Tensor
-        self.register_buffer("waves", waves)
+        self.amplitude, self.phase, self.noise = amplitude, phase, max(float(noise), 1e-4)
 
-    def adapt(self, support: Examples) -> dict[str, Tensor]:
-        """Log-weights of the waves, reduced to the posterior's mean (B, 2) and covariance (B, 2, 2)."""
+    def adapt(self, support: Examples) -> WavePosterior:
+        """The posterior over waves."""
         basis, y = _sine_basis(support.x), support.y.double()
         basis, y = basis * support.real[..., None], y * support.real[..., None]
-        gram, cross = basis.mT @ basis, basis.mT @ y  # (B, 2, 2), (B, 2, 1)
-        waves = self.waves.double()
-        fit = (waves @ cross)[..., 0] - 0.5 * ((waves @ gram) * waves).sum(-1)  # (B, grid^2)
-        weights = torch.softmax(fit / self.noise**2, -1)
-        mean = weights @ waves
-        second = (weights[..., None] * waves).mT @ waves
-        return {"mean": mean, "covariance": second - mean[..., :, None] * mean[..., None, :]}
+        precision, axes = torch.linalg.eigh(basis.mT @ basis)  # (B, 2) in rising order, and (B, 2, 2)
+        precision = precision.clamp(min=1e-12)
+        center = (axes.mT @ (basis.mT @ y))[..., 0] / precision
+        reach = _REACH * self.noise / precision.sqrt()
+        largest = max(map(abs, self.amplitude))
+        low, high = ((center + sign * reach).clamp(-largest, largest) for sign in (-1, 1))
+        points = low[:, None] + (high - low)[:, None] * _unit_cells().to(center)  # (B, S F, 2), along the axes
+        fit = -0.5 * (precision[:, None] * (points - center[:, None]).square()).sum(-1) / self.noise**2
+        prior = self._log_prior(points @ axes.mT)
+        inside = prior.isfinite()  # nowhere if rounding has moved a wave at the border of the prior out of it
+        scores = torch.where(inside.any(-1, keepdim=True), fit + prior, fit)
+        shares = scores.unflatten(-1, (-1, _FINE**2))
+        log_weights = shares.logsumexp(-1)
+        within = (shares - log_weights[..., None]).exp().nan_to_num(nan=_FINE**-2.0)  # cells without any weight
+        means = (within[..., None] * points.unflatten(1, (-1, _FINE**2))).sum(-2)
+        cell = axes @ (((high - low) / torch.tensor(_CELLS).to(center)).square() / 12).diag_embed() @ axes.mT
+        return WavePosterior(means @ axes.mT, log_weights.log_softmax(-1), cell)
 
-    def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
-        """Gaussian with the posterior predictive's mean and variance."""
+    def predict(self, state: WavePosterior, x: Tensor) -> Distribution:
+        """A mixture over waves, each with the noise and with what is open within its cell."""
         basis = _sine_basis(x)
-        mean = basis @ state["mean"][..., None]
-        variance = ((basis @ state["covariance"]) * basis).sum(-1, keepdim=True).clamp(min=0) + self.noise**2
-        return gaussian(mean.to(x.dtype), variance.sqrt().to(x.dtype))
+        means = (basis @ state.waves.mT)[..., None]  # (B, Q, S, 1)
+        scale = (((basis @ state.cell) * basis).sum(-1) + self.noise**2).sqrt()[..., None, None]
+        return marginal(gaussian(means.to(x.dtype), scale.to(x.dtype)), state.log_weights[:, None].to(x.dtype))
+
+    def _log_prior(self, waves: Tensor) -> Tensor:
+        """Logarithm of the prior density of u (..., 2), up to a constant: -inf where there is none."""
+        length, angle = waves.norm(dim=-1), torch.atan2(waves[..., 1], waves[..., 0])
+        (shortest, longest), (first, last) = self.amplitude, self.phase
+        ways = torch.zeros_like(length)
+        for a, p in ((length, angle), (-length, angle + math.pi)):  # a negative amplitude is half a turn
+            turns = ((last - p) / math.tau).floor() - ((first - p) / math.tau).ceil() + 1  # how often p is in the range
+            ways = ways + turns.clamp(min=0) * ((shortest <= a) & (a <= longest))
+        return ways.log() - length.clamp(min=1e-9).log()
 
 
 class GaussianClassPosterior(Learner[Any]):
@@ -175,6 +203,14 @@ class GaussianClassPosterior(Learner[Any]):
         dim = x.shape[-1]
         scores = -0.5 * squared_distances(x, means) / variances[:, None] - 0.5 * dim * variances.log()[:, None]
         return categorical(scores)
+
+
+@cache
+def _unit_cells() -> Tensor:
+    """Points (S F, 2) of all cells of the unit square, those of a cell next to each other."""
+    sides = [(torch.arange(n * _FINE, dtype=torch.float64) + 0.5) / (n * _FINE) for n in _CELLS]
+    grid = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
+    return grid.unflatten(0, (-1, _FINE)).unflatten(2, (-1, _FINE)).transpose(1, 2).flatten(0, 3)
 
 
 def _sine_basis(x: Tensor) -> Tensor:

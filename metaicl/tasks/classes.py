@@ -75,7 +75,7 @@ class ClassEpisodes(TaskDistribution):
             ValueError: If a count is below one, the split is unknown or has too few classes, or a class too few rows.
         """
         n_way = self.spec.output_size
-        check_count("n_tasks", n_tasks)
+        n_tasks = check_count("n_tasks", n_tasks)
         owned = self._owned(split, n_way, check_count("n_shot", n_shot) + check_count("n_query", n_query))
         pick = _distinct(np.full(n_tasks, len(owned)), n_way, generator)
         class_ids = owned.take(pick)  # (B, C)
@@ -182,7 +182,7 @@ def split_classes(
         ValueError: If the shares do not sum to one or a split comes out empty.
     """
     shares = dict(fractions) if fractions is not None else {"train": 0.64, "validation": 0.16, "test": 0.2}
-    check_count("n_classes", n_classes, minimum=len(shares))
+    n_classes = check_count("n_classes", n_classes, minimum=len(shares))
     if set(shares) != set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
         raise ValueError(f"fractions must give {list(SPLITS)} positive shares that sum to 1; got {shares}")
     order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(check_seed(seed))).tolist()

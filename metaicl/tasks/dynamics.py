@@ -71,7 +71,7 @@ class DynamicalSystem(TaskDistribution):
     ) -> None:
         """Draw what is the same in all tasks."""
         self.system = check_choice("system", system, SYSTEMS)
-        check_count("dim", dim, minimum=2)
+        dim = check_count("dim", dim, minimum=2)
         usual = 3 * dim if system == "partial" else dim
         self.hidden = usual if hidden is None else check_count("hidden", hidden)
         if system != "partial" and self.hidden != dim:
@@ -155,7 +155,7 @@ class InterleavedPairs(TaskDistribution):
 
     def __init__(self, *, dim: int = 10) -> None:
         """Keep the size."""
-        check_count("dim", dim, minimum=2)
+        dim = check_count("dim", dim, minimum=2)
         self.spec = TaskSpec("regression", (dim,), y_dim=dim, ordered=True)
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:

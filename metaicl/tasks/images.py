@@ -113,7 +113,7 @@ class ImageClasses(ClassEpisodes):
             OSError: If files are no readable images; all are counted and the first named.
             ValueError: If there are fewer than two classes, or the split is given twice or shares a class.
         """
-        check_count("size", size)
+        size = check_count("size", size)
         classes, split = _class_folders(Path(path))
         if split is not None and class_splits is not None:
             raise ValueError(f"{path} is split by its folders {sorted(_SPLIT_FOLDERS)}; class_splits must be None")

@@ -75,7 +75,7 @@ class LinearRegression(TaskDistribution):
         prompt: str = "standard",
     ) -> None:
         """Check the settings and factor the covariance once."""
-        check_count("dim", dim)
+        dim = check_count("dim", dim)
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation >= 0; got {noise}")
         self.noise, self.noisy_query = float(noise), bool(noisy_query)

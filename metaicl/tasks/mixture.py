@@ -9,8 +9,9 @@ from torch.distributions import Distribution
 from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.collation import split_rows
 from metaicl.episode import Episode, Examples
-from metaicl.functional import gaussian, unit_rows
+from metaicl.functional import gaussian, squared_distances, unit_rows
 from metaicl.learner import Learner, Traits
+from metaicl.mixtures import marginal
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, Split, TaskDistribution, derive_generator
 from metaicl.tasks.bayes import BayesianLinearRegression, LinearPosterior
@@ -55,7 +56,7 @@ class TaskMixture(TaskDistribution):
         seed: int = 0,
     ) -> None:
         """Draw the pool."""
-        check_count("n_pool", n_pool, minimum=len(SPLITS))
+        n_pool = check_count("n_pool", n_pool, minimum=len(SPLITS))
         self.dim, self.cue_dim = check_count("dim", dim), check_count("cue_dim", cue_dim, minimum=2)
         self.cue_noise, self.noise = check_positive("cue_noise", cue_noise), check_positive("noise", noise)
         self.spec = TaskSpec("regression", (cue_dim + dim,), y_dim=1)
@@ -96,9 +97,11 @@ class TaskMixture(TaskDistribution):
 
 
 class KnownPool(Learner[Tensor]):
-    """The best answer where rows of every latent task have been seen without end: that task's weights.
+    """The posterior predictive of who knows the cue and the weights of every latent task, and how noisy rows are.
 
-    Exact as far as the nearest cue is the right one.
+    The best answer where rows of every latent task have been seen without end: a mixture over the pool, by the cues and
+    targets of the support and by the query's own cue. All tasks of the pool count as equally likely, whatever split
+    they are in.
     """
 
     traits = Traits(kinds=("regression",), trainable=False)
@@ -109,14 +112,30 @@ class KnownPool(Learner[Tensor]):
         self.tasks = tasks
 
     def adapt(self, support: Examples) -> Tensor:
-        """Nothing to learn: (B, 0)."""
-        return support.x.new_zeros(support.n_tasks, 0)
+        """Log-likelihood of the support under each latent task, up to a constant: (B, P), float64."""
+        residual = (support.y.double() - self._means(support.x)) / self.tasks.noise
+        rows = self._cue_fit(support.x) - 0.5 * residual.square()
+        return torch.where(support.real[..., None], rows, 0.0).sum(1)
+
+    def update(self, state: Tensor, examples: Examples) -> Tensor:
+        """That of the new rows added."""
+        return state + self.adapt(examples)
 
     def predict(self, state: Tensor, x: Tensor) -> Distribution:
-        """The function of the task that the cue names."""
-        weights = self.tasks.codes(x) @ self.tasks.weights.to(x)
-        mean = (weights * x[..., self.tasks.cue_dim :]).sum(-1, keepdim=True)
-        return gaussian(mean, mean.new_tensor(self.tasks.noise))
+        """A mixture over the latent tasks."""
+        means = self._means(x)[..., None].to(x.dtype)  # (B, Q, P, 1)
+        weights = (state[:, None] + self._cue_fit(x)).log_softmax(-1)
+        return marginal(gaussian(means, means.new_tensor(self.tasks.noise)), weights.to(x.dtype))
+
+    def _means(self, x: Tensor) -> Tensor:
+        """What each latent task makes of rows x: (B, N, P)."""
+        z = x[..., self.tasks.cue_dim :].double()
+        return z @ self.tasks.weights.to(z).mT
+
+    def _cue_fit(self, x: Tensor) -> Tensor:
+        """Log-density of the cues of rows x under each latent task, up to a constant: (B, N, P)."""
+        cues = x[..., : self.tasks.cue_dim].double()
+        return -0.5 * squared_distances(cues, self.tasks.cues.to(cues)) / self.tasks.cue_noise**2
 
 
 class SupportAlone(BayesianLinearRegression):

@@ -116,8 +116,8 @@ def download(
     """
     _check_url(url)
     _parse_checksum(checksum)
-    check_count("retries", retries, minimum=0)
-    check_count("max_bytes", max_bytes)
+    retries = check_count("retries", retries, minimum=0)
+    max_bytes = check_count("max_bytes", max_bytes)
     path = Path(cache_folder() if folder is None else folder) / _file_name(url)
     if path.exists():
         return check_file(path, checksum)

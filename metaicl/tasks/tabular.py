@@ -63,7 +63,7 @@ class _TablePool(TaskDistribution):
         return [self.tables[i].name for i in usable.nonzero()[:, 0].tolist()]
 
     def _draw_tables(self, n_tasks: int, split: Split, n_rows: int, generator: torch.Generator) -> Tensor:
-        check_count("n_tasks", n_tasks)
+        n_tasks = check_count("n_tasks", n_tasks)
         usable = (self._table_splits[split] & (self._count_draws(n_rows) > 0)).nonzero()[:, 0]
         if not len(usable):
             held = self.table_names(split)

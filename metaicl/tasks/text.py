@@ -65,8 +65,8 @@ class TextClasses(ClassEpisodes):
         splitter: Callable[[str], list[str]] = split_words,
     ) -> None:
         """Split into words, drop duplicates, number the words."""
-        check_count("n_way", n_way, minimum=2)
-        check_count("max_tokens", max_tokens)
+        n_way = check_count("n_way", n_way, minimum=2)
+        max_tokens = check_count("max_tokens", max_tokens)
         check_choice("words", words, ("hashed", "fitted"))
         check_choice("duplicates", duplicates, ("raise", "drop"))
         if isinstance(texts, str):

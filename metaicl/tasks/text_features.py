@@ -95,7 +95,7 @@ class EmbeddedTexts(ClassEpisodes):
 
     def __init__(self, tasks: TextClasses, function: TextFunction, *, batch_size: int = 256) -> None:
         """Embed all texts."""
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         parts = [
             _features(function, tasks.texts[start : start + batch_size])
             for start in range(0, len(tasks.texts), batch_size)

@@ -62,6 +62,38 @@ def test_an_mlp_probe_finds_the_product_too() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_pooled_probe_finds_the_position_that_knows(kind: Any) -> None:
+    """The target is a map, or a product, of what position 1 of 3 holds; the others hold noise of the same make."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 3, 8, generator=g)
+    known = hidden[:, 1, :2] @ torch.randn(2, 2, generator=g) if kind == "linear" else hidden[:, 1, :2].prod(1)[:, None]
+    values = known[:, None].expand(-1, 3, -1) * torch.tensor([0.0, 0.0, 1.0])[:, None]  # of the last position alone
+    (found,) = probe(hidden, values, kind=kind, pooled=True, hidden=32).r2
+    assert found.mean > (0.99 if kind == "linear" else 0.8)
+    assert abs(probe(hidden[:, ::2], values[:, ::2], kind=kind, pooled=True, steps=50).r2[0].mean) < 0.1
+    (chance,) = probe(hidden, shuffled(values), kind=kind, pooled=True, steps=50).r2
+    assert chance.mean < 0.05
+
+
+def test_a_pooled_probe_of_one_position_is_the_probe_of_that_position() -> None:
+    hidden, values = planted(100)
+    alone = probe(hidden[:, :1], values[:, :1]).r2[0]
+    pooled = probe(hidden[:, :1], values[:, :1], pooled=True, steps=3).r2[0]
+    assert pooled.mean == pytest.approx(alone.mean, abs=1e-9)
+    alone = probe(hidden[:, :1], values[:, :1], kind="mlp", steps=20).r2[0]
+    assert probe(hidden[:, :1], values[:, :1], kind="mlp", steps=20, pooled=True).r2[0].mean == alone.mean
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_probe_of_noise_is_the_mean(kind: Any, pooled: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, noise = torch.randn(1000, 2, 64, generator=g), torch.randn(1000, 2, 1, generator=g)
+    for one in probe(hidden, noise, kind=kind, pooled=pooled, steps=100).r2:
+        assert abs(one.mean) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("value", [0.0, 7.0, 0.1])
 def test_a_constant_target_has_no_r2(kind: Any, value: float) -> None:
     """It has no variance to explain; an R^2 of one would be reached by anything, by shuffled targets too."""
@@ -173,6 +205,22 @@ def test_layers_beside_their_controls(tmp_path: Any) -> None:
     found.to_json(tmp_path / "probes.json")
     found.plot(tmp_path / "probes.png")
     assert (tmp_path / "probes.png").stat().st_size > 5_000
+
+
+def test_pooled_probes_of_layers_have_one_value_each(tmp_path: Any) -> None:
+    """The sum of all inputs is in the embeddings of all positions, and in none of one."""
+    options: Any = {"names": ["embed.from_x"], "controls": {}, "n_shot": 3, "n_episodes": 200}
+
+    def total(stream: Any, latents: Any) -> Tensor:
+        return stream.x.cumsum(1) - stream.x[:, :1]  # position 0, which has seen no row, is not probed
+
+    alone, pooled = (probe_layers(small(), TASKS, targets={"sum": total}, pooled=p, **options) for p in (False, True))
+    (found,) = pooled.r2["sum"]["trained"]["embed.from_x"]
+    assert found.mean > 0.9 > 0.6 > alone.r2["sum"]["trained"]["embed.from_x"][-1].mean
+    assert pooled.r2["sum"]["shuffled"]["embed.from_x"][0].mean < 0.1
+    assert "on all positions" in str(pooled)
+    (axes, *_) = pooled.plot(tmp_path / "pooled.png").axes
+    assert axes.get_xlim() == (2.5, 3.5)
 
 
 def test_an_untrained_copy_has_other_weights_of_the_same_make() -> None:

@@ -10,6 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from metaicl.episode import Examples
 from metaicl.learners.reference.from_scratch import FromScratch
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors, Ridge
+from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
@@ -53,6 +54,21 @@ def test_nearest_neighbors_equals_sklearn(regression, classification, k: int) ->
         oracle = KNeighborsClassifier(k).fit(episode.support.x[task].numpy(), episode.support.y[task].numpy())
         votes = oracle.predict_proba(episode.query.x[task].numpy()) * k + 1 / 5
         np.testing.assert_allclose(answer.probs[task].numpy(), votes / votes.sum(1, keepdims=True), atol=1e-10)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "distance"])
+def test_neighbors_that_are_masked_are_absent(weights: str) -> None:
+    """Fewer real rows than neighbors: votes are counted among the real ones."""
+    learner = NearestNeighbors(TaskSpec("classification", (1,), n_way=3), k=3, weights=weights)
+    x, y = torch.tensor([[[0.0], [1.0], [9.0]]]), torch.tensor([[0, 0, 1]])
+    queries = torch.tensor([[[0.0], [5.0]]])
+    for n in (0, 1, 2):
+        real = torch.arange(3)[None] < n
+        found = learner(Examples(x, y, real), queries).probs
+        if n:
+            torch.testing.assert_close(found, learner(Examples(x[:, :n], y[:, :n]), queries).probs)
+        else:
+            torch.testing.assert_close(found, torch.full((1, 2, 3), 1 / 3))
 
 
 def test_logistic_equals_sklearn(classification) -> None:

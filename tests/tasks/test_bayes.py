@@ -1,13 +1,16 @@
 """The Bayes references against published figures, quadrature and brute force."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from metaicl.episode import Examples
+from metaicl.evaluation import evaluate
 from metaicl.task import EVAL_SEED, EpisodeStream
-from metaicl.tasks.bayes import BayesianLinearRegression, SinusoidPosterior, gaussian_nll_floor
+from metaicl.tasks.bayes import BayesianLinearRegression, gaussian_nll_floor
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 
@@ -47,8 +50,6 @@ def test_linear_posterior_equals_the_textbook_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(1, 6, n, generator=generator, dtype=torch.float64) for n in (3, 1))
     learner = BayesianLinearRegression(LinearRegression(dim=3).spec, noise=0.3, weight_scale=2.0)
-    from metaicl.episode import Examples
-
     mean, covariance, _ = learner.adapt(Examples(x, y))
     a, b = x[0].numpy(), y[0].numpy()
     precision = a.T @ a / 0.09 + np.eye(3) / 4.0
@@ -56,22 +57,47 @@ def test_linear_posterior_equals_the_textbook_formula() -> None:
     np.testing.assert_allclose(mean[0].numpy(), np.linalg.solve(precision, a.T @ b / 0.09), rtol=1e-10)
 
 
-def test_sinusoid_posterior_equals_brute_force() -> None:
-    tasks = Sinusoid(noise=0.3)
-    learner = SinusoidPosterior(tasks.spec, amplitude=tasks.amplitude, phase=tasks.phase, noise=0.3, grid=64)
-    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=3, n_query=4, chunk_size=1)[0]
-    answer = learner(episode.support, episode.query.x)
-    a, p = np.linspace(0.1, 5, 64)[:, None, None], np.linspace(0, math.pi, 64)[None, :, None]
+@pytest.mark.parametrize(
+    ("amplitude", "phase"), [((0.1, 5.0), (0.0, math.pi)), ((-2.0, 3.0), (-1.0, 2.0)), ((1.0, 2.0), (0.0, 9.0))]
+)
+@pytest.mark.parametrize(("n_shot", "noise"), [(1, 0.3), (2, 0.3), (3, 1.0), (8, 0.1)])
+def test_sinusoid_posterior_equals_brute_force(n_shot: int, noise: float, amplitude: Any, phase: Any) -> None:
+    """Mean and density by a fine grid over amplitude and phase, also where one wave has two names."""
+    tasks = Sinusoid(amplitude=amplitude, phase=phase, noise=noise)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=n_shot, n_query=6, chunk_size=1)[0]
+    answer = tasks.references()["Bayes"](episode.support, episode.query.x)
+    a, p = np.linspace(*amplitude, 1201)[:, None, None], np.linspace(*phase, 1200)[None, :, None]
     xs, ys = episode.support.x[0, :, 0].double().numpy(), episode.support.y[0, :, 0].double().numpy()
-    log_weight = -0.5 * ((ys - a * np.sin(xs + p)) ** 2).sum(-1) / 0.09
+    log_weight = -0.5 * ((ys - a * np.sin(xs + p)) ** 2).sum(-1) / noise**2
     weight = np.exp(log_weight - log_weight.max())
     weight /= weight.sum()
-    xq = episode.query.x[0, :, 0].double().numpy()
-    waves = a * np.sin(xq + p)
-    mean = (weight[..., None] * waves).sum((0, 1))
-    variance = (weight[..., None] * waves**2).sum((0, 1)) - mean**2 + 0.09
-    np.testing.assert_allclose(answer.mean[0, :, 0].numpy(), mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(answer.stddev[0, :, 0].numpy(), np.sqrt(variance), rtol=1e-4)
+    xq, yq = episode.query.x[0, :, 0].double().numpy(), episode.query.y[0, :, 0].double().numpy()
+    for x, y, mean, log_prob in zip(xq, yq, answer.mean[0, :, 0], answer.log_prob(episode.query.y)[0], strict=True):
+        waves = (a * np.sin(x + p))[..., 0]
+        assert float(mean) == pytest.approx((weight * waves).sum(), abs=0.01 * noise)
+        density = (weight * np.exp(-0.5 * ((y - waves) / noise) ** 2)).sum() / (noise * math.sqrt(2 * math.pi))
+        assert float(log_prob) == pytest.approx(math.log(density), abs=0.02)
+
+
+@pytest.mark.parametrize("n_shot", [2, 3, 10])
+def test_no_learner_beats_the_sinusoid_posterior(n_shot: int) -> None:
+    """Without noise two rows determine the wave; with it, promises are kept."""
+    found = evaluate(Sinusoid().references()["Bayes"], Sinusoid(), n_shot=n_shot, n_query=10, n_episodes=100)
+    assert found.mean("mse") < 1e-7
+    assert found.mean("nll") < -7
+    noisy = Sinusoid(noise=0.05)
+    found = evaluate(noisy.references()["Bayes"], noisy, n_shot=n_shot, n_query=20, n_episodes=300)
+    calibration = found.calibration
+    assert np.abs(np.subtract(calibration.promised, calibration.observed)).max() < 0.03
+
+
+def test_a_sinusoid_posterior_without_rows_is_the_prior() -> None:
+    tasks = Sinusoid(noise=0.1)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=1, n_query=1, chunk_size=1)[0]
+    support = Examples(episode.support.x, episode.support.y, torch.zeros(1, 1, dtype=torch.bool))
+    found = tasks.references()["Bayes"](support, torch.tensor([[[0.0], [1.0]]]))
+    expected = [2.55 * 2 / math.pi, 2.55 * 2 / math.pi * math.cos(1)]  # E[a] times the mean of sin(x + p)
+    assert found.mean[0, :, 0].numpy() == pytest.approx(expected, abs=0.03)
 
 
 def test_masked_rows_count_as_absent_for_the_references() -> None:

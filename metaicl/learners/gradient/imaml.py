@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_count, check_positive
+from metaicl.checks import check_count, check_positive, is_finite_number
 from metaicl.episode import Examples
 from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
@@ -123,7 +123,7 @@ class IMAML(Learner[dict[str, Tensor]]):
 
 def _check_tolerance(tolerance: float | tuple[float, float]) -> tuple[float, float]:
     pair = tolerance if isinstance(tolerance, tuple) else (tolerance, tolerance)
-    if len(pair) != 2 or not all(isinstance(value, (int, float)) and 0 <= value < 1 for value in pair):
+    if len(pair) != 2 or not all(is_finite_number(value) and 0 <= value < 1 for value in pair):
         raise ValueError(f"tolerance must be in [0, 1), or a pair (first, last) of such numbers; got {tolerance!r}")
     if pair[0] < pair[1] or (pair[0] > 0 and pair[1] == 0):
         raise ValueError(f"tolerance must fall from its first to its last value, both > 0; got {tolerance!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metaicl.checks import check_count
+from metaicl.checks import check_count, is_finite_number
 from metaicl.episode import Examples
 from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
@@ -193,6 +193,6 @@ def _step_weights(steps: int, part: float) -> Tensor:
 
 
 def _check_part(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not is_finite_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1]; got {value!r}")
     return float(value)

@@ -149,7 +149,7 @@ def matching_dim(build: Callable[[int], Learner[Any]], size: int, *, of: Callabl
         size: What to match.
         of: Measures a learner.
     """
-    check_count("size", size)
+    size = check_count("size", size)
 
     def measure(dim: int) -> int:
         with torch.random.fork_rng(devices=[]):

@@ -194,7 +194,7 @@ class PreconditionedDescent(MomentLearner):
     ) -> None:
         """Keep the coefficients."""
         super().__init__(spec, scale=scale)
-        check_count("steps", steps)
+        steps = check_count("steps", steps)
         self.alpha, self.beta = per_step("alpha", alpha, steps - 1), per_step("beta", beta, steps - 1)
         self.strength, self.lr = penalty, lr
 

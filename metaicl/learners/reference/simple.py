@@ -89,8 +89,8 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
         features, y, real = state
         found = self._average(raw_features(x, self.spec), features, y, real[:, None])
         if self.spec.kind == "classification":
-            k = min(self.k, features.shape[1])
-            return categorical((found * k + 1 / self.spec.output_size).log())
+            votes = real.sum(1).clamp(max=self.k)[:, None, None]
+            return categorical((found * votes + 1 / self.spec.output_size).log())
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         others = self._average(features, features, y, real[:, None] & ~itself)
         error = masked_mean((others - y).square(), real, 1).sqrt().clamp(min=_MIN_SCALE)

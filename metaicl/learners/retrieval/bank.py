@@ -208,7 +208,7 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise ValueError("the memory bank is empty; fill it with add, as learners do in prepare(tasks, seed=...)")
-        check_count("k", k)
+        k = check_count("k", k)
         check_queries(queries, self.keys.shape[1], dtype=self.keys.dtype)
         check_exclusion(exclude, tuple(queries.shape[:-1]))
         with torch.no_grad(), torch.autocast(self.keys.device.type, enabled=False):

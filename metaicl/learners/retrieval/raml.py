@@ -104,7 +104,7 @@ class RAML(Learner[RAMLState]):
         if passages is not None and (n_items is not None or not self.k):
             raise ValueError("passages are a memory of their own size, and of no use with k = 0; give no n_items")
         self.n_items = check_count("n_items", 8192 if n_items is None else n_items, minimum=max(1, self.k))
-        check_count("n_candidates", n_candidates)
+        n_candidates = check_count("n_candidates", n_candidates)
         check_choice("backend", backend, BACKENDS)
         self.encoder = build_encoder(spec) if encoder is None else encoder
         self.declare_nets(self.encoder)

@@ -42,7 +42,7 @@ class CausalAttention(Mixer[KeysValues]):
     def __init__(self, dim: int, *, heads: int = 4) -> None:
         """Build the projections."""
         super().__init__()
-        check_count("heads", heads)
+        heads = check_count("heads", heads)
         if check_count("dim", dim) % heads:
             raise ValueError(f"heads must divide dim = {dim}; got {heads}")
         self.heads = heads

@@ -103,7 +103,7 @@ class SequenceModel(Mixer[StackState]):
     ) -> None:
         """Build the blocks; positions start small, as in GPT-2."""
         super().__init__()
-        check_count("dim", dim)
+        dim = check_count("dim", dim)
         self.positions = None
         if max_length is not None:
             self.positions = nn.Embedding(check_count("max_length", max_length), dim)
