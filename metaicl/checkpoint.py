@@ -57,7 +57,13 @@ def save_learner(learner: Learner, path: str | os.PathLike[str]) -> None:
     """Save the weights and buffers of a learner, to be loaded by `load_learner_weights`.
 
     The code that builds the learner is not saved: build it the same way, then load.
+
+    Raises:
+        TypeError: If it is no Learner.
+        OSError: If the file cannot be written.
     """
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
     content = {"learner": type(learner).__name__, "spec": asdict(learner.spec), "weights": learner.state_dict()}
     save_checkpoint(path, content)
 

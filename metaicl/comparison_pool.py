@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -144,7 +145,9 @@ class _Child:
 def _packed(worker: Worker, jobs: Sequence[Job]) -> bytes:
     for job in jobs:
         try:
-            pickle.dumps((job.entry, worker.trainer))
+            content = pickle.dumps((job.entry, worker.trainer))
+            if b"__main__" in content and not hasattr(sys.modules["__main__"], "__file__"):
+                raise TypeError("it is from a session without a file, such as a notebook's")
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 f"learners[{job.entry.name!r}] cannot be sent to another process ({error}); "

@@ -156,7 +156,8 @@ class _Description:
         if id(value) in self.met:
             return f"the same as {self.met[id(value)][0]}"
         self.met[id(value)] = path, value
-        return ", ".join([_of_tensor(value)] * self.weights + ["frozen"] * (not value.requires_grad))
+        dtype = [str(value.dtype)] * (not self.weights and value.dtype != torch.float32)
+        return ", ".join([_of_tensor(value)] * self.weights + dtype + ["frozen"] * (not value.requires_grad))
 
     def _function(self, function: FunctionType, path: str) -> Any:
         """Of functions made by others, what they were made with; of those without a name, the code too."""

@@ -72,8 +72,9 @@ class Examples:
         """Bool (B, N): the mask, all True where there is none."""
         return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device) if self.mask is None else self.mask
 
-    def rows(self, index: slice | Tensor) -> "Examples":
-        """The examples at `index` along the row axis N, the same rows for every task."""
+    def rows(self, index: int | slice | Tensor) -> "Examples":
+        """The rows at `index`, the same ones for every task; an integer keeps the row axis (N = 1)."""
+        index = _keep_axis(index, self.n_rows, "row")
         return self._map(lambda leaf: leaf[:, index])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Examples":
@@ -102,7 +103,7 @@ class Examples:
 
     def __getitem__(self, index: int | slice | Tensor) -> "Examples":
         """Tasks at `index`; an integer keeps the task axis (B = 1)."""
-        index = _keep_axis(index, self.n_tasks)
+        index = _keep_axis(index, self.n_tasks, "task")
         return self._map(lambda leaf: leaf[index])
 
     def __len__(self) -> int:
@@ -166,7 +167,7 @@ class Episode:
 
     def __getitem__(self, index: int | slice | Tensor) -> "Episode":
         """Tasks at `index`; an integer keeps the task axis (B = 1)."""
-        index = _keep_axis(index, self.n_tasks)
+        index = _keep_axis(index, self.n_tasks, "task")
         return self._map(lambda part: part[index], lambda leaf: leaf[index])
 
     def __len__(self) -> int:
@@ -219,13 +220,13 @@ def _pad_rows(leaf: Tensor, missing: int, value: int) -> Tensor:
     return torch.cat([leaf, filler], 1)
 
 
-def _keep_axis(index: int | slice | Tensor, size: int) -> slice | Tensor:
+def _keep_axis(index: int | slice | Tensor, size: int, axis: str) -> slice | Tensor:
     if isinstance(index, Tensor) and not index.ndim:
         index = int(index)
     if not isinstance(index, (int, np.integer)):
         return index
     if not -size <= index < size:
-        raise IndexError(f"task index must be in [-{size}, {size}); got {index}")
+        raise IndexError(f"{axis} index must be in [-{size}, {size}); got {index}")
     index = int(index) % size
     return slice(index, index + 1)
 

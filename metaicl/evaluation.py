@@ -190,10 +190,10 @@ def evaluate_shots(
         used = device_of(learner)
         for episode in stream.batches(0, n_episodes, batch_size=batch_size):
             _chain(digest, episode)
-            episode = place(episode, learner)
+            y, episode = episode.query.y, place(episode, learner)
             for k, tally in tallies.items():
                 support = episode.support if k == shots[-1] else first_shots(episode.support, k, tasks.spec)
-                tally.add(learner, support, episode.query)
+                tally.add(learner, support, episode.query, y)
     common: dict[str, Any] = {"learner": name, "kind": tasks.spec.kind, "fingerprint": digest.hexdigest()}
     common |= {"n_query": n_query, "split": split, "seed": seed, "batch_size": batch_size, "device": str(used)}
     common |= {"parameters": sum(p.numel() for p in learner.parameters()), "transductive": learner.traits.transductive}

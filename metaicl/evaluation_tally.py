@@ -15,10 +15,12 @@ from metaicl.episode import Examples
 from metaicl.learner import Learner
 from metaicl.metrics import calibration
 from metaicl.peak_memory import read_peak, start_peak
-from metaicl.prequential import Answer, answer_in_order, counts_of, score
+from metaicl.prequential import Answer, answer_in_order, counts_of, in_single, score
 from metaicl.spec import TaskSpec
 
 T = TypeVar("T")
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -41,8 +43,14 @@ class Tally:
     state_bytes: int = 0
     peak_bytes: int | None = None
 
-    def add(self, learner: Learner, support: Examples, query: Examples) -> None:
+    def add(self, learner: Learner, support: Examples, query: Examples, y: Tensor) -> None:
         """Judge a learner on a batch of tasks.
+
+        Args:
+            learner: In eval mode.
+            support: On its device and in its dtype.
+            query: Likewise.
+            y: The targets of the query in the dtype they were drawn in, which a learner in half precision is judged by.
 
         Raises:
             FloatingPointError: If an answer is NaN or infinite.
@@ -52,6 +60,8 @@ class Tally:
             state, adapting = _timed(lambda: learner.adapt(support), query.x.device)
             answers, predicting = _timed(lambda: self._answers(learner, state, support, query), query.x.device)
             peak = read_peak(query.x.device, held)
+            if any(parameter.dtype in _HALF for parameter in learner.parameters()):
+                answers = in_single(answers, y.to(query.y.device))
             values = score(answers, self.spec, first_episode=self.n_episodes)
         except FloatingPointError as error:
             last = self.n_episodes + query.n_tasks - 1

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_labels
 from metaicl.episode import Episode, Examples
 from metaicl.nets.norm import mixes_rows
 from metaicl.spec import Kind, NotServed, TaskSpec
@@ -118,8 +120,21 @@ class Learner(nn.Module, ABC, Generic[State]):
         """
 
     def forward(self, support: Examples, x: Tensor) -> Distribution:
-        """Adapt and predict in one call."""
+        """Adapt and predict in one call.
+
+        Raises:
+            ValueError: If a label of the support is none of the spec's classes.
+        """
+        if self.spec.kind == "classification" and not _is_transformed():
+            check_labels("support.y", support, self.spec.output_size)
         return self.predict(self.adapt(support), x)
+
+
+def _is_transformed() -> bool:
+    """Whether a graph is being compiled, or a transform of torch.func runs: values cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # has no stub
 
 
 def _check_method(owner: type, name: str, value: Any) -> None:

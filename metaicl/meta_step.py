@@ -127,6 +127,8 @@ class MetaStep:
                 got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 expected = f"the loss of each task, shape (B,) = ({episode.n_tasks},)"
                 raise ValueError(f"the objective must return {expected}; got {got} for {name}")
+            if not losses.requires_grad and torch.is_inference_mode_enabled():
+                raise RuntimeError("training needs gradients, and torch.inference_mode() is on; leave it first")
             if not losses.requires_grad:
                 raise ValueError(f"the objective's loss depends on no trainable parameter of {name}")
             parameters = list(self.parameters.values())

@@ -18,7 +18,7 @@ from metaicl.checks import check_built_for
 from metaicl.description import describe
 from metaicl.distributed import check_unwrapped, from_first, largest, n_processes, rank
 from metaicl.interruption import Interruption
-from metaicl.learner import Learner, Prepares
+from metaicl.learner import FollowsTraining, Learner, Prepares
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
@@ -270,8 +270,10 @@ class _Training:
 def _describe(learner: Learner, tasks: TaskDistribution, config: TrainConfig, objective: Objective) -> dict[str, Any]:
     """What must not change between the parts of a run; the first episode stands for the data."""
     name = getattr(objective, "__qualname__", None)
+    anneals = any(isinstance(module, FollowsTraining) for module in learner.modules())
     return {
         **asdict(config),
+        **({"anneals": True} if anneals else {}),
         "learner": type(learner).__name__,
         "learner_settings": describe(learner, weights=False),  # the weights are those of the checkpoint
         "objective": type(objective).__name__ if name is None else name,

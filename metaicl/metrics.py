@@ -78,7 +78,7 @@ def query_metrics(
 
     Raises:
         ValueError: If the distribution has another shape than the query.
-        TypeError: If that of a classification is not over classes.
+        TypeError: If that of a classification is not over classes, or that of a regression has no mean.
         FloatingPointError: If a log-probability of a real row is not finite. It is looked at before any argmax,
             which would turn a diverged learner into one at chance.
     """
@@ -89,7 +89,12 @@ def query_metrics(
     check_finite("the log-probability of the target", log_prob, query, **place)
     metrics = {"nll": _mean(-log_prob, query)}
     if probs is None:
-        error = (distribution.mean - query.y).square().mean(-1)
+        try:
+            center = distribution.mean
+        except NotImplementedError:
+            got = type(distribution).__name__
+            raise TypeError(f"a regression answer needs a mean, for the squared error; {got} has none") from None
+        error = (center - query.y).square().mean(-1)
         check_finite("the squared error", error, query, **place)
         return {"mse": _mean(error, query), **metrics}
     check_finite("a class probability", probs.sum(-1), query, **place)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
-from metaicl.functional import categorical
+from metaicl.functional import categorical, solvable
 
 
 def marginal(answers: Distribution, log_weights: Tensor) -> Distribution:
@@ -50,6 +50,14 @@ def marginal(answers: Distribution, log_weights: Tensor) -> Distribution:
         return Independent(MixtureSameFamily(weights, normals, validate_args=False), 1, validate_args=False)
     weights = Categorical(logits=log_weights, validate_args=False)
     return MixtureSameFamily(weights, answers, validate_args=False)
+
+
+def widened(answers: Distribution) -> Distribution:
+    """The same answers with parameters in single precision where they are in half; kinds that are not known stay."""
+    try:
+        return rearranged(answers, solvable)
+    except TypeError:
+        return answers
 
 
 def rearranged(answers: Distribution, arrange: Callable[[Tensor], Tensor]) -> Distribution:

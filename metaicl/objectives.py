@@ -46,8 +46,11 @@ def added_to_own(learner: Learner, objective: Objective) -> Objective | None:
         An objective of what is added; None where that is nothing, and for learners without `meta_gradients`.
 
     Raises:
+        TypeError: If the objective is no function.
         ValueError: If the objective would replace what such a learner is trained by.
     """
+    if not callable(objective):
+        raise TypeError(f"objective must be a function (learner, episode) -> loss of each task (B,); got {objective!r}")
     if not isinstance(learner, HasMetaGradients) or objective is query_loss:
         return None
     if isinstance(objective, AddsToObjective) and objective.base is query_loss:
@@ -87,8 +90,13 @@ def squared_error(learner: Learner, episode: Episode) -> Tensor:
 
     The loss of Finn et al. 2017 for regression. It leaves the predicted scale untrained: use it to reproduce
     papers, and `query_loss` when calibration matters.
+
+    Raises:
+        ValueError: If the tasks are classification.
     """
     query = episode.query
+    if learner.spec.kind != "regression":
+        raise ValueError(f"squared_error is for regression; {type(learner).__name__} is for {learner.spec.kind}")
     answer = learner(episode.support, query.x)
     check_answer(answer, learner.spec, tuple(query.x.shape[:2]))
     return masked_mean((answer.mean - query.y).square().sum(-1), query.mask, 1)

@@ -4,6 +4,7 @@ On ordered tasks one answer to all queries would judge late rows by what a learn
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.learner import Learner, PredictsPrefixes, Updates
 from metaicl.metrics import calibration_counts, query_metrics
+from metaicl.mixtures import widened
 from metaicl.spec import TaskSpec
 
 
@@ -75,6 +77,18 @@ def answer_in_order(learner: Learner, state: Any, support: Examples, query: Exam
         else:
             state = learner.adapt(concatenate(support, query.rows(slice(t + 1))))
     return answers
+
+
+def in_single(answers: Sequence[Answer], y: Tensor) -> list[Answer]:
+    """The answers of a learner in half precision, to be judged in single by targets of the query y as they were."""
+    found = []
+    for one in answers:
+        before = max(-one.first_row, 0)
+        whole = torch.cat([y[:, :1].expand(-1, before, *y.shape[2:]), y], 1)  # rows before the query are not judged
+        start = max(one.first_row, 0)
+        rows = replace(one.rows, y=whole[:, start : start + one.rows.n_rows])
+        found.append(Answer(widened(one.distribution), rows, one.first_row))
+    return found
 
 
 def score(answers: Sequence[Answer], spec: TaskSpec, *, first_episode: int = 0) -> dict[str, Tensor]:

@@ -140,8 +140,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
-    free = [name for name in CHANGEABLE if name != "steps" or here.get("schedule") == "constant"]
-    # The rates of any other schedule were made for another end.
+    # The rates of any other schedule were made for another end, and so were the settings of a learner that anneals.
+    by_end = here.get("schedule") != "constant" or here.get("anneals", False)
+    free = [name for name in CHANGEABLE if name != "steps" or not by_end]
     old, new = ({name: value for name, value in one.items() if name not in free} for one in (saved, here))
     wrong = differences(old, new)
     if wrong:
@@ -150,7 +151,8 @@ def _check_same(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -
         lines += f"\n  ... and {len(wrong) - N_LISTED} more" if len(wrong) > N_LISTED else ""
         raise ValueError(
             f"the run in {path} was made with another configuration, so it cannot be resumed with this one:{lines}\n"
-            f"Only {', '.join(CHANGEABLE)} may change ('steps' with schedule='constant'); choose another directory"
+            f"Only {', '.join(CHANGEABLE)} may change ('steps' with schedule='constant' and a learner "
+            "that does not anneal by `at`); choose another directory"
         )
 
 

@@ -1,5 +1,6 @@
 """Task distributions, and episodes addressed by (seed, split, chunk)."""
 
+import contextlib
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
@@ -49,7 +50,8 @@ class TaskDistribution(ABC):
         Args:
             n_tasks: B.
             split: Where the tasks come from; no task of one split occurs in another.
-            n_shot: Support rows, per class in classification and per task in regression.
+            n_shot: Support rows, per class in classification and per task in regression. In a stream of classes
+                (`spec.ordered`) a task has n_way times as many, of classes as they come.
             n_query: Query rows, likewise.
             generator: The only source of randomness.
 
@@ -77,6 +79,20 @@ def derive_generator(*address: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*address))
 
 
+@contextlib.contextmanager
+def single_precision() -> Iterator[None]:
+    """Float32 as torch's default dtype inside, and as it was afterwards."""
+    outside = torch.get_default_dtype()
+    if outside == torch.float32:  # the rule, and there is nothing to be done
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(outside)
+
+
 def check_distribution(tasks: object, name: str = "tasks") -> None:
     """Refuse what is no task distribution with a spec.
 
@@ -96,7 +112,8 @@ def check_distribution(tasks: object, name: str = "tasks") -> None:
 class EpisodeStream(Dataset[Episode]):
     """An endless, addressed sequence of tasks: chunk `i` is a pure function of (seed, split, i).
 
-    Whoever asks gets the same episodes: any batch size, any number of workers, before and after a resume.
+    Whoever asks gets the same episodes: any batch size, any number of workers, before and after a resume. Distributions
+    sample with float32 as torch's default dtype, whatever it is outside: `torch.rand` draws other numbers in float64.
 
     Args:
         tasks: The distribution.
@@ -127,7 +144,9 @@ class EpisodeStream(Dataset[Episode]):
         self.tasks = tasks
         self.seed = check_seed(seed)
         self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]  # one of SPLITS
-        low, high = n_shot if isinstance(n_shot, tuple) else (n_shot, n_shot)
+        if isinstance(n_shot, (tuple, list)) and len(n_shot) != 2:
+            raise ValueError(f"n_shot must be an int or a pair (low, high); got {n_shot!r}")
+        low, high = n_shot if isinstance(n_shot, (tuple, list)) else (n_shot, n_shot)
         self.n_shot = (check_count("n_shot", low), check_count("n_shot", high, minimum=low))
         self.n_query = check_count("n_query", n_query)
         self.chunk_size = check_count("chunk_size", chunk_size)
@@ -140,6 +159,10 @@ class EpisodeStream(Dataset[Episode]):
             TypeError: Likewise, of a dtype.
         """
         index = check_count("index", index, minimum=0)
+        with single_precision():
+            return self._chunk(index)
+
+    def _chunk(self, index: int) -> Episode:
         generator = derive_generator(self.seed, self.split, index)
         low, high = self.n_shot
         n_shot = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
@@ -167,7 +190,8 @@ class EpisodeStream(Dataset[Episode]):
             ValueError: As the distribution raises it.
         """
         generator = derive_generator(self.seed, self.split, "largest")
-        self.tasks.sample(1, split=self.split, n_shot=self.n_shot[1], n_query=self.n_query, generator=generator)
+        with single_precision():
+            self.tasks.sample(1, split=self.split, n_shot=self.n_shot[1], n_query=self.n_query, generator=generator)
 
     def batches(self, start: int, stop: int, *, batch_size: int, workers: int = 0) -> Iterator[Episode]:
         """Tasks start .. stop - 1 in batches of `batch_size`, the last one smaller.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from metaicl.checks import check_choice, check_count, check_device, check_positive, check_seed
+from metaicl.checks import check_choice, check_count, check_device, check_positive, check_seed, is_finite_number
 from metaicl.learner import Learner
 from metaicl.meta_step import AUTOCAST, trainable_parameters
 from metaicl.task import EpisodeStream, TaskDistribution
@@ -130,7 +130,9 @@ class TrainConfig:
         self._keep("betas", tuple(map(float, self.betas)))
         check_choice("schedule", self.schedule, _SCHEDULES)
         if self.weight_decay != 0:
-            self._keep("weight_decay", check_positive("weight_decay", self.weight_decay))
+            if not is_finite_number(self.weight_decay) or self.weight_decay < 0:
+                raise ValueError(f"weight_decay must be a finite number >= 0; got {self.weight_decay!r}")
+            self._keep("weight_decay", float(self.weight_decay))
         if self.clip_norm is not None:
             self._keep("clip_norm", check_positive("clip_norm", self.clip_norm))
         if self.warmup_steps >= self.steps and self.warmup_steps > 0:

@@ -121,7 +121,7 @@ def outer_loop(
     if device is not None:
         learner.to(check_device(device))
     _check_optimizer(optimizer, learner)
-    if isinstance(n_shot, tuple):  # or else the first update is like all others
+    if isinstance(n_shot, (tuple, list)):  # or else the first update is like all others
         stream.try_largest()
     meta_step = MetaStep(learner, objective, compile=compile, autocast=autocast)
     update = _Update(meta_step, optimizer, scheduler, stream, clip_norm=clip_norm, micro_batch_size=micro_batch_size)

@@ -23,6 +23,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.MixesEpisodes, "batch_equals_loop", {"episode_independence", "batch_gradient", "masked_rows"}),
     (broken.ConsumesGlobalRng, "global_rng", set()),
     (broken.SeedsGlobalRng, "global_rng", set()),
+    (broken.SeedsWhileTraining, "global_rng", set()),
     (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "gradient_slope", "learns"}),
     (broken.WrongShape, "answer_shape", set()),
     (broken.ReturnsTensor, "answer_shape", set()),

@@ -34,6 +34,18 @@ def test_processes_change_nothing_but_the_time() -> None:
     assert [r.learner for r in reports[0].results] == [r.learner for r in reports[1].results]
 
 
+def test_a_class_of_a_session_without_a_file_is_named() -> None:
+    code = """
+from metaicl import GaussianClasses, ProtoNet, TrainConfig, compare
+class Mine(ProtoNet): pass
+train = TrainConfig(steps=1, n_shot=1, validate_every=None)
+compare({"mine": Mine}, GaussianClasses(dim=3), train=train, processes=2, progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "learners['mine'] cannot be sent to another process (it is from a session without a file" in done.stderr
+
+
 def test_what_cannot_be_sent_is_named() -> None:
     with pytest.raises(TypeError, match=r"learners\['mine'\] cannot be sent to another process"):
         compare({"mine": lambda spec: ProtoNet(spec)}, GaussianClasses(dim=3), train=TRAIN, processes=2, progress=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +105,20 @@ def test_indexing_keeps_the_task_axis() -> None:
     assert len(list(whole)) == 3
     with pytest.raises(IndexError, match=r"task index must be in \[-3, 3\); got 3"):
         whole[3]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_one_row_keeps_the_row_axis(labels: bool) -> None:
+    whole = rows(3, 4, mask=True, ids=True, labels=labels)
+    for index in (1, -3, np.int64(1), torch.tensor(1)):
+        one = whole.rows(index)  # type: ignore[arg-type]  # NumPy's integers are
+        assert one.x.shape == (3, 1, 3)
+        for name in ("x", "y", "mask", "ids"):
+            assert torch.equal(getattr(one, name), getattr(whole, name)[:, 1:2])
+    assert torch.equal(whole.rows(torch.tensor([2, 0])).x, whole.x[:, [2, 0]])
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=rf"row index must be in \[-4, 4\); got {index}"):
+            whole.rows(index)
 
 
 X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5, 1)

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.distributions import AffineTransform, TransformedDistribution
 
 from metaicl.episode import Episode, Examples
 from metaicl.evaluation import evaluate, evaluate_shots
@@ -164,6 +165,15 @@ def test_modes_are_restored_module_by_module(fails):
 def test_nan_names_learner_and_episode():
     with pytest.raises(FloatingPointError, match=r"^mine failed in episodes .*nan at episode \d+, query row \d"):
         evaluate(Broken(LEVELS.spec), LEVELS, **{**SIZES, "n_episodes": 600}, name="mine")
+
+
+def test_an_answer_without_a_mean_is_explained():
+    class Stretched(Mean):
+        def predict(self, state, x):
+            return TransformedDistribution(super().predict(state, x), AffineTransform(0.0, 2.0))
+
+    with pytest.raises(TypeError, match="needs a mean, for the squared error; TransformedDistribution has none"):
+        evaluate(Stretched(LEVELS.spec), LEVELS, **SIZES)
 
 
 def test_a_wrong_batch_shape_is_explained():

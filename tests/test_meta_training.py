@@ -37,6 +37,7 @@ from metaicl.checkpoint import CheckpointError, load_learner_weights
 from metaicl.episode import Episode
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.maml import MAML
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.meta_training import meta_train
 from metaicl.objectives import query_loss, squared_error
 from metaicl.task import EVAL_SEED, EpisodeStream
@@ -155,6 +156,21 @@ def test_more_steps_continue_a_run(tmp_path: Path) -> None:
     assert last_state(tmp_path)["step"] == 20
     for name, value in last_state(tmp_path)["learner"].items():
         assert torch.equal(value, last_state(tmp_path.parent / "whole")["learner"][name])
+
+
+def test_a_learner_that_anneals_is_not_continued_to_another_end(tmp_path: Path) -> None:
+    """Its settings go by the share of the training that is done, so the updates made so far would be others."""
+    config = small_config(schedule="constant", warmup_steps=0)
+    train(MAMLPlusPlus(Lines.spec), config, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"another configuration(.|\n)*steps: saved(.|\n)*does not anneal"):
+        train(MAMLPlusPlus(Lines.spec), replace(config, steps=20), directory=tmp_path)
+
+
+def test_what_cannot_train_is_named() -> None:
+    with pytest.raises(TypeError, match=r"objective must be a function .* got 'mse'"):
+        train(make_ridge(), objective="mse")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) is on"):
+        train(make_ridge())
 
 
 def test_a_damaged_newest_checkpoint_costs_only_time(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import torch
 from class_pool import OWNED, Pool
 from numpy.random.mtrand import get_bit_generator
 
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.spec import TaskSpec
+from metaicl.task import TaskDistribution
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.testing import (
@@ -157,6 +158,32 @@ def test_parametrize_refuses_what_would_never_run():
 @pytest.mark.parametrize("tasks", [Sinusoid(), LINEAR, CLASSES, Pool()], ids=lambda t: type(t).__name__)
 def test_bundled_families_pass(tasks):
     assert check_tasks(tasks) is None
+
+
+class Stream(TaskDistribution):
+    """Classes that come as they come: n_way times n_shot rows, however many of each class."""
+
+    spec = TaskSpec("classification", (4,), n_way=3, ordered=True)
+
+    def __init__(self, rows_per_shot=3):
+        self.rows_per_shot = rows_per_shot
+
+    def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+        return Episode(*(self.part((n_tasks, self.rows_per_shot * n), generator) for n in (n_shot, n_query)))
+
+    def part(self, shape, generator):
+        y = torch.randint(3, shape, generator=generator)
+        return Examples(torch.randn(*shape, 4, generator=generator) + y[..., None], y)
+
+
+def test_classes_of_a_stream_come_as_they_come():
+    assert check_tasks(Stream()) is None
+    with pytest.raises(TaskCheckError) as caught:
+        check_tasks(Stream(rows_per_shot=1))
+    assert caught.value.failures.keys() == {"counts"}
+    assert "n_shot = 2 must give 6 real rows per task (n_way = 3 times as many in a stream); got 2 to 2" in str(
+        caught.value
+    )
 
 
 class TooFewShots(Pool):

@@ -70,17 +70,17 @@ def check_spec(case: TaskCase) -> None:
 
 
 def check_counts(case: TaskCase) -> None:
-    """n_shot and n_query are honored: per class in classification, per task in regression."""
-    episode = case.sample("counts", n_tasks=8)
+    """n_shot and n_query are honored: per class (n_way times as many per task in a stream), per task in regression."""
+    episode, spec = case.sample("counts", n_tasks=8), case.tasks.spec
     for name, part, asked in (("n_shot", episode.support, case.n_shot), ("n_query", episode.query, case.n_query)):
-        unit = "class"
-        if case.tasks.spec.n_way is None:
-            unit, found = "task", part.real.sum(1)
-        else:
-            found = class_counts(part, case.tasks.spec.n_way)
-        if bool((found != asked).any()):
+        unit, expected, found = "task", asked, part.real.sum(1)
+        if spec.n_way is not None and spec.ordered:  # classes come as they come, as in `check_episode`
+            unit, expected = f"task (n_way = {spec.n_way} times as many in a stream)", asked * spec.n_way
+        elif spec.n_way is not None:
+            unit, found = "class", class_counts(part, spec.n_way)
+        if bool((found != expected).any()):
             low, high = int(found.min()), int(found.max())
-            raise AssertionError(f"{name} = {asked} must give {asked} real rows per {unit}; got {low} to {high}")
+            raise AssertionError(f"{name} = {asked} must give {expected} real rows per {unit}; got {low} to {high}")
 
 
 def check_deterministic(case: TaskCase) -> None:

@@ -55,7 +55,10 @@ class _InContext(BaseEstimator):
             )
         parameter = next(self.learner.parameters(), torch.empty(0))
         dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
-        return torch.as_tensor(np.ascontiguousarray(X)).to(parameter.device, dtype).reshape(1, len(X), *spec.x_shape)
+        rows = torch.as_tensor(np.ascontiguousarray(X)).to(parameter.device, dtype).reshape(1, len(X), *spec.x_shape)
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"X holds numbers that are too large for the learner's {dtype}; scale them")
+        return rows
 
 
 class InContextClassifier(ClassifierMixin, _InContext):
@@ -98,12 +101,17 @@ class InContextClassifier(ClassifierMixin, _InContext):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities (rows, classes), columns as in `classes_`."""
+        """Probabilities (rows, classes), columns as in `classes_`.
+
+        Raises:
+            FloatingPointError: If an answer is NaN or infinite.
+        """
         logits: Tensor = self._predict(X).logits[0, :, : len(self.classes_)]  # type: ignore[attr-defined]  # Categorical
+        _check_finite(logits)
         return logits.double().softmax(-1).cpu().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """The likeliest label of each row."""
+        """The likeliest label of each row; see `predict_proba`."""
         likeliest = self.predict_proba(X).argmax(1)
         return self.classes_[likeliest]
 
@@ -141,15 +149,32 @@ class InContextRegressor(RegressorMixin, _InContext):
             raise ValueError(f"y has {targets.shape[1]} outputs; the learner has y_dim = {spec.output_size}")
         self._vector = y.ndim == 1
         parameter = next(self.learner.parameters(), torch.empty(0))
-        self._adapt(X, torch.as_tensor(targets).to(parameter.dtype))
+        y = torch.as_tensor(targets).to(parameter.dtype)
+        if not bool(y.isfinite().all()):
+            raise ValueError(f"y holds numbers that are too large for the learner's {y.dtype}; scale them")
+        self._adapt(X, y)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Means shaped like y in `fit`; with `return_std` also standard deviations."""
+        """Means shaped like y in `fit`; with `return_std` also standard deviations.
+
+        Raises:
+            FloatingPointError: If a mean is NaN or infinite.
+        """
         distribution = self._predict(X)
+        _check_finite(distribution.mean)
         parts = [to_numpy(part[0]) for part in (distribution.mean, distribution.stddev)]
         mean, std = (part[:, 0] if self._vector else part for part in parts)
         return (mean, std) if return_std else mean
+
+
+def _check_finite(answer: Tensor) -> None:
+    bad = int((~answer.isfinite()).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad} of {answer.numel()} numbers of the learner's answer are NaN or infinite. "
+            "Are rows scaled like those it was trained on?"
+        )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Your own data as a task distribution, in one call."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from metaicl.task import Split
 from metaicl.tasks.classes import check_ways
 from metaicl.tasks.columns import (
     Column,
-    check_features,
+    check_named_once,
+    column_names,
     frame_columns,
+    names_given,
     read_csv,
     take_column,
     take_labels,
-    to_matrix,
 )
 from metaicl.tasks.labels import index_labels, row_splits, splits_by_name
-from metaicl.tasks.rows import ArrayClasses, GroupRegression, finite, moments, to_numbers
+from metaicl.tasks.rows import ArrayClasses, GroupRegression
+from metaicl.tasks.standardization import Standardization
 from metaicl.tasks.text import TextClasses
-
-Inputs = Callable[[np.ndarray], np.ndarray]
-"""Finite inputs (rows, ...) given the bool (rows,) of those whose statistics may be used."""
+from metaicl.tasks.values import Inputs, finite, read_inputs, to_numbers
 
 Splits = Mapping[Split, Iterable[Hashable]]
 
@@ -52,7 +52,7 @@ def tasks_from_arrays(
 
     Args:
         x: (rows, D) numbers, or (rows, channels, height, width) images, as an array, tensor, data frame or list;
-            integer images are divided by 255.
+            uint8 images are divided by 255, floating point ones must lie in [0, 1].
         y: (rows,) labels: integers, which need not be contiguous, or strings.
             For regression (rows,) or (rows, y_dim) numbers.
         kind: "classification" or "regression"; by default regression if `groups` are given.
@@ -70,11 +70,13 @@ def tasks_from_arrays(
         A distribution; `Examples.ids` are row numbers of x, and `class_names` or `group_names` your labels.
 
     Raises:
-        TypeError: If x is no array of numbers, or labels are floating point.
-        ValueError: If lengths differ, a value is NaN or infinite, splits overlap or are empty, shares do not sum to
-            one, or a drawn split, or every chosen one, has fewer than `n_way` classes.
+        TypeError: If x is no array of numbers, images are of another integer type, or labels are floating point.
+        ValueError: If lengths differ, a value is NaN, infinite or masked, a pixel lies outside [0, 1], a value is
+            beyond float32 once it is standardized, splits overlap or are empty, shares do not sum to one, or a drawn
+            split, or every chosen one, has fewer than `n_way` classes.
     """
-    inputs, shape = _inputs(x)
+    inputs = read_inputs(x)
+    shape = inputs.shape
     if _is_regression(kind, groups, y):
         _refuse(class_splits=class_splits)
         if groups is None:
@@ -98,10 +100,10 @@ def tasks_from_arrays(
 def tasks_from_dataframe(
     frame: Any,
     *,
-    target: str | int | Sequence[str],
+    target: str | int | Sequence[Any],
     text: str | None = None,
     groups: str | None = None,
-    features: Sequence[str] | None = None,
+    features: str | int | Sequence[Any] | None = None,
     **options: Any,
 ) -> ArrayClasses | GroupRegression | TextClasses:
     """A task distribution over the rows of a data frame.
@@ -112,19 +114,20 @@ def tasks_from_dataframe(
     Args:
         frame: A pandas data frame.
         target: The column to predict, by its name or, where columns are numbered, its number; several for multi-output
-            regression.
+            regression. A tuple is one name where the frame has a column of it (a MultiIndex), else several.
         text: A column of texts to classify, alone: the result is a `TextClasses`.
         groups: The column that tells the tasks of a regression apart.
-        features: The columns to predict from; by default all others.
+        features: The column or columns to predict from, named likewise; by default all others.
         **options: Those of `tasks_from_arrays`, or of `TextClasses` if `text` is given.
 
     Returns:
         As `tasks_from_arrays`.
 
     Raises:
-        ValueError: If a column is not there or has missing values; else as `tasks_from_arrays`.
+        ValueError: If a column is not there, is named twice or has missing values; else as `tasks_from_arrays`.
     """
-    targets: list[Any] = [target] if isinstance(target, (str, int)) else list(target)
+    here = column_names(frame)
+    targets, features = names_given(target, here), None if features is None else names_given(features, here)
     if text is not None:
         columns = frame_columns(frame, [text, *targets])
         return _from_texts(columns, targets, text=text, refused=(groups, features), where="the data frame", **options)
@@ -139,7 +142,7 @@ def tasks_from_csv(
     target: str | Sequence[str],
     text: str | None = None,
     groups: str | None = None,
-    features: Sequence[str] | None = None,
+    features: str | Sequence[str] | None = None,
     **options: Any,
 ) -> ArrayClasses | GroupRegression | TextClasses:
     """A task distribution over the rows of a comma-separated file with a header; see `tasks_from_dataframe`.
@@ -158,9 +161,9 @@ def tasks_from_csv(
         As `tasks_from_arrays`.
 
     Raises:
-        ValueError: If the file is malformed or a column is not there; else as `tasks_from_arrays`.
+        ValueError: If the file is malformed, or a column is not there or is named twice; else as `tasks_from_arrays`.
     """
-    targets = [target] if isinstance(target, str) else list(target)
+    targets, features = names_given(target), None if features is None else names_given(features)
     if text is not None:
         columns = read_csv(path, labels=targets, texts=[text])
         return _from_texts(columns, targets, text=text, refused=(groups, features), where=str(path), **options)
@@ -174,6 +177,7 @@ def _from_texts(
 ) -> TextClasses:
     if len(targets) != 1 or any(given is not None for given in refused):
         raise ValueError("text goes with one target and with neither groups nor features")
+    check_named_once(target=targets, text=[text])
     texts = take_column(columns, text, where)
     return TextClasses(texts.tolist(), take_labels(columns, targets[0], where), **options)
 
@@ -187,6 +191,7 @@ def _from_columns(
     where: str,
     **options: Any,
 ) -> ArrayClasses | GroupRegression:
+    check_named_once(target=targets, groups=[] if groups is None else [groups], features=features or [])
     regression = groups is not None or options.get("kind") == "regression"
     found = [(take_column if regression else take_labels)(columns, name, where) for name in targets]
     ids = None if groups is None else take_labels(columns, groups, where)
@@ -200,27 +205,6 @@ def _from_columns(
     if len(found) != 1:
         raise ValueError(f"classification has one target column; got {targets}")
     return tasks_from_arrays(columns, found[0], **options)
-
-
-def _inputs(x: Any) -> tuple[Inputs, tuple[int, ...]]:
-    """The rows as a function of those whose statistics may be used, and their shape."""
-    if isinstance(x, Mapping) or hasattr(x, "columns"):
-        columns = frame_columns(x)
-        check_features(columns)
-        first = to_matrix(columns)
-        return lambda fit_rows: finite(to_matrix(columns, fit_rows), "x"), first.shape
-    array = finite(to_numbers(x, "x"), "x")
-    if array.ndim not in (2, 4) or 0 in array.shape:
-        hint = "; gray images become that by x[:, None]" if array.ndim == 3 else ""
-        raise ValueError(
-            f"x must be (rows, D) or (rows, channels, height, width), none of them 0; got {array.shape}{hint}"
-        )
-    if array.ndim == 4 and array.shape[3] in (1, 3, 4) and min(array.shape[1:3]) > 4:
-        raise ValueError(
-            f"x must be (rows, channels, height, width); got {array.shape}, whose channels look last. "
-            "np.moveaxis(x, 3, 1) puts them first"
-        )
-    return lambda _: array, array.shape
 
 
 def _is_regression(kind: str | None, groups: Any, y: Any) -> bool:
@@ -278,19 +262,19 @@ def _build_groups(
     if targets.ndim != 2:
         raise ValueError(f"y must be (rows,) or (rows, y_dim) for regression; got shape {targets.shape}")
     train = row_splits(groups, splits)["train"].numpy()
-    mean, scale = moments(targets[train]) if standardize else (np.zeros(targets.shape[1]), np.ones(targets.shape[1]))
+    fitted = Standardization.fit(targets[train]) if standardize else Standardization.identity(targets.shape[1])
     x = torch.from_numpy(_scaled(inputs, groups, splits, standardize))
-    scaled = torch.from_numpy(((targets - mean) / scale).astype(np.float32))
+    scaled = torch.from_numpy(fitted.apply(targets, "y"))
     spec = TaskSpec("regression", tuple(x.shape[1:]), y_dim=targets.shape[1])
-    units = (torch.from_numpy(mean), torch.from_numpy(scale))
+    mean, scale = map(torch.from_numpy, fitted.moments)
+    units = (mean, scale)
     return GroupRegression(spec, x, scaled, groups=groups, group_splits=splits, group_names=names, units=units)
 
 
 def _scaled(inputs: Inputs, ids: Tensor, splits: dict[Split, list[int]], standardize: bool) -> np.ndarray:
     """Float32 rows, standardized by the meta-train rows alone."""
     train = row_splits(ids, splits)["train"].numpy()
-    rows = inputs(train)
+    rows = inputs.rows(train)
     if standardize:
-        mean, scale = moments(rows[train])
-        rows = (rows - mean) / scale
+        return Standardization.fit(rows[train]).apply(rows, "x", inputs.columns)
     return rows.astype(np.float32)

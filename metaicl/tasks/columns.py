@@ -3,7 +3,7 @@
 import csv
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,43 @@ def columns_of(
     }
 
 
+def column_names(frame: Any) -> list[Any]:
+    """The names of the columns of a data frame or a mapping, in their order.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(frame, Mapping) and not hasattr(frame, "columns"):
+        raise TypeError(f"expected a data frame or a mapping of columns; got {type(frame).__name__}")
+    return list(frame) if isinstance(frame, Mapping) else list(frame.columns)
+
+
+def names_given(given: Any, here: Collection[Any] = ()) -> list[Any]:
+    """The columns that an argument names: one by a string or a number, else several.
+
+    Args:
+        given: A name, or an iterable of them.
+        here: The names of the columns; a tuple that is one of them (as in a MultiIndex) is one name.
+    """
+    one = isinstance(given, str) or not isinstance(given, Iterable) or (isinstance(given, tuple) and given in here)
+    return [given] if one else list(given)
+
+
+def check_named_once(**named: Sequence[Any]) -> None:
+    """Refuse a column that is named twice, given the names by the argument that they came in.
+
+    Raises:
+        ValueError: Naming the column and the arguments.
+    """
+    owner: dict[Any, str] = {}
+    for argument, names in named.items():
+        for name in names:
+            if name in owner:
+                where = argument if owner[name] == argument else f"{owner[name]} and in {argument}"
+                raise ValueError(f"a column must be named once; got {name!r} twice, in {where}")
+            owner[name] = argument
+
+
 def frame_columns(frame: Any, names: Sequence[str] | None = None) -> dict[str, Column]:
     """Columns of a data frame, or of a mapping from names to equally long arrays.
 
@@ -80,12 +117,12 @@ def frame_columns(frame: Any, names: Sequence[str] | None = None) -> dict[str, C
         TypeError: If `frame` is neither, or a column is neither numbers nor text.
         ValueError: If a column is not there, names repeat, or lengths differ.
     """
-    if not isinstance(frame, Mapping) and not hasattr(frame, "columns"):
-        raise TypeError(f"expected a data frame or a mapping of columns; got {type(frame).__name__}")
-    here = list(frame) if isinstance(frame, Mapping) else list(frame.columns)
+    here = column_names(frame)
+    if len(set(here)) < len(here):
+        raise ValueError(f"the columns must have different names; got {here}")
     absent = [name for name in names or [] if name not in here]
-    if absent or len(set(here)) < len(here):
-        raise ValueError(f"the columns must be different and hold {names or 'something'}; got {here}")
+    if absent:
+        raise ValueError(f"the data frame has no column {absent[0]!r}; it has {here}")
     kept = here if names is None else names
     columns = {name: _frame_column(str(name), frame[name]) for name in kept}
     lengths = {name: len(column) for name, column in columns.items()}
@@ -223,6 +260,7 @@ def _frame_column(name: str, column: Any) -> Column:
     if kind not in "biufOUT":
         raise TypeError(f"column {name!r} must be numbers or text; got {column.dtype}. Turn it into numbers or drop it")
     missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.array([value is None for value in column])
+    missing = missing | np.ma.getmaskarray(column) if isinstance(column, np.ma.MaskedArray) else missing
     values = [None if gone else value for value, gone in zip(column, missing, strict=True)]
     present = [value for value in values if value is not None]
     if kind in "biuf" or (present and all(isinstance(value, (bool, int, float, np.number)) for value in present)):

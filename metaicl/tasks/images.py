@@ -14,6 +14,7 @@ from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, Split
 from metaicl.tasks.classes import ClassEpisodes, check_ways
 from metaicl.tasks.labels import index_labels, splits_by_name
+from metaicl.tasks.values import refuse_masked
 
 Channels = Literal["first", "last"]
 
@@ -143,17 +144,19 @@ class ImageClasses(ClassEpisodes):
 def _checked_pixels(images: Tensor | np.ndarray) -> Tensor:
     if not isinstance(images, (Tensor, np.ndarray)):
         raise TypeError(f"images must be an array or a tensor; got {type(images).__name__}")
+    refuse_masked(images, "images")
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in "uifb" or not images.dtype.isnative:
             raise TypeError(f"images must be uint8 or floating point; got {images.dtype}")
         # torch cannot share read-only memory or negative strides
         images = torch.from_numpy(images if images.flags.writeable and images.flags.c_contiguous else images.copy())
+    images = images.detach().cpu()
     if images.numel() == 0:
         raise ValueError(f"images must hold at least one pixel; got shape {tuple(images.shape)}")
     if images.dtype == torch.bool:
-        return images.cpu().to(torch.uint8) * 255
+        return images.to(torch.uint8) * 255
     if images.dtype == torch.uint8:
-        return images.cpu()
+        return images
     if not images.is_floating_point():
         raise TypeError(
             f"images must be uint8 or floating point; got {images.dtype}. Values 0 .. 255: .to(torch.uint8)"
@@ -164,7 +167,7 @@ def _checked_pixels(images: Tensor | np.ndarray) -> Tensor:
             f"floating point images must lie in [0, 1]; got values in [{low:g}, {high:g}]. "
             "Divide by 255, or pass uint8; standardize inside the network"
         )
-    return images.detach().cpu().to(torch.float32)
+    return images.to(torch.float32)
 
 
 def _channels_first(images: Tensor, channels: Channels | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaicl.task import SPLITS, Split
 from metaicl.tasks.classes import split_classes
+from metaicl.tasks.values import refuse_masked
 
 _LISTED = 5  # offending names in a message
 
@@ -26,7 +27,7 @@ def index_labels(labels: Any, name: str = "labels") -> tuple[Tensor, list[Hashab
 
     Raises:
         TypeError: If they are floating point or of mixed types.
-        ValueError: If they are empty, one-hot or missing somewhere.
+        ValueError: If they are empty, one-hot or missing (masked) somewhere.
     """
     array = _as_array(labels, name)
     if array.ndim != 1:
@@ -103,6 +104,7 @@ def _listed(values: Any) -> list[Hashable]:
 
 
 def _as_array(labels: Any, name: str) -> np.ndarray:
+    refuse_masked(labels, name)
     if isinstance(labels, Tensor):
         return labels.detach().cpu().numpy()
     if isinstance(labels, (list, tuple)) and len({type(label) for label in labels}) > 1:

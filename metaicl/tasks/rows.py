@@ -1,9 +1,8 @@
 """Episodes over the rows of an array: classes of rows, or groups of rows."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,58 +105,8 @@ class GroupRegression(TaskDistribution):
         return Episode(drawn.rows(slice(None, n_shot)), drawn.rows(slice(n_shot, None)), {"group_ids": group_ids})
 
     def to_units(self, y: Tensor) -> Tensor:
-        """Targets or predicted means (..., y_dim) in the units that your own y had."""
+        """Targets or predicted means (..., y_dim) in the units that your own y had, as precise as `y` is."""
         if self._units is None:
             return y
         mean, scale = (moment.to(y) for moment in self._units)
         return y * scale + mean
-
-
-def to_numbers(values: Any, name: str) -> np.ndarray:
-    """A float64 array of anything that holds numbers; integer images (rows, channels, height, width) end in [0, 1].
-
-    Raises:
-        TypeError: If it holds objects, text or complex numbers, or is sparse.
-        ValueError: If it is a ragged list.
-    """
-    if isinstance(values, Tensor) and values.layout == torch.strided:
-        values = values.detach().cpu()
-        values = values.double().numpy() if values.is_floating_point() else values.numpy()
-    elif isinstance(values, Tensor) or hasattr(values, "toarray"):
-        method = "to_dense" if isinstance(values, Tensor) else "toarray"
-        raise TypeError(f"{name} must be a dense array; got a sparse one. {name}.{method}() makes it dense")
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        lengths = [len(row) if hasattr(row, "__len__") else 1 for row in values]
-        odd = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
-        hint = "its rows differ inside" if odd is None else f"row {odd} has length {lengths[odd]}, row 0 {lengths[0]}"
-        raise ValueError(f"{name} must be rectangular; {hint}") from error
-    if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"{name} must be an array of numbers; got {array.dtype}. {name}.astype(float) if it holds numbers"
-        )
-    if array.ndim == 4 and array.dtype.kind in "iu":
-        return array / 255
-    return array.astype(np.float64)
-
-
-def finite(array: np.ndarray, name: str) -> np.ndarray:
-    """Return `array` if every value is a finite float32.
-
-    Raises:
-        ValueError: If one is not; the message counts them and names the first.
-    """
-    bad = ~(np.abs(array) <= np.finfo(np.float32).max)
-    if bad.any():
-        first = tuple(np.argwhere(bad)[0].tolist())
-        raise ValueError(
-            f"{name} must be finite; {int(bad.sum())} values are NaN or infinite, the first at index {first}"
-        )
-    return array
-
-
-def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column (rows, columns); 1 for a constant one."""
-    mean, scale = rows.mean(0), rows.std(0)
-    return mean, np.where(scale <= 1e-12 * np.abs(rows).max(0), 1, scale)

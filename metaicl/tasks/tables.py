@@ -11,6 +11,7 @@ from metaicl.spec import Kind
 from metaicl.task import Split
 from metaicl.tasks.columns import columns_of, read_cells, take_column, to_matrix, whole_numbers
 from metaicl.tasks.labels import index_labels
+from metaicl.tasks.values import refuse_masked
 
 BUNDLED_SPLITS: dict[Kind, dict[Split, tuple[str, ...]]] = {
     "classification": {"train": ("digits", "wine"), "validation": ("iris",), "test": ("breast_cancer",)},
@@ -25,7 +26,7 @@ class Table:
 
     Args:
         name: Unique in a pool.
-        x: (rows, features) numbers, NaN = missing; nominal columns as integer codes.
+        x: (rows, features) numbers, NaN or masked = missing; nominal columns as integer codes.
         y: (rows,) class labels (integers or strings), or finite numbers for regression.
         family: Tables of one family are near-duplicates and never stand in different splits; by default the name.
 
@@ -40,7 +41,8 @@ class Table:
 
     def __post_init__(self) -> None:
         """Check the sizes and the values."""
-        object.__setattr__(self, "x", np.asarray(self.x, dtype=np.float64))
+        refuse_masked(self.y, f"table {self.name!r}: y")
+        object.__setattr__(self, "x", np.ma.filled(np.ma.asarray(self.x, dtype=np.float64), np.nan))
         object.__setattr__(self, "y", np.asarray(self.y))
         object.__setattr__(self, "family", self.family or self.name)
         if self.x.ndim != 2 or self.x.shape[0] < 2 or self.x.shape[1] < 1:

@@ -14,6 +14,7 @@ from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution
 from metaicl.tasks.classes import distinct
 from metaicl.tasks.labels import index_labels, splits_by_name
+from metaicl.tasks.standardization import Standardization
 from metaicl.tasks.tables import BUNDLED_SPLITS, Table, bundled_tables
 
 
@@ -237,19 +238,14 @@ class TabularRegression(_TablePool):
 def _targets(table: Table) -> np.ndarray:
     if table.y.dtype.kind not in "biuf" or not np.isfinite(table.y).all():
         raise ValueError(f"table {table.name!r}: y must be finite numbers for regression; got {table.y.dtype}")
-    if np.ptp(table.y) == 0:
-        raise ValueError(f"table {table.name!r}: y must vary; every target is {table.y[0]}")
-    return table.y[:, None].astype(np.float64)
+    targets = table.y[:, None].astype(np.float64)
+    if Standardization.fit(targets).constant.any():
+        raise ValueError(f"table {table.name!r}: y must vary; every target is {targets[0, 0]:g} up to rounding")
+    return targets
 
 
 def _standardize(columns: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance per column over the values that are there; missing ones and constants are 0."""
-    there = np.isfinite(columns)
-    filled = np.where(there, columns, 0)
-    largest = np.abs(filled).max(0)
-    filled = filled / np.where(largest > 0, largest, 1)  # in [-1, 1], so that squares neither overflow nor vanish
-    count = np.maximum(there.sum(0), 1)
-    centered = np.where(there, filled - filled.sum(0) / count, 0)
-    spread = np.sqrt((centered**2).sum(0) / count)
-    constant = spread <= 1e-12  # up to rounding
-    return (np.where(constant, 0, centered) / np.where(constant, 1, spread)).astype(np.float32)
+    fitted = Standardization.fit(columns)
+    values = fitted.apply(np.where(fitted.constant, np.nan, columns), "a table")
+    return np.where(np.isnan(values), 0, values)

@@ -199,6 +199,22 @@ def test_scikit_learn_conventions():
         model.fit(X, np.linspace(0, 1, len(X)))
 
 
+def test_numbers_that_are_too_large_and_answers_that_are_not_finite():
+    x, y = np.random.default_rng(0).normal(size=(30, 2)), np.array(list("abc") * 10)
+    learner = ProtoNet(TaskSpec("classification", (2,), n_way=3))
+    fitted = InContextClassifier(learner).fit(x, y)
+    with pytest.raises(ValueError, match=r"X holds numbers that are too large for the learner's torch.float32"):
+        fitted.predict(np.full((2, 2), 1e39))
+    fitted = InContextClassifier(learner).fit(1e20 * x, y)
+    with pytest.raises(FloatingPointError, match="of the learner's answer are NaN or infinite"):
+        fitted.predict(1e20 * x)
+    regressor = InContextRegressor(MAML(TaskSpec("regression", (2,), y_dim=1)))
+    with pytest.raises(ValueError, match=r"y holds numbers that are too large"):
+        regressor.fit(x, np.full(30, 1e39))
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        regressor.fit(1e20 * x, x[:, 0]).predict(1e20 * x)
+
+
 def test_images_of_any_shape():
     spec = TaskSpec("classification", (1, 16, 16), "image", n_way=2)
     X = np.random.default_rng(0).random((6, 1, 16, 16), dtype=np.float32)

@@ -23,6 +23,9 @@ GROUPS = np.array([f"shop {i % 6}" for i in range(60)])
 GROUP_SPLIT = {"train": ["shop 0", "shop 1"], "validation": ["shop 2"], "test": ["shop 3", "shop 4", "shop 5"]}
 
 
+IMAGES = np.arange(120, dtype=np.uint8).reshape(60, 1, 1, 2)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -91,6 +94,31 @@ def test_standardized_columns_have_unit_scale_over_meta_train() -> None:
     assert constant.abs().max() < 1e-6
 
 
+def test_small_variation_on_a_large_offset_is_variation() -> None:
+    times = 1.7e12 + np.arange(60) // 6 % 2  # milliseconds
+    tasks = regression(np.column_stack([times, X[:, 0]]), times)
+    expected = torch.tensor(2.0 * (np.arange(60) // 6 % 2) - 1).float()
+    assert torch.equal(tasks._y[:, 0], expected)
+    assert torch.equal(tasks._x[:, 0], expected)
+    assert torch.equal(tasks.to_units(tasks._y.double())[:, 0], torch.from_numpy(times))
+
+
+def test_splits_of_another_scale_are_named() -> None:
+    train = np.isin(LABELS, CLASS_SPLIT["train"])
+    x = np.where(train[:, None], X * 1e-37, X * 10)  # some 1e38 standard deviations
+    with pytest.raises(ValueError, match=r"column 0 of x must fit into float32 .* over the meta-train rows is .*e-3\d"):
+        classes(x)
+    assert torch.isfinite(classes(x, standardize=False)._x).all()
+    frame = make_frame().assign(b=x[:, 1])
+    with pytest.raises(
+        ValueError, match=r"column 'b' of x must .*, and row 20 is .*\. Take its logarithm, leave it out"
+    ):
+        tasks_from_dataframe(frame, target="label", features=["a", "b"], n_way=2, class_splits=CLASS_SPLIT)
+    y = np.where(np.isin(GROUPS, GROUP_SPLIT["train"]), X[:, 0] * 1e-37, X[:, 0] * 100)
+    with pytest.raises(ValueError, match="column 1 of y must fit into float32"):
+        regression(y=np.column_stack([X[:, 0], y]))
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -129,6 +157,23 @@ def test_integer_images_are_scaled_and_others_left_alone() -> None:
     torch.testing.assert_close(classes(pixels / 255)._x, tasks._x)
 
 
+def test_black_and_white_images_are_zero_and_one() -> None:
+    pixels = np.random.default_rng(0).random((60, 1, 4, 5)) < 0.5
+    assert torch.equal(classes(pixels)._x, torch.tensor(pixels).float())
+
+
+def test_an_unused_mask_changes_nothing() -> None:
+    tasks = classes(np.ma.masked_equal(X, -9999.0), np.ma.masked_equal(LABELS, -9999))
+    assert torch.equal(tasks._x, classes()._x)
+    assert torch.equal(tasks.source_classes, classes().source_classes)
+
+
+def test_a_mask_in_a_mapping_is_a_missing_value() -> None:
+    columns = {"a": X[:, 0], "b": np.ma.masked_array(np.arange(60), np.arange(60) < 2)}
+    with pytest.raises(ValueError, match=r"x must be finite; 2 values are missing, by column {'b': 2}"):
+        classes(columns)
+
+
 def test_min_rows_leaves_small_classes_and_groups_out() -> None:
     few = np.array([*LABELS[:-9], *[8] * 9])
     assert classes(y=few, class_splits={**CLASS_SPLIT, "test": [5, 8, -3]}, min_rows=2).class_splits[
@@ -162,6 +207,15 @@ def nan_at(row: int, column: int) -> np.ndarray:
             r"x must be finite; 1 values are NaN or infinite, the first at index \(4, 1\)",
         ),
         ({"x": X * 1e300}, ValueError, "x must be finite"),
+        ({"x": np.ma.masked_greater(X, 99)}, ValueError, r"x must not be missing; \d+ values are masked, the first at"),
+        ({"x": [np.ma.masked_array(row, row == X[4, 1]) for row in X]}, ValueError, r"1 values are .* index \(4, 1\)"),
+        ({"x": IMAGES.astype(np.uint16)}, TypeError, r"where it holds images; got uint16. .*\.astype\(np.uint8\)"),
+        ({"x": IMAGES.astype(np.int64).tolist()}, TypeError, "must be uint8 or floating point .* got int64"),
+        ({"x": IMAGES * 16.0}, ValueError, r"must lie in \[0, 1\] .* in \[0, 1904\]. Divide by 255, or pass uint8"),
+        ({"x": IMAGES / 119 - 0.5}, ValueError, r"must lie in \[0, 1\] .* in \[-0.5, 0.5\]"),
+        ({"x": np.where(IMAGES == 3, np.nan, 0)}, ValueError, r"1 values are NaN .* index \(1, 0, 0, 1\)"),
+        ({"y": np.ma.masked_equal(LABELS, 42)}, ValueError, r"y must not be missing; 10 values are masked, .* \(10,\)"),
+        ({"y": [np.ma.masked, *LABELS[1:]]}, ValueError, r"y must not be missing; 1 values are masked, .* \(0,\)"),
         ({"x": X[:, 0]}, ValueError, r"x must be \(rows, D\) or"),
         ({"x": X[:0]}, ValueError, "none of them 0"),
         ({"x": X[:, :0]}, ValueError, "none of them 0"),
@@ -196,6 +250,12 @@ def test_bad_classification_input_is_named(change: dict[str, Any], error: type[E
         ({"groups": GROUPS[:-1]}, ValueError, r"groups must have one entry per row of x \(60\); got 59"),
         ({"y": X[:-1, 0]}, ValueError, r"y must have one entry per row of x \(60\); got 59"),
         ({"y": np.where(X[:, 0] == X[3, 0], np.inf, X[:, 0])}, ValueError, r"y must be finite; 1 .* index \(3,\)"),
+        ({"y": np.ma.masked_greater(X[:, 0], 99)}, ValueError, r"y must not be missing; \d+ values are masked"),
+        (
+            {"groups": np.ma.masked_equal(GROUPS, "shop 5")},
+            ValueError,
+            "groups must not be missing; 10 values are masked",
+        ),
         ({"y": X[:, :, None]}, ValueError, r"y must be \(rows,\) or \(rows, y_dim\)"),
         ({"groups": None, "kind": "regression"}, ValueError, "regression needs groups"),
         ({"class_splits": CLASS_SPLIT}, ValueError, r"\['class_splits'\] go with classification"),
@@ -315,6 +375,60 @@ def test_bad_frames_are_named() -> None:
         tasks_from_dataframe(missing, target="label", features=["count"], n_way=2, class_splits=CLASS_SPLIT)
     with pytest.raises(ValueError, match=r"column 'count' must not be missing; it is in 1 of \d+ rows, .* row 3"):
         tasks_from_dataframe(missing, target="count", features=["a"], n_way=2)
+
+
+def test_one_feature_may_be_named_alone(tmp_path: Path) -> None:
+    frame = make_frame()[["a", "b", "label"]].assign(ab=np.arange(60))
+    frame.to_csv(tmp_path / "frame.csv", index=False)
+    options: dict[str, Any] = {
+        "target": "label",
+        "features": "ab",
+        "n_way": 2,
+        "class_splits": CLASS_SPLIT,
+        "standardize": False,
+    }
+    for tasks in (tasks_from_dataframe(frame, **options), tasks_from_csv(tmp_path / "frame.csv", **options)):
+        assert isinstance(tasks, ArrayClasses)
+        assert tasks._x[:, 0].tolist() == list(range(60))
+    with pytest.raises(ValueError, match=r"the data frame has no column 'ba'; it has \['a', 'b'"):
+        tasks_from_dataframe(frame, **{**options, "features": "ba"})
+    numbered = frame.set_axis(range(4), axis=1)
+    assert tasks_from_dataframe(numbered, **{**options, "target": 2, "features": 3}).spec.x_shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": ["a", "a"]}, "a column must be named once; got 'a' twice, in features"),
+        ({"features": ["a", "label"]}, "got 'label' twice, in target and in features"),
+        ({"target": "price", "groups": "shop", "features": ["shop"]}, "got 'shop' twice, in groups and in features"),
+        ({"target": ["price", "price"], "groups": "shop"}, "got 'price' twice, in target"),
+        ({"target": "shop", "groups": "shop"}, "got 'shop' twice, in target and in groups"),
+        ({"text": "label"}, "got 'label' twice, in target and in text"),
+    ],
+)
+def test_a_column_that_is_named_twice_is_told(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_frame().to_csv(tmp_path / "frame.csv", index=False)
+    for make, source in ((tasks_from_dataframe, make_frame()), (tasks_from_csv, tmp_path / "frame.csv")):
+        with pytest.raises(ValueError, match=message):
+            make(source, **{"target": "label", **change})
+
+
+def test_a_tuple_may_be_one_column_of_a_multi_index() -> None:
+    frame = make_frame()[["a", "b", "label"]]
+    frame.columns = pd.MultiIndex.from_tuples([("size", "a"), ("size", "b"), ("about", "label")])
+    options: dict[str, Any] = {"n_way": 2, "class_splits": CLASS_SPLIT}
+    assert tasks_from_dataframe(frame, target=("about", "label"), **options).spec.x_shape == (2,)
+    both = tasks_from_dataframe(frame, target=("about", "label"), features=("size", "b"), **options)
+    assert both.spec.x_shape == (1,)
+    several = tasks_from_dataframe(make_frame(), target=("price", "c"), features=("a", "b"), groups="shop")
+    assert several.spec.y_dim == 2
+
+
+def test_columns_of_a_csv_have_no_numbers(tmp_path: Path) -> None:
+    make_frame()[["a", "label"]].to_csv(tmp_path / "frame.csv", index=False)
+    with pytest.raises(ValueError, match=r"frame\.csv has no column 1; it has \['a', 'label'\]"):
+        tasks_from_csv(tmp_path / "frame.csv", target=1)  # type: ignore[arg-type]
 
 
 def test_text_that_is_no_category_is_named() -> None:

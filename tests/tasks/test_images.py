@@ -64,6 +64,13 @@ def test_uint8_bool_and_float_images_give_the_same_values():
     assert len(prints) == 1
 
 
+def test_images_with_a_gradient_are_taken_in_silence():
+    images = torch.rand(30, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows = ImageClasses(images, LABELS, n_way=2, class_splits=SPLIT).rows(torch.arange(30))  # warnings are errors
+    assert not rows.requires_grad
+    assert torch.equal(rows[:, 0], images.detach())
+
+
 def test_read_only_and_reversed_arrays_work():
     images = pixels(30, 4, 4)
     images.flags.writeable = False
@@ -115,6 +122,12 @@ def test_string_labels_and_a_random_split():
         (pixels(30, 4, 4).astype(object), {}, TypeError, "got object"),
         (pixels(30, 4, 4).astype(np.float32), {}, ValueError, r"must lie in \[0, 1\].*Divide by 255"),
         (np.full((30, 4, 4), np.nan), {}, ValueError, r"must lie in \[0, 1\]; got values in \[nan"),
+        (
+            np.ma.masked_equal(np.eye(30, 16, dtype=np.uint8).reshape(30, 4, 4), 1),
+            {},
+            ValueError,
+            "16 values are masked",
+        ),
         (np.zeros((0, 4, 4), np.uint8), {}, ValueError, "at least one pixel"),
         (pixels(30, 16), {}, ValueError, "images must be"),
         (pixels(29, 4, 4), {}, ValueError, "labels must be one per image, 29; got 30"),

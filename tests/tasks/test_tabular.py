@@ -86,12 +86,43 @@ def test_missing_values_become_the_mean_whatever_the_labels() -> None:
 
 
 def test_nearly_constant_and_huge_columns_stay_finite() -> None:
-    x = np.stack([np.full(10, 0.1), np.arange(10) * 1e300, 1e8 + np.arange(10)], 1)
+    rounded = np.where(np.arange(10) % 2, 1e308, np.nextafter(1e308, 0))
+    x = np.stack([np.full(10, 0.1), np.arange(10) * 1e300, 1e8 + np.arange(10), rounded], 1)
     tasks = TabularClasses([Table(n, x, np.arange(10) % 2) for n in "abcd"], splits=SPLIT)
-    values = tasks._values[:30].reshape(10, 3)
-    assert not values[:, 0].any()
+    values = tasks._values[:40].reshape(10, 4)
+    assert not values[:, [0, 3]].any()
     assert torch.isfinite(values).all()
     assert abs(values[:, 2].std(correction=0) - 1) < 1e-6
+
+
+def test_bool_targets_serve_as_numbers() -> None:
+    x, y = RNG.normal(size=(60, 4)), np.arange(60) % 2 == 0
+    pair = [TabularRegression([Table(f"t{i}", x, one) for i in range(9)]) for one in (y, y.astype(float))]
+    assert torch.equal(pair[0]._targets, pair[1]._targets)
+    assert pair[0]._targets[:2, 0].tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("step", [1, 2.0**-11])  # the latter is twice the rounding of 1.7e12 + 0.5
+def test_small_variation_on_a_large_offset_is_variation(step: float) -> None:
+    times = 1.7e12 + step * (np.arange(60) % 2)
+    pool = [Table(f"t{i}", times[:, None], times) for i in range(9)]
+    if step < 1:
+        assert not TabularClasses(
+            [Table(n, times[:, None], np.arange(60) % 2) for n in "abcd"], splits=SPLIT
+        )._values.any()
+        with pytest.raises(ValueError, match=r"y must vary; every target is 1\.7e\+12 up to rounding"):
+            TabularRegression(pool)
+        return
+    tasks = TabularRegression(pool)
+    assert tasks._targets[:2, 0].tolist() == tasks._values[:2].tolist() == [-1, 1]
+
+
+def test_masked_features_are_missing_and_masked_targets_refused() -> None:
+    x, y = np.ma.masked_equal([[1.0], [3.0], [-9.0], [5.0]], -9.0), np.array([0, 1, 0, 1])
+    assert np.isnan(Table("t", x, y).x[:, 0]).tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match=r"table 't': y must not be missing; 2 values are masked, .* index \(1,\)"):
+        Table("t", x, np.ma.masked_equal(y, 1))
+    assert Table("t", x, np.ma.masked_equal(y, 7)).y.tolist() == y.tolist()
 
 
 def test_another_split_changes_nothing_in_this_one() -> None:

@@ -1,0 +1,43 @@
+"""A label of a support that is none of the task's classes is named, whichever learner is asked."""
+
+import inspect
+
+import pytest
+import torch
+
+from metaicl import learners
+from metaicl.episode import Examples
+from metaicl.learner import Learner
+from metaicl.tasks.gaussians import GaussianClasses
+
+SPEC = GaussianClasses(n_way=3, dim=4).spec
+
+
+def classifiers() -> dict[str, Learner]:
+    """All bundled learners of classification that can be made from a spec alone."""
+    found: dict[str, Learner] = {}
+    for name in learners.__all__:
+        made = getattr(learners, name)
+        if inspect.isclass(made) and issubclass(made, Learner):
+            try:
+                found[name] = made(SPEC)
+            except (TypeError, ValueError):  # needs more than a spec, or serves something else
+                continue
+    return found
+
+
+@pytest.mark.parametrize("wrong", [3, -1, -100])
+def test_labels_that_are_no_class(wrong: int) -> None:
+    torch.manual_seed(0)
+    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, wrong]]))
+    asked = classifiers()
+    assert len(asked) > 25
+    for learner in asked.values():
+        with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\)"):
+            learner.eval()(support, support.x)
+
+
+def test_masked_rows_may_hold_any_label() -> None:
+    real = torch.tensor([[True, True, True, False]])
+    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, 7]]), real)
+    assert learners.MAML(SPEC)(support, support.x).probs.shape == (1, 4, 3)
