@@ -45,8 +45,8 @@ def probe(
 ) -> ProbeFit:
     """Fit a probe at every position by itself, or one to all positions, and judge it on other episodes.
 
-    The first half of the episodes fit, the next quarter chooses the penalty (linear) or the number of updates (mlp,
-    pooled), the last quarter is judged.
+    The first half of the episodes fit, the next quarter chooses the penalty (linear) or the number of updates (mlp),
+    the last quarter is judged.
 
     Args:
         activations: (B, T, H).
@@ -63,7 +63,7 @@ def probe(
 
     Reference:
         Akyürek et al. 2022, arXiv:2211.15661, section 5 (pooled). Differs: features are standardized, a linear map is
-        solved for at every step of the scores, and other episodes choose penalty and length.
+        solved for at every step of the scores, and other episodes choose its penalty and the length of the mlp.
     """
     check_choice("kind", kind, ("linear", "mlp"))
     hidden, steps = check_count("hidden", hidden), check_count("steps", steps)
@@ -113,31 +113,41 @@ def _standardized(values: Tensor, n_fit: int, *, together: bool = False) -> Tens
 
 
 def _ridge_residual(x: Tensor, y: Tensor, cuts: tuple[int, int]) -> Tensor:
-    """Residuals (T, held-out, P), each position with the penalty that the choosing episodes like best."""
-    n_fit, n_chosen = cuts
-    weights = torch.stack([_ridge(x[:, :n_fit], y[:, :n_fit], p) for p in _PENALTIES])  # (G, T, H, P)
-    errors = (x[:, n_fit:n_chosen] @ weights - y[:, n_fit:n_chosen]).square().mean((-2, -1))  # (G, T)
-    best = weights[errors.argmin(0), torch.arange(x.shape[0])]
-    return x[:, n_chosen:] @ best - y[:, n_chosen:]
+    """Residuals (T, held-out, P), each position with its own penalty."""
+    chosen = [
+        _ridge(one, target, penalty)
+        for one, target, penalty in zip(x[:, : cuts[0]], y[:, : cuts[0]], _best_penalties(x, y, cuts), strict=True)
+    ]
+    return x[:, cuts[1] :] @ torch.stack(chosen) - y[:, cuts[1] :]
 
 
-def _ridge(x: Tensor, y: Tensor, penalty: Tensor | float) -> Tensor:
+def _best_penalties(x: Tensor, y: Tensor, cuts: tuple[int, int]) -> list[float]:
+    """For each position the penalty that the choosing episodes like best."""
+    fit, choose = slice(cuts[0]), slice(*cuts)
+    weights = torch.stack([_ridge(x[:, fit], y[:, fit], penalty) for penalty in _PENALTIES])  # (G, T, H, P)
+    errors = (x[:, choose] @ weights - y[:, choose]).square().mean((-2, -1))  # (G, T)
+    return [_PENALTIES[i] for i in errors.argmin(0).tolist()]
+
+
+def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
     eye = torch.eye(x.shape[-1], dtype=x.dtype)
     return torch.linalg.solve(x.mT @ x + penalty * x.shape[-2] * eye, x.mT @ y)
 
 
 def _pooled_ridge_residual(x: Tensor, y: Tensor, cuts: tuple[int, int], steps: int) -> Tensor:
-    """Residuals (1, held-out, P) of ridge regression on pooled positions, one set of scores for each penalty."""
-    penalties = torch.tensor(_PENALTIES, dtype=x.dtype)[:, None, None]
-    scores = torch.zeros(len(_PENALTIES), x.shape[0], dtype=x.dtype, requires_grad=True)
+    """Residuals (1, held-out, P) of ridge regression on pooled positions.
+
+    The scores descend the error of a fit whose penalty suits equal scores; then the penalty is chosen anew.
+    """
+    (penalty,) = _best_penalties(x.mean(0, keepdim=True), y, cuts)
+    scores = torch.zeros(1, x.shape[0], dtype=x.dtype, requires_grad=True)
 
     def answer(part: slice) -> Tensor:
-        rows = _pooled(x, scores)
-        fit = slice(cuts[0])
-        return rows[:, part] @ _ridge(rows[:, fit], y[:, fit], penalties)
+        rows, fit = _pooled(x, scores), slice(cuts[0])
+        return rows[:, part] @ _ridge(rows[:, fit], y[:, fit], penalty)
 
-    residual, error = _descend(answer, [scores], y, cuts, steps)
-    return residual[error.argmin()][None]
+    _descend(answer, [scores], y, cuts, steps)
+    return _ridge_residual(_pooled(x, scores.detach()), y, cuts)
 
 
 def _mlp_residual(
@@ -157,7 +167,7 @@ def _mlp_residual(
         rows = _pooled(x[:, part], scores) if pooled else x[:, part]
         return F.gelu(rows @ first + offset) @ second + bias
 
-    return _descend(answer, [first, offset, second, bias, *([scores] if pooled else [])], y, cuts, steps)[0].double()
+    return _descend(answer, [first, offset, second, bias, *([scores] if pooled else [])], y, cuts, steps).double()
 
 
 def _pooled(x: Tensor, scores: Tensor) -> Tensor:
@@ -167,8 +177,8 @@ def _pooled(x: Tensor, scores: Tensor) -> Tensor:
 
 def _descend(
     answer: Callable[[slice], Tensor], parameters: Sequence[Tensor], y: Tensor, cuts: tuple[int, int], steps: int
-) -> tuple[Tensor, Tensor]:
-    """Residuals (G, held-out, P) and errors (G,) of each probe at the update that the choosing episodes like best."""
+) -> Tensor:
+    """Residuals (G, held-out, P) of each probe at the update that the choosing episodes like best."""
     fit, choose, judge = slice(cuts[0]), slice(*cuts), slice(cuts[1], None)
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     with torch.no_grad():
@@ -184,4 +194,4 @@ def _descend(
         optimizer.zero_grad()
         (answer(fit) - y[:, fit]).square().mean((1, 2)).sum().backward()
         optimizer.step()
-    return residual, best
+    return residual
