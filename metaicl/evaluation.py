@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, chec
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
     """What one learner did on one fixed set of episodes.
 
@@ -69,6 +69,17 @@ class Evaluation:
     device: str
     transductive: bool
     prequential: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every field is the same, and every value on every episode."""
+        if not isinstance(other, Evaluation):
+            return NotImplemented
+        mine, theirs = ({one.name: getattr(each, one.name) for one in fields(each)} for each in (self, other))
+        ours, others = mine.pop("metrics"), theirs.pop("metrics")
+        same = mine == theirs and ours.keys() == others.keys()
+        return same and all(np.array_equal(values, others[name], equal_nan=True) for name, values in ours.items())
+
+    __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
     @property
     def n_episodes(self) -> int:

@@ -67,7 +67,7 @@ class Tally:
             last = self.n_episodes + query.n_tasks - 1
             raise FloatingPointError(f"{self.name} failed in episodes {self.n_episodes} to {last}: {error}") from error
         for metric, value in values.items():
-            self.metrics.setdefault(metric, []).append(value.cpu().double())
+            self.metrics.setdefault(metric, []).append(value)
         counts = counts_of(answers, self.spec)
         if counts is not None:
             self.counts = counts if self.counts is None else self.counts + counts

@@ -64,7 +64,7 @@ class Calibration:
 def query_metrics(
     distribution: Distribution, query: Examples, spec: TaskSpec, *, first_episode: int = 0, first_row: int = 0
 ) -> dict[str, Tensor]:
-    """The metrics of each task, means over its real query rows: tensors (B,) by name.
+    """The metrics of each task, means over its real query rows: float64 tensors (B,) on the CPU by name.
 
     Regression gives `mse` (mean over y_dim) and `nll`; classification gives `accuracy`, `nll` and `brier`
     (sum over classes of squared errors, in [0, 2]).
@@ -171,10 +171,11 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration | None:
 
 
 def _mean(values: Tensor, query: Examples) -> Tensor:
-    """Mean over the real rows (B,); what stands at the others may be NaN."""
-    if query.mask is not None:
-        values = values.where(query.mask, values.new_zeros(()))
-    return masked_mean(values, query.mask, 1)
+    """Mean over the real rows, float64 (B,) on the CPU; what stands at the others may be NaN."""
+    values, mask = values.cpu().double(), None if query.mask is None else query.mask.cpu()
+    if mask is not None:
+        values = values.where(mask, 0.0)
+    return masked_mean(values, mask, 1)
 
 
 def _probabilities(distribution: Any) -> Tensor:

@@ -99,7 +99,7 @@ def score(answers: Sequence[Answer], spec: TaskSpec, *, first_episode: int = 0) 
     ]
     if len(found) == 1:
         return found[0]
-    counts = torch.stack([one.rows.real.sum(1) for one in answers]).to(found[0]["nll"].dtype)
+    counts = torch.stack([one.rows.real.sum(1) for one in answers]).to(found[0]["nll"])
     weights = counts / counts.sum(0).clamp(min=1)
     return {name: (torch.stack([one[name] for one in found]) * weights).sum(0) for name in found[0]}
 

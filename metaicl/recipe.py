@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import operator
 import platform
 import subprocess
@@ -12,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
 import numpy as np
 import torch
 
 from metaicl.files import atomic_write
 from metaicl.number_text import minutes_text
+from metaicl.results import json_ready
 from metaicl.statistics import LEVEL, Array, interval, intervals, paired
 
 
@@ -76,7 +76,7 @@ class Criterion:
     def held(self) -> bool:
         """Whether the value is on the right side of the bound; NaN never is."""
         compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}[self.comparison]
-        return compare(self.value, self.bound)
+        return bool(compare(self.value, self.bound))  # one of NumPy has no JSON
 
 
 def ratio_criterion(
@@ -163,25 +163,25 @@ class RecipeResult:
         criteria = [
             {
                 "name": criterion.name,
-                "value": _finite(criterion.value),
-                "ci": None if criterion.ci is None else [_finite(end) for end in criterion.ci],
+                "value": criterion.value,
+                "ci": criterion.ci,
                 "reference": criterion.reference,
                 "bound": f"{criterion.comparison} {criterion.bound:g}",
                 "held": criterion.held,
             }
             for criterion in self.criteria
         ]
-        config = {name: _plain(value) for name, value in dataclasses.asdict(self.config).items()}
-        return {
+        record = {
             "recipe": self.recipe,
             "claim": self.claim,
-            "config": config,
+            "config": dataclasses.asdict(self.config),
             "versions": versions(),
             "criteria": criteria,
             "reported": dict(self.reported),
             "seconds": self.seconds,
             "verdict": self.verdict,
         }
+        return cast(dict[str, Any], json_ready(record))
 
     def __str__(self) -> str:
         """A table of the criteria and the verdict."""
@@ -207,7 +207,9 @@ class RecipeResult:
 
 
 def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv: Sequence[str] | None = None) -> None:
-    """The command line of a recipe: parse, run, write results.json (and a line of results.jsonl), print the table.
+    """The command line of a recipe: parse, run, print the table, write results.json (and a line of results.jsonl).
+
+    A smoke run leaves the results.json of a run that decided something alone and writes results-smoke.json.
 
     Args:
         main: Turns a config into a result.
@@ -223,12 +225,14 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
         print(f"\ninterrupted; what was finished is kept in {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
     result = dataclasses.replace(result, seconds=round(time.monotonic() - start, 1))
-    record = result.as_dict()
-    atomic_write(config.out / "results.json", json.dumps(record, indent=2).encode())
-    with (config.out / "results.jsonl").open("a") as history:
-        history.write(json.dumps(record) + "\n")
     print(result)
-    print(f"written: {config.out / 'results.json'}")
+    record, file = result.as_dict(), config.out / "results.json"
+    if config.smoke and _decided(file):
+        file = config.out / "results-smoke.json"
+    atomic_write(file, json.dumps(record, indent=2, allow_nan=False).encode())
+    with (config.out / "results.jsonl").open("a") as history:
+        history.write(json.dumps(record, allow_nan=False) + "\n")
+    print(f"written: {file}")
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
@@ -276,12 +280,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _decided(file: Path) -> bool:
+    """Whether a result is there that is not a smoke run's."""
+    try:
+        return bool(json.loads(file.read_text())["verdict"] != "smoke")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _show(value: Any) -> str:

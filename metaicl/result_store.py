@@ -39,8 +39,10 @@ class ResultStore:
             return None
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.pop("sha256", None) not in (None, _digest(stored)):
+                raise ValueError("its checksum is another")
             made, result = stored["settings"], Result.from_dict(stored["result"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged; remove it to compute the result again ({error})") from error
         changed = differences(made, json_ready(settings))
         if changed:
@@ -55,11 +57,15 @@ class ResultStore:
         path = self._path(result.task, result.learner, result.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         plain = {"settings": json_ready(settings), "result": json_ready(result.to_dict())}
-        atomic_write(path, json.dumps(plain, allow_nan=False).encode())
+        atomic_write(path, json.dumps({**plain, "sha256": _digest(plain)}, allow_nan=False).encode())
 
     def _path(self, task: str, learner: str, seed: int | None) -> Path:
         run = self.run_directory(task, learner, seed)
         return run.with_name(f"{run.name}.json")
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _folder(name: str) -> str:

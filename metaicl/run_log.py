@@ -77,4 +77,5 @@ def _open_board(directory: Path, kept: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # the optional package tensorboard is not there
         return None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=kept + 1 if kept else None)
+    board = directory / "tensorboard"
+    return SummaryWriter(str(board), purge_step=kept + 1 if board.exists() else None)

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,26 @@ def test_modes_are_restored_module_by_module(fails):
 def test_nan_names_learner_and_episode():
     with pytest.raises(FloatingPointError, match=r"^mine failed in episodes .*nan at episode \d+, query row \d"):
         evaluate(Broken(LEVELS.spec), LEVELS, **{**SIZES, "n_episodes": 600}, name="mine")
+
+
+def test_a_mean_of_finite_errors_is_finite():
+    class Far(Mean):
+        def predict(self, state, x):
+            mean = torch.full((*x.shape[:2], 1), 1.5e19)
+            return gaussian(mean, mean)
+
+    found = evaluate(Far(LEVELS.spec), LEVELS, **SIZES)
+    assert found.metrics["mse"] == pytest.approx(2.25e38, rel=1e-6)
+
+
+def test_evaluations_are_equal_where_every_value_is():
+    first, second = (evaluate(Mean(LEVELS.spec), LEVELS, **SIZES) for _ in range(2))
+    second = replace(second, adapt_seconds=first.adapt_seconds, predict_seconds=first.predict_seconds)
+    second = replace(second, peak_memory_bytes=first.peak_memory_bytes)
+    assert first == second
+    assert first != replace(second, seed=1)
+    assert first != replace(second, metrics={**second.metrics, "mse": second.metrics["mse"] + 1})
+    assert first != "first"
 
 
 def test_an_answer_without_a_mean_is_explained():

@@ -100,6 +100,33 @@ def test_time_and_what_is_only_reported_are_stored_in_both_files(tmp_path: Path)
     assert str(result).endswith("verdict: held")
 
 
+def test_numbers_of_numpy_and_what_json_lacks_are_stored(tmp_path: Path) -> None:
+    def measured(config: Config) -> RecipeResult:
+        criteria = [
+            Criterion("mean", np.mean([1.0, 2.0]), ">", 0.0, ci=(np.float64(1.0), np.float64(2.0)), reference=math.nan),
+            Criterion("single", np.float32(0.5), "<=", 1.0),  # type: ignore[arg-type]
+        ]
+        return RecipeResult("toy", "x", config, criteria, reported={"a": np.float32(1.5), "b": [np.int64(3), math.nan]})
+
+    measured.__module__ = __name__
+    run(measured, Config, ["--out", str(tmp_path)])
+    text = (tmp_path / "results.json").read_text()
+    stored = json.loads(text)
+    assert "NaN" not in text
+    assert [one["held"] for one in stored["criteria"]] == [True, True]
+    assert [one["value"] for one in stored["criteria"]] == [1.5, 0.5]
+    assert stored["criteria"][0]["reference"] is None
+    assert stored["reported"] == {"a": 1.5, "b": [3, None]}
+
+
+def test_a_smoke_run_leaves_a_result_that_decided_alone(tmp_path: Path) -> None:
+    for arguments in (["--smoke"], [], ["--smoke"]):
+        run(make, Config, [*arguments, "--out", str(tmp_path)])
+    found = {file: json.loads((tmp_path / file).read_text()) for file in ("results.json", "results-smoke.json")}
+    assert [one["verdict"] for one in found.values()] == ["held", "smoke"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("value", "comparison", "held"),
     [(1.0, ">=", True), (1.0, ">", False), (1.0, "<=", True), (0.9, ">=", False), (1.1, "<=", False)],

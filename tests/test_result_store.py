@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from metaicl.result_store import ResultStore
@@ -27,6 +29,19 @@ def test_other_settings_are_named(tmp_path):
     store.save(FAILED, {"steps": 3, "shots": (1, 2)})
     with pytest.raises(ValueError, match="steps was 3, is 4; lr was None, is 1"):
         store.load("t", "a/../b", 1, {"steps": 4, "shots": [1, 2], "lr": 1})
+
+
+def test_a_changed_digit_is_damage(tmp_path):
+    store = ResultStore(tmp_path)
+    store.save(FAILED, {"lr": 0.125})
+    file = next(tmp_path.rglob("seed-1.json"))
+    file.write_text(file.read_text().replace("NaN", "NaM"))
+    with pytest.raises(ValueError, match=r"seed-1\.json is damaged; .*checksum"):
+        store.load("t", "a/../b", 1, {"lr": 0.125})
+    plain = json.loads(file.read_text().replace("NaM", "NaN"))
+    del plain["sha256"]
+    file.write_text(json.dumps(plain))  # as it was written before there were checksums
+    assert store.load("t", "a/../b", 1, {"lr": 0.125}) == FAILED
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "result": {}}', "\x00"])

@@ -34,6 +34,17 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
+def test_tensorboard_shows_a_step_once_after_a_kill_before_the_first_checkpoint(tmp_path: Path) -> None:
+    for last in (3, 5):  # each a process that begins anew, as nothing was kept
+        log = RunLog(tmp_path, kept=0)
+        for step in range(1, last):
+            log.append({"step": step, "loss": step / 4})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
 def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = RunLog(tmp_path, kept=0)

@@ -25,10 +25,10 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
     if not names:
         raise ValueError(f"{type(net).__name__} has no trainable parameters to adapt")
     if patterns is None:
-        tables = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, nn.Embedding)}
-        if tables.issuperset(names):
+        found = beyond_word_vectors(net)
+        if not found:
             raise ValueError(f"{type(net).__name__} has only word vectors to adapt; name them if they should: {names}")
-        return frozenset(names) - tables
+        return found
     wanted = [patterns] if isinstance(patterns, str) else patterns
     wanted = list(wanted) if isinstance(wanted, Iterable) else [wanted]
     if not all(isinstance(pattern, str) for pattern in wanted):
@@ -47,6 +47,12 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
             raise ValueError(f"the pattern {pattern!r} matches no parameter; there are {len(names)}, such as {close}")
         chosen.update(found)
     return frozenset(chosen)
+
+
+def beyond_word_vectors(net: nn.Module) -> frozenset[str]:
+    """Names of the trainable parameters of `net` that are no table of word vectors."""
+    tables = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, nn.Embedding)}
+    return frozenset(name for name, value in net.named_parameters() if value.requires_grad) - tables
 
 
 def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

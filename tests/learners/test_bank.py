@@ -79,6 +79,26 @@ def test_of_equal_items_the_first_are_found_in_order(n_keys: int, chunk: int, dt
         assert torch.equal(found.score, expected.values[:, :k])
 
 
+def test_equal_items_are_found_alike_whoever_else_asks() -> None:
+    """A later piece that is taken in as a whole does not come before hits of an earlier one that still wait."""
+    keys = torch.zeros(192, 1)
+    keys[69] = 2.0
+    keys[128:] = 2.0
+    bank = MemoryBank(chunk=64)
+    bank.add(keys, {})
+    for queries in ([1.0], [1.0, -1.0]):
+        assert bank.search(torch.tensor(queries)[:, None], 1).index[0].tolist() == [69]
+
+
+@pytest.mark.parametrize("n_keys", [300, 64, 65])
+def test_more_items_than_a_piece_has_and_all_alike(n_keys: int) -> None:
+    bank = MemoryBank(chunk=64)
+    bank.add(torch.ones(n_keys, 2), {})
+    for k in (63, 64, 65, 200, n_keys):
+        found = bank.search(torch.ones(2, 2), k)
+        assert found.index[0][found.real[0]].tolist() == list(range(min(k, n_keys)))
+
+
 def test_bad_searches_are_refused() -> None:
     with pytest.raises(ValueError, match="empty; fill it with add"):
         MemoryBank().search(torch.randn(1, 3), 1)

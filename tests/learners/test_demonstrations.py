@@ -17,14 +17,17 @@ from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import InContextTransformer
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.reference.linear import LeastSquares
 from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
+from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.demonstrations import DemonstrationRetrieval
 from metaicl.objectives import query_loss
 from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
+from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.mixture import TaskMixture
 from metaicl.tasks.rows import ArrayClasses
 from metaicl.testing import parametrize_with_checks
@@ -265,3 +268,21 @@ def test_rows_of_new_classes_are_found_at_once() -> None:
     found = learner.retriever(train.query.x, 2, classes=learner.adapt(train.support).classes)
     own = train.latents["class_ids"][:, None, None, :]
     assert not bool((learner.retriever.bank.class_ids[found.index][..., None] == own).any())
+
+
+@pytest.mark.parametrize(("filled", "cast"), [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)])
+def test_no_query_finds_its_own_row_in_another_half_precision(filled: Any, cast: Any) -> None:
+    """A memory that was filled in one half precision names its rows as they were drawn, in any other too."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 3, generator=generator), torch.randn(60, generator=generator)
+    tasks = tasks_from_arrays(x, y, groups=torch.arange(60) // 6, standardize=False)
+    learner = DemonstrationRetrieval(
+        tasks.spec, learner=RidgeHead, k=3, n_items=20, rows_per_item=1, retriever="frozen"
+    ).to(filled)
+    learner.prepare(tasks, seed=0)
+    stored = learner.retriever.bank
+    assert stored.values["x"].dtype == filled
+    for row in x:
+        ids = content_ids(row.to(cast), tasks.spec)
+        held = (stored.values["x"][:, 0].float() == row.to(filled).float()).all(-1)
+        assert bool((stored.row_ids[held] == ids).any(-1).all())

@@ -19,6 +19,9 @@ from torch.func import functional_call
 from metaicl.learners.gradient.proto_maml import ProtoMAML
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.nets.backbones import MLP, Conv4
+from metaicl.objectives import query_loss
+from metaicl.task import EpisodeStream
+from metaicl.tasks import Docstrings
 
 
 def smooth() -> nn.Module:
@@ -112,3 +115,19 @@ def test_regression_is_refused_and_says_who_serves_it() -> None:
 def test_wrong_settings_are_named(settings, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ProtoMAML(CLASSES.spec, **settings)
+
+
+def test_texts_of_nothing_but_word_vectors_adapt_the_head_alone() -> None:
+    tasks = Docstrings(n_way=2)
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=2, n_query=2, chunk_size=3)[0]
+    torch.manual_seed(0)
+    learner = ProtoMAML(tasks.spec, inner_steps=3)
+    assert sorted(learner.adapt(episode.support)) == [" head.bias", " head.weight"]
+    with torch.no_grad():  # near prototypes, so that no answer is certain
+        learner.encoder.vectors.weight.mul_(0.05)
+    fast, start = learner.adapt(episode.support), learner._head(episode.support)
+    assert float((fast[" head.weight"] - start[" head.weight"]).detach().abs().max()) > 1e-6
+    query_loss(learner, episode).sum().backward()
+    table = next(value for name, value in learner.named_parameters() if name.startswith("encoder"))
+    assert table.grad is not None
+    assert float(table.grad.abs().max()) > 0

@@ -16,6 +16,7 @@ from metaicl.inner_loop.optimizers import InnerOptimizer
 from metaicl.inner_loop.parameters import (
     Params,
     adapted_tensors,
+    beyond_word_vectors,
     check_inner_loop_module,
     frozen_tensors,
 )
@@ -48,7 +49,8 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         inner_lr: Step size of the inner loop; None takes .01.
         inner_steps: Updates of the inner loop; 0 leaves a prototypical network without temperature.
         first_order: Drop second derivatives, as the paper's experiments do (fo-Proto-MAML).
-        adapt: Patterns of the encoder's parameters to adapt beside the head; as in `MAML`.
+        adapt: Patterns of the encoder's parameters to adapt beside the head; as in `MAML`. None leaves an encoder of
+            nothing but word vectors as it is.
         optimizer: Any other update rule of the inner loop, instead of `inner_lr`; see `MAML`.
         truncate: As in `MAML`, where `first_order` is False.
         checkpoint: As in `MAML`.
@@ -88,7 +90,9 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         dim = encoder_dim(self.encoder, spec)
         self.declare_nets(self.encoder)
         self.declare_approximate(self.first_order or self.truncate is not None)
-        self.adapted = choose_adapted(spec, self.encoder, adapt)
+        trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        only_words = adapt is None and trainable and not beyond_word_vectors(self.encoder)  # then the head adapts alone
+        self.adapted = frozenset[str]() if only_words else choose_adapted(spec, self.encoder, adapt)
         head = {_WEIGHT: torch.empty(spec.output_size, dim), _BIAS: torch.empty(spec.output_size)}
         rule = choose_optimizer(optimizer, inner_lr, default=0.01)
         self.optimizer = rule.bind({**adapted_tensors(self.encoder, self.adapted), **head}, max(1, self.inner_steps))

@@ -18,10 +18,12 @@ from metaicl.spec import TaskSpec
 class LaplacianShot(EmbeddingLearner[ClassFeatures]):
     """A prototypical network whose answers for queries that are neighbors are drawn together. Transductive.
 
-    The assignments z minimize sum_q z_q . d_q + strength / 2 sum_qp w(q, p) |z_q - z_p|^2 - entropy(z), with d the
-    scaled distances to the prototypes and w(q, p) = 1 where p is one of the nearest neighbors of q among the queries.
-    Each bound-optimization step is z_q = softmax(-d_q + strength sum_p w(q, p) z_p), all queries at once. Needs O(Q^2)
-    numbers for w. A query of zeros only, which is what a masked row of an episode holds, is nobody's neighbor.
+    Each step is z_q = softmax(-d_q + strength sum_p w(q, p) z_p), all queries at once, with d the scaled distances to
+    the prototypes and w(q, p) = 1 where p is one of the nearest neighbors of q among the queries. For a symmetric w,
+    which nearest neighbors need not give, that bounds and lowers
+    sum_q z_q . d_q - strength / 2 sum_qp w(q, p) z_q . z_p - entropy(z).
+    Needs O(Q^2) numbers for w. A query of zeros only, which is what a masked row of an episode holds, is nobody's
+    neighbor.
 
     Args:
         spec: A classification spec.

@@ -122,12 +122,11 @@ class RetrievalAugmented(Learner[RetrievalState]):
         if self.ready_made and (n_items is not None or rows_per_item is not None or not self.k):
             raise ValueError("a ready-made bank has its own n_items and rows_per_item, and is of no use with k = 0")
         self.n_items = check_count("n_items", 512 if n_items is None else n_items, minimum=max(1, self.k))
-        default_rows = 2 if spec.kind == "classification" else 10
-        self.rows_per_item = check_count("rows_per_item", default_rows if rows_per_item is None else rows_per_item)
+        rows = (2 if spec.kind == "classification" else 10) if rows_per_item is None else rows_per_item
+        self.rows_per_item = check_count("rows_per_item", rows)
         if weight is not None and not 0 < weight < 1:
             raise ValueError(f"weight must be in (0, 1), the share of what is retrieved, or None; got {weight!r}")
-        self.weight = weight
-        self.bank = MemoryBank(backend=backend)
+        self.weight, self.bank = weight, MemoryBank(backend=backend)
         self.search_keys = search_keys(spec, retriever, oracle)
         self.sources = SourceClasses()
         self.similarity = GroupEncoder(spec, encoder=encoder) if retriever == "learned" and self.k else None
@@ -159,6 +158,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
             # A query of the same task can be among these rows only if rows are named and own classes are not kept out.
             apart = (ids < 0) | (classes >= 0) & (not self.by_class)
             content = ids_in_all_precisions(groups.x, self.spec).masked_fill(apart[..., None], -1)
+            groups = groups.to(dtype=self.bank.keys.dtype)  # rounded after they were named
             self._fill(groups.x, groups.y, ids, classes[:, 0], content)
         # Only classes of the bank can be found, and those of other splits are nobody's business.
         self.sources.keep(self.bank.class_ids)

@@ -61,6 +61,7 @@ def best_in_order(scores: Tensor, k: int) -> Scored:
 
 def first_of_equals(scores: Tensor, k: int) -> Scored:
     """Like `top`, but which of equal scores are found does not depend on the machine: those that come first."""
+    k = min(k, scores.shape[1])
     score, index = top(scores, min(k + 1, scores.shape[1]))
     alike = (score[:, 1:] == score[:, :-1]) & (score[:, 1:] > -torch.inf)
     row = alike.any(1).nonzero().squeeze(1)
@@ -134,6 +135,7 @@ class _Stream:
         self.n_pending += len(query)
 
     def _add_all(self, scores: Tensor, start: int) -> None:
+        self._merge()  # what waits came earlier, and comes first among equals
         score, place = first_of_equals(scores, self.k)
         self._keep(score, place + start)
 

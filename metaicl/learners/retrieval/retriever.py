@@ -114,12 +114,16 @@ class Retriever(nn.Module):
 
     def grow(self, x: Tensor, values: Mapping[str, Tensor], *, classes: Tensor | None = None) -> None:
         """Append items; nothing is fitted or trained. Arguments as in `fill`."""
+        rows = ids_in_all_precisions(x, self.spec).flatten(1)  # before they are rounded to that of the learner
+        x, values = self._cast(x), {name: self._cast(value) for name, value in values.items()}
         with torch.no_grad():
             keys = self._search_keys(x, "key")
             if self.has_sketches:
                 values = {**values, **bag_values(x, self.importance)}
-        rows = ids_in_all_precisions(x, self.spec).flatten(1)
         self.bank.add(keys, values, rows=rows, classes=classes)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.importance.dtype) if value.is_floating_point() else value
 
     def forward(self, x: Tensor, k: int, *, classes: Tensor | None = None) -> Retrieved:
         """The k items for each input, never one that holds the input itself or a copy of it.

@@ -1,5 +1,6 @@
 """What retrieval learners read from the meta-training tasks: rows for a memory, and the source classes of rows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from metaicl.collation import concatenate, join_tasks
 from metaicl.episode import Examples
 from metaicl.row_ids import look_up
-from metaicl.task import TaskDistribution, derive_generator
+from metaicl.task import TaskDistribution, derive_generator, single_precision
 
 _ROUNDS = 12
 
@@ -54,7 +55,7 @@ def draw_items(tasks: TaskDistribution, n_items: int, *, rows_per_item: int, see
         n_items: How many.
         rows_per_item: R.
         seed: Of the draw.
-        like: The items go to its device, and their floating-point fields to its dtype.
+        like: The items go to its device. They keep the precision they were drawn in, which names them in any other.
 
     Raises:
         ValueError: If the tasks cannot give so many rows of a class or task, or give masked ones.
@@ -72,18 +73,21 @@ def draw_items(tasks: TaskDistribution, n_items: int, *, rows_per_item: int, see
         total += len(fresh)
         if total >= n_items or len(fresh) * 20 < len(items):
             break
-    return join_tasks(parts)[:n_items].to(like.device, like.dtype)
+    return join_tasks(parts)[:n_items].to(like.device)
 
 
 def _sample(tasks: TaskDistribution, n_tasks: int, n_rows: int, generator: torch.Generator) -> Examples:
     """Tasks of `n_rows` rows per class, or per task in regression."""
+    draw = partial(tasks.sample, n_tasks, split="train", n_query=1, generator=generator)
     try:
-        return tasks.sample(n_tasks, split="train", n_shot=n_rows, n_query=1, generator=generator).support
+        with single_precision():
+            return draw(n_shot=n_rows).support
     except ValueError:
         if n_rows == 1:
             raise
     try:  # an episode has a query, and the source may have no row more: then that is one of the rows
-        episode = tasks.sample(n_tasks, split="train", n_shot=n_rows - 1, n_query=1, generator=generator)
+        with single_precision():
+            episode = draw(n_shot=n_rows - 1)
     except ValueError as error:
         raise ValueError(
             f"a memory with rows_per_item = {n_rows} needs so many rows of a class or task: {error}; "
