@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ class MetaStep:
             ValueError: If the objective does not return one loss per task that depends on the parameters.
         """
         if self._own is not None:
-            return self._with_added(episode, *_own_gradients(self._own, self.parameters, episode))
+            with _autocast(episode) if self._module.autocast else nullcontext():
+                own = _own_gradients(self._own, self.parameters, episode)
+            return self._with_added(episode, *own)
         if self._graph is not None:
             self._verify_new_shape(episode)
         return self._eager(episode) if self._graph is None else self._compiled(episode)
@@ -216,10 +219,14 @@ class _EpisodeLoss(nn.Module):
     def forward(self, episode: Episode) -> Tensor:
         if not self.autocast:
             return self.objective(self.learner, episode)
-        # The cache of autocast would hand tensors of one torch.func transform to another.
-        with torch.autocast(episode.support.x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+        with _autocast(episode):
             losses = self.objective(self.learner, episode)
         return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def _autocast(episode: Episode) -> torch.autocast:
+    # The cache of autocast would hand tensors of one torch.func transform to another.
+    return torch.autocast(episode.support.x.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def _own_gradients(learner: HasMetaGradients, parameters: dict[str, nn.Parameter], episode: Episode) -> Result:

@@ -1,7 +1,8 @@
 """Operations whose fused kernels have no second derivative, or a wrong one, written out where inner loops run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from metaicl.nets.recurrence import WRITTEN_OUT
 
 _OPTIONS = ("input", "running_mean", "running_var", "weight", "bias", "statistics", "momentum", "eps")
 """Arguments of torch's batch and instance normalization, in order."""
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+"""And of its embedding."""
 
 _FUSED_WEIGHT_NORM = torch._VF._weight_norm  # type: ignore[attr-defined]  # the same function as torch._weight_norm
 
@@ -75,14 +79,41 @@ def twice_differentiable() -> Iterator[None]:
     derivatives, without an error, when their weights differ between tasks. Native batch and instance normalization
     with running statistics are left as they are. The kernel of weight normalization has wrong second derivatives
     even without `vmap`, and those of LSTM, GRU, RNN and their cells are unknown to it: they are written out too, but
-    for packed sequences. Works inside `torch.compile`, which takes no recurrent layers.
+    for packed sequences. So is the padding of word tables. Works inside `torch.compile`, which takes no recurrent
+    layers.
     """
     if torch.compiler.is_compiling():  # a compiled graph writes attention out by itself
         with _WrittenOut():
             yield
     else:
-        with _WrittenOut(), sdpa_kernel(SDPBackend.MATH), _no_fast_path():
+        with _WrittenOut(), _PLAIN_KERNELS:
             yield
+
+
+class _PlainKernels:
+    """Attention by its plain kernel, inside. Torch's switches are those of the process: the last to leave turns them.
+
+    With a context of its own, the second of two threads would find, and restore, what the first had left.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.switches = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.switches.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self.switches.enter_context(_no_fast_path())
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.switches.close()
+
+
+_PLAIN_KERNELS = _PlainKernels()
 
 
 @contextmanager
@@ -115,6 +146,8 @@ class _WrittenOut(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.embedding:
+            return _embedding({**dict(zip(_EMBEDDING, args, strict=False)), **kwargs})
         if func is F.layer_norm:
             return _layer_norm(*args, **kwargs)
         if func is F.batch_norm or func is F.instance_norm:
@@ -126,6 +159,19 @@ class _WrittenOut(TorchFunctionMode):
         if func in WRITTEN_OUT and not (len(args) > 3 and isinstance(args[3], Sequence)):  # a packed sequence
             return WRITTEN_OUT[func](*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _embedding(options: dict[str, Any]) -> Tensor:
+    """In torch 2.13 `vmap` over tables takes the gradient from the padding of the first task alone."""
+    padding, x, weight = options.pop("padding_idx", None), options["input"], options["weight"]
+    if options.get("scale_grad_by_freq"):
+        raise RuntimeError(
+            "scale_grad_by_freq=True counts words over the rows of all tasks; leave it out of a net in an inner loop"
+        )
+    found = F.embedding(**options)
+    if padding is None:
+        return found
+    return torch.where((x == padding % weight.shape[0])[..., None], weight[padding].detach(), found)
 
 
 def _layer_norm(

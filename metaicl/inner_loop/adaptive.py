@@ -27,6 +27,7 @@ class Adam(InnerOptimizer):
         Kingma & Ba, 2015, arXiv:1412.6980, by the rule of `torch.optim.Adam`.
     """
 
+    takes_complex = False
     decoupled: bool = False  # whether weight decay acts beside the gradient instead of in it
 
     def __init__(
@@ -123,6 +124,8 @@ class RMSprop(InnerOptimizer):
         Tieleman & Hinton, 2012, Lecture 6.5, by the rule of `torch.optim.RMSprop` without its option `centered`.
         Second derivatives as in `Adam`.
     """
+
+    takes_complex = False
 
     def __init__(
         self,

@@ -20,8 +20,8 @@ def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any
     `torch.func.functional_call`, with its traps removed: torch 2.13 leaves the stand-ins in a submodule that is
     registered under two names, and whatever a forward pass writes into attributes (torch's recurrent layers keep lists
     of weights there, hooks of weight normalization a weight, anyone an activation) would outlive the call too.
-    So would tensors that it puts into lists, dicts and sets. Numbers and strings are left to the net, so that it can
-    count.
+    So would tensors that it puts into lists, dicts and sets among its attributes. Numbers and strings are left to the
+    net, so that it can count. One thread at a time: the stand-ins are in the net itself while it is called.
 
     Args:
         net: Any module; left alone.

@@ -3,13 +3,14 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_positive
 from metaicl.inner_loop.factored import descend
+from metaicl.inner_loop.parameters import refuse_complex
 from metaicl.inner_loop.rates import LearnedRate, Rate, check_positive_rate, check_rate
 
 Gradients = Mapping[str, Tensor]
@@ -62,6 +63,9 @@ class InnerOptimizer(nn.Module, ABC):
         """Whether `update` can move `Factors` by factored gradients."""
         return False
 
+    takes_complex: ClassVar[bool] = True
+    """Whether `update` holds for complex tensors; a rule that squares gradients says False."""
+
     @abstractmethod
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
         """The new value of one tensor, and what to remember of it; `slots` is empty at step 0."""
@@ -72,7 +76,12 @@ class InnerOptimizer(nn.Module, ABC):
         Args:
             params: The tensors that the inner loop adapts.
             steps: Steps of the inner loop; rates per step need them.
+
+        Raises:
+            ValueError: If tensors are complex and the rule is not for such.
         """
+        if self.clip_norm is not None or not self.takes_complex:
+            refuse_complex(type(self).__name__ + (" with clip_norm" if self.takes_complex else ""), params)
         bound = copy.deepcopy(self)
         learned = {name: rate for name, rate in self.rates.items() if rate.learn is not None}
         bound.learned = nn.ModuleDict(

@@ -50,9 +50,10 @@ def select_parameters(net: nn.Module, patterns: str | Iterable[str] | None) -> f
 
 
 def beyond_word_vectors(net: nn.Module) -> frozenset[str]:
-    """Names of the trainable parameters of `net` that are no table of word vectors."""
-    tables = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, nn.Embedding)}
-    return frozenset(name for name, value in net.named_parameters() if value.requires_grad) - tables
+    """Names of the trainable parameters of `net` that are no table of word vectors, tied and parametrized ones too."""
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))]
+    tables = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return frozenset(n for n, value in net.named_parameters() if value.requires_grad and id(value) not in tables)
 
 
 def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -109,6 +110,17 @@ def check_inner_loop_module(net: nn.Module) -> None:
         )
     check_no_running_statistics(net)
     check_precision(net)
+
+
+def refuse_complex(name: str, params: Mapping[str, Tensor]) -> None:
+    """Refuse complex tensors, for rules that are written for real ones.
+
+    Raises:
+        ValueError: Naming the rule and some tensors.
+    """
+    found = [key for key, value in params.items() if value.is_complex()]
+    if found:
+        raise ValueError(f"{name} cannot adapt complex parameters, such as {found[:3]}; take MAML with SGD")
 
 
 def check_precision(net: nn.Module) -> None:

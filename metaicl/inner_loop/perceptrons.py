@@ -67,13 +67,16 @@ def as_perceptron(net: nn.Module) -> Perceptron | None:
     layers = [layer for _, layer in linear if isinstance(layer, nn.Linear)]
     if any(layer.bias is None or layer.weight.numel() > _MOST_WEIGHTS for layer in layers):
         return None
-    if any(one.out_features != other.in_features for one, other in pairwise(layers)):
+    # Sizes are those of the tensors: whoever prunes a layer by hand leaves in_features and out_features as they were.
+    if any(layer.weight.ndim != 2 or layer.bias.shape != layer.weight.shape[:1] for layer in layers):
+        return None
+    if any(one.weight.shape[0] != other.weight.shape[1] for one, other in pairwise(layers)):
         return None
     names = [f"{prefix}{name}" for prefix, _ in linear for name in ("weight", "bias")]
     parts = [part for layer in layers for part in (layer.weight, layer.bias)]
     if len(set(map(id, parts))) < len(parts):  # tied
         return None
-    sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
+    sizes = (layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers))
     return Perceptron(names, parts, Layers(sizes, activation), flattens)
 
 
@@ -219,7 +222,9 @@ def _serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
 
 
 def _is_plain_tensor(value: Tensor) -> bool:
-    return type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.layout is torch.strided
+    plain = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.layout is torch.strided
+    # A kernel reads memory as it stands; compiled graphs make no such views, and cannot ask.
+    return plain and (torch.compiler.is_compiling() or not value.is_neg())
 
 
 def _order(first_order: bool | Tensor) -> Tensor:
@@ -237,7 +242,8 @@ def _importance(mask: Tensor | None, x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _equal_importance(n_tasks: int, rows: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((n_tasks, rows), 1 / rows, dtype=dtype)
+    with torch.inference_mode(False):  # it is kept for calls that may want gradients
+        return torch.full((n_tasks, rows), 1 / rows, dtype=dtype)
 
 
 def _rates(optimizer: InnerOptimizer, perceptron: Perceptron, wanted: Sequence[bool], steps: int) -> Tensor:
@@ -260,6 +266,6 @@ def _rates(optimizer: InnerOptimizer, perceptron: Perceptron, wanted: Sequence[b
 
 @functools.lru_cache(maxsize=8)
 def _fixed_rates(value: float, sizes: tuple[int, ...], wanted: tuple[bool, ...], dtype: torch.dtype) -> Tensor:
-    return torch.cat(
-        [torch.full((1, size), value * own, dtype=dtype) for size, own in zip(sizes, wanted, strict=True)], -1
-    )
+    with torch.inference_mode(False):  # as above
+        rates = [torch.full((1, size), value * own, dtype=dtype) for size, own in zip(sizes, wanted, strict=True)]
+        return torch.cat(rates, -1)

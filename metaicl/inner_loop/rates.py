@@ -88,7 +88,7 @@ class LearnedRate(nn.Module):
     def __init__(
         self, rate: Rate, params: Mapping[str, Tensor], steps: int, *, fraction: bool = False, positive: bool = False
     ) -> None:
-        """Make the parameters in the dtype and on the device of `params`."""
+        """Make the parameters in the dtype and on the device of `params`, of the first where one serves several."""
         super().__init__()
         self.learn, self.per_step, self.fraction, self.positive = rate.learn, rate.per_step, fraction, positive
         self.places = {name: place for place, name in enumerate(params)}
@@ -98,17 +98,16 @@ class LearnedRate(nn.Module):
         if fraction or positive:
             start = math.log(rate.value / (1 - rate.value) if fraction else rate.value)
         lead = (steps,) if rate.per_step else ()
-        like = next(iter(params.values()))
 
-        def filled(shape: tuple[int, ...]) -> nn.Parameter:
+        def filled(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
             return nn.Parameter(torch.full((*lead, *shape), start, dtype=like.dtype, device=like.device))
 
         if rate.learn == "element":
             self.values = nn.ParameterDict(
-                {dotless(name): filled(tuple(value.shape)) for name, value in params.items()}
+                {dotless(name): filled(tuple(value.shape), value) for name, value in params.items()}
             )
         else:
-            self.value = filled((len(params),) if rate.learn == "tensor" else ())
+            self.value = filled((len(params),) if rate.learn == "tensor" else (), next(iter(params.values())))
 
     def forward(self, name: str, step: int) -> Tensor:
         """The rate of the tensor `name` in step `step`: a scalar, or one number per element."""

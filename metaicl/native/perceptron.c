@@ -372,7 +372,8 @@ int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *
                 NAME(slope_of_loss)(&at, problem, task, &work);
                 NAME(backward)(&at, problem, now, &work);
                 NAME(collect)(&at, problem->rows, work.slope, work.active, work.gradient);
-                for (int64_t i = 0; i < at.total; i++) work.weights[i] = now[i] - rate[i] * work.gradient[i];
+                for (int64_t i = 0; i < at.total; i++) /* what has no rate stays, were its gradient infinite */
+                    work.weights[i] = rate[i] == 0 ? now[i] : now[i] - rate[i] * work.gradient[i];
                 NAME(write_parts)(&at, work.weights, problem->strides, task, fast + step * 2 * at.layers);
                 if (path && step + 1 < steps)
                     memcpy(path + (task * (steps - 1) + step) * at.total, work.weights,
@@ -423,7 +424,8 @@ int NAME(descend_backward)(const Problem *problem, const REAL *const *start, con
                 }
                 if (!exact) continue;
                 const REAL *rate = common.rates + row * at.total;
-                for (int64_t i = 0; i < at.total; i++) work->direction[i] = rate[i] * work->lambda[i];
+                for (int64_t i = 0; i < at.total; i++)
+                    work->direction[i] = rate[i] == 0 ? 0 : rate[i] * work->lambda[i];
                 NAME(hessian)(&at, problem, task, now, flipped, work);
                 for (int64_t i = 0; i < at.total; i++) work->lambda[i] -= (REAL)problem->order * work->product[i];
             }

@@ -12,7 +12,7 @@ from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.implicit import Proximal, implicit_tasks, minimize_tasks
 from metaicl.inner_loop.optimizers import InnerOptimizer
-from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors
+from metaicl.inner_loop.parameters import adapted_tensors, check_inner_loop_module, frozen_tensors, refuse_complex
 from metaicl.inner_loop.solvers import ConjugateGradient, Solver
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
@@ -84,6 +84,7 @@ class IMAML(Learner[dict[str, Tensor]]):
         self.declare_nets(self.net)
         self.declare_approximate()
         self.adapted = choose_adapted(spec, self.net, adapt)
+        refuse_complex("IMAML", adapted_tensors(self.net, self.adapted))
         self.inner_lr = choose_inner_lr(spec, inner_lr)
         if optimizer is not None and self.tolerances[0]:
             raise ValueError(
