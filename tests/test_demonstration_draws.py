@@ -62,4 +62,5 @@ def test_only_what_depends_on_the_support_varies() -> None:
     assert moved.metrics["accuracy"].shape == (4, 40)
     assert moved.worst_per_episode() < moved.worst() < moved.mean()
     fixed = evaluate_draws(Constant(tasks.spec), tasks, **settings)
-    assert fixed.worst_per_episode() == fixed.worst() == fixed.mean()
+    for worst in (fixed.worst_per_episode(), fixed.worst()):
+        assert worst == pytest.approx(fixed.mean(), abs=1e-12)  # up to the order of sums
