@@ -29,6 +29,20 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     return int(value)
 
 
+def check_shots(n_shot: object) -> tuple[int, int]:
+    """The ends (low, high) of a range of shots; of one number both are that number.
+
+    Raises:
+        TypeError: If an end is not an integer.
+        ValueError: If there are not two, one is below 1, or they are in the wrong order.
+    """
+    ends = n_shot if isinstance(n_shot, (tuple, list)) else (n_shot, n_shot)
+    if len(ends) != 2:
+        raise ValueError(f"n_shot must be an int or a pair (low, high); got {n_shot!r}")
+    low = check_count("n_shot", ends[0])
+    return low, check_count("n_shot", ends[1], minimum=low)
+
+
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float if it is a finite number above zero, one of NumPy's too.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaicl.episode import Examples
+from metaicl.functional import HALF_PRECISION
 from metaicl.learner import Learner
 from metaicl.metrics import calibration
 from metaicl.peak_memory import read_peak, start_peak
@@ -19,8 +20,6 @@ from metaicl.prequential import Answer, answer_in_order, counts_of, in_single, s
 from metaicl.spec import TaskSpec
 
 T = TypeVar("T")
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Tally:
             state, adapting = _timed(lambda: learner.adapt(support), query.x.device)
             answers, predicting = _timed(lambda: self._answers(learner, state, support, query), query.x.device)
             peak = read_peak(query.x.device, held)
-            if any(parameter.dtype in _HALF for parameter in learner.parameters()):
+            if any(parameter.dtype in HALF_PRECISION for parameter in learner.parameters()):
                 answers = in_single(answers, y.to(query.y.device))
             values = score(answers, self.spec, first_episode=self.n_episodes)
         except FloatingPointError as error:

@@ -9,6 +9,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from metaicl.spec import Kind, TaskSpec
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 NOTHING = 1e-30  # probability of a class that no row has shown, beside those that have rows
 
 _MIN_SCALE = 1e-3
@@ -153,7 +154,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 def solvable(rows: Tensor) -> Tensor:
     """The rows in a precision that linear systems can be solved in: single where they are in half."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return rows.float() if rows.dtype in HALF_PRECISION else rows
 
 
 def ridge_solve(x: Tensor, y: Tensor, penalty: Tensor | float, mask: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from metaicl.checks import check_labels
 from metaicl.episode import Episode, Examples
 from metaicl.nets.norm import mixes_rows
 from metaicl.spec import Kind, NotServed, TaskSpec
+from metaicl.transforms import in_a_transform
 
 State = TypeVar("State")
 
@@ -132,9 +133,7 @@ class Learner(nn.Module, ABC, Generic[State]):
 
 def _is_transformed() -> bool:
     """Whether a graph is being compiled, or a transform of torch.func runs: values cannot be looked at."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # has no stub
+    return torch.compiler.is_compiling() or in_a_transform()
 
 
 def _check_method(owner: type, name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ _OPTIONS = ("input", "running_mean", "running_var", "weight", "bias", "statistic
 """Arguments of torch's batch and instance normalization, in order."""
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-"""And of its embedding."""
+"""Arguments of torch's embedding, in order."""
 
 _FUSED_WEIGHT_NORM = torch._VF._weight_norm  # type: ignore[attr-defined]  # the same function as torch._weight_norm
 

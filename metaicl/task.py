@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from metaicl.checks import check_choice, check_count, check_episode, check_seed
+from metaicl.checks import check_choice, check_count, check_episode, check_seed, check_shots
 from metaicl.collation import collate
 from metaicl.episode import Episode
 from metaicl.interruption import ignore_signals
@@ -144,10 +144,7 @@ class EpisodeStream(Dataset[Episode]):
         self.tasks = tasks
         self.seed = check_seed(seed)
         self.split: Split = check_choice("split", split, SPLITS)  # type: ignore[assignment]  # one of SPLITS
-        if isinstance(n_shot, (tuple, list)) and len(n_shot) != 2:
-            raise ValueError(f"n_shot must be an int or a pair (low, high); got {n_shot!r}")
-        low, high = n_shot if isinstance(n_shot, (tuple, list)) else (n_shot, n_shot)
-        self.n_shot = (check_count("n_shot", low), check_count("n_shot", high, minimum=low))
+        self.n_shot = check_shots(n_shot)
         self.n_query = check_count("n_query", n_query)
         self.chunk_size = check_count("chunk_size", chunk_size)
 

@@ -8,7 +8,15 @@ from typing import Any, Literal
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from metaicl.checks import check_choice, check_count, check_device, check_positive, check_seed, is_finite_number
+from metaicl.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_positive,
+    check_seed,
+    check_shots,
+    is_finite_number,
+)
 from metaicl.learner import Learner
 from metaicl.meta_step import AUTOCAST, trainable_parameters
 from metaicl.task import EpisodeStream, TaskDistribution
@@ -96,12 +104,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
                 self._keep(name, check_count(name, value, minimum))
-        if isinstance(self.n_shot, (tuple, list)) and len(self.n_shot) != 2:
-            raise ValueError(f"n_shot must be an int or a pair (low, high); got {self.n_shot!r}")
-        low, high = self.n_shot if isinstance(self.n_shot, (tuple, list)) else (self.n_shot, self.n_shot)
-        low = check_count("n_shot", low)
-        high = check_count("n_shot", high, minimum=low)
-        self._keep("n_shot", (low, high) if isinstance(self.n_shot, (tuple, list)) else low)
+        ends = check_shots(self.n_shot)
+        self._keep("n_shot", ends if isinstance(self.n_shot, (tuple, list)) else ends[0])
         self._check_optimization()
         check_choice("select", self.select, ("best", "last"))
         if not isinstance(self.compile, bool):

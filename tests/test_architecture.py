@@ -27,6 +27,7 @@ LAYERS = {
         "sealed_files",
         "interruption",
         "row_ids",
+        "transforms",
     },
     1: {"learner", "reading", "task"},
     2: {"tasks", "learners", "objectives"},

@@ -15,6 +15,7 @@ from metaicl.exam.randomness import private_randomness
 from metaicl.learner import Learner, Prepares
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
+from metaicl.training import dtype_of
 
 SEED = 1_000_003
 _N_TASKS = 3
@@ -110,7 +111,7 @@ def numbers(distribution: Distribution, learner: Learner, x: Tensor) -> Tensor:
     elif isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
         found = torch.cat([distribution.mean, distribution.stddev.log()], -1)
     else:
-        dtype = x.dtype if x.is_floating_point() else dtype_of(learner)
+        dtype = x.dtype if x.is_floating_point() else precision_of(learner)
         targets = [torch.full((*shape, spec.output_size), v, dtype=dtype, device=x.device) for v in (-1.0, 0.0, 1.0)]
         found = torch.stack([distribution.log_prob(target) for target in targets], -1)
     assert found.shape[:2] == shape, f"a prediction for x of (B, Q) = {tuple(shape)} has shape {tuple(found.shape)}"
@@ -150,9 +151,9 @@ def require_same(what: str, expected: Tensor, got: Tensor, hint: str) -> None:
         raise AssertionError(f"{what}: {found}. Hint: {hint}")
 
 
-def dtype_of(learner: Learner) -> torch.dtype:
+def precision_of(learner: Learner) -> torch.dtype:
     """The floating dtype of a learner's parameters, float32 if it has none."""
-    return next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.float32)
+    return dtype_of(learner) or torch.float32
 
 
 def fixed_generator() -> torch.Generator:
@@ -165,7 +166,7 @@ def _draw(
 ) -> tuple[Episode, Examples]:
     stream = EpisodeStream(tasks, seed=SEED, split="train", n_shot=n_shot, n_query=n_query, chunk_size=_N_TASKS)
     device = next((p.device for p in learner.parameters()), None)
-    episode = stream[index].to(device, dtype_of(learner))
+    episode = stream[index].to(device, precision_of(learner))
     half = episode.query.n_rows // 2
     extra = episode.query.rows(slice(half, None))
     return replace(episode, query=episode.query.rows(slice(half))), extra

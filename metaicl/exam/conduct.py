@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaicl.checkpoint import load_weights
 from metaicl.episode import Episode
-from metaicl.exam.case import SEED, Case, answer, difference, dtype_of, require_same
+from metaicl.exam.case import SEED, Case, answer, difference, precision_of, require_same
 from metaicl.exam.learning import meta_gradients
 from metaicl.exam.randomness import global_generators_used, private_randomness
 from metaicl.learner import Learner, PredictsPrefixes, Prepares, Updates
@@ -110,7 +110,7 @@ def check_state_dict(case: Case) -> None:
     learner = case.learner
     with private_randomness(seed=1):  # other weights than those the exam began with
         other = copy.deepcopy(learner if case.build is None else case.build(learner.spec))
-    other.eval().to(dtype=dtype_of(learner))
+    other.eval().to(dtype=precision_of(learner))
     with torch.no_grad():
         for _, value in _tensors(other):
             if value.is_floating_point():
@@ -127,7 +127,7 @@ def check_float64(case: Case) -> None:
     hint = "make new tensors with the dtype of the inputs (x.new_zeros, torch.eye(n, dtype=x.dtype)), cast nothing"
     found = []
     for episode in (case.episode, case.short):  # a choice between near equals, such as of what is retrieved, may flip
-        native: Episode = episode.to(dtype=dtype_of(case.native))
+        native: Episode = episode.to(dtype=precision_of(case.native))
         wide = native.to(dtype=torch.float64)
         expected = answer(case.native, native.support, native.query.x)
         got = answer(double, wide.support, wide.query.x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaicl.collation import split_rows
 from metaicl.episode import Episode, Examples
-from metaicl.exam.case import SEED, Case, dtype_of, fixed_generator, require_same
+from metaicl.exam.case import SEED, Case, fixed_generator, precision_of, require_same
 from metaicl.learner import HasMetaGradients, Learner, Prepares
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
@@ -73,7 +73,7 @@ def check_gradient_slope(case: Case) -> None:
     """The meta-gradient is the slope of the query loss, by differences along random directions in float64."""
     learner = case.learner
     exempt = not learner.traits.trainable or learner.traits.approximate or isinstance(learner, HasMetaGradients)
-    if exempt or dtype_of(learner) != torch.float64:
+    if exempt or precision_of(learner) != torch.float64:
         return
     named = {name: value for name, value in learner.named_parameters() if value.requires_grad}
     gradients, source, gaps = meta_gradients(learner, case.episode), fixed_generator(), []
@@ -99,7 +99,7 @@ def check_learns(case: Case) -> None:
     tasks = EasyTasks(learner.spec, named=case.tasks.source_classes is not None)
     if isinstance(learner, Prepares):
         learner.prepare(tasks, seed=SEED)
-    device, dtype = next(learner.parameters()).device, dtype_of(learner)
+    device, dtype = next(learner.parameters()).device, precision_of(learner)
     n_tasks, n_rows = (16, 4) if learner.spec.x_kind == "vector" else (4, 2)
     stream = EpisodeStream(tasks, seed=SEED, split="train", n_shot=n_rows, n_query=n_rows, chunk_size=n_tasks)
     held_out = EpisodeStream(tasks, seed=SEED, split="test", n_shot=n_rows, n_query=n_rows, chunk_size=4 * n_tasks)[0]

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from metaicl.inner_loop.calling import call_net, cloned_tensors
 from metaicl.inner_loop.parameters import first_floating
+from metaicl.transforms import in_a_transform
 
 Shape = tuple[int, ...]
 
@@ -241,15 +242,11 @@ class _Watch(TorchFunctionMode):
         if func is F.linear and used:
             _, weight = _linear_arguments(args, kwargs or {})
             # Within a transform of the net's own a layer sees one row, and its input would leak out of the transform.
-            if used == [self.names.get(id(weight))] and not _in_a_transform():
+            if used == [self.names.get(id(weight))] and not in_a_transform():
                 self.shapes[used.pop()].append(tuple(out.shape))
         if func not in _HARMLESS:
             self.used_otherwise.update(used)
         return out
-
-
-def _in_a_transform() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
 def _growth(seen: Sequence[Sequence[Shape]]) -> list[Shape]:

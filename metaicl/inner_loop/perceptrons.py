@@ -25,6 +25,7 @@ from metaicl.inner_loop.tracing import is_traced
 from metaicl.native import perceptron as kernels
 from metaicl.native.operators import ACTIVATIONS, MOST_LAYERS, is_available, pays
 from metaicl.native.perceptron import Descent, Layers
+from metaicl.transforms import in_a_transform
 
 _MOST_WEIGHTS = 1 << 15  # of a layer: torch is as fast with larger ones, which leave a core's caches
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -199,7 +200,7 @@ def _torch_may_be_passed_by() -> bool:
     if torch.is_autocast_enabled("cpu"):
         return False
     return torch.compiler.is_compiling() or not (
-        torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        in_a_transform()
         or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
         or forward_ad._current_level >= 0
@@ -242,7 +243,7 @@ def _importance(mask: Tensor | None, x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _equal_importance(n_tasks: int, rows: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # it is kept for calls that may want gradients
+    with torch.inference_mode(False):  # what is kept may serve calls that want gradients
         return torch.full((n_tasks, rows), 1 / rows, dtype=dtype)
 
 
@@ -266,6 +267,6 @@ def _rates(optimizer: InnerOptimizer, perceptron: Perceptron, wanted: Sequence[b
 
 @functools.lru_cache(maxsize=8)
 def _fixed_rates(value: float, sizes: tuple[int, ...], wanted: tuple[bool, ...], dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # as above
+    with torch.inference_mode(False):  # what is kept may serve calls that want gradients
         rates = [torch.full((1, size), value * own, dtype=dtype) for size, own in zip(sizes, wanted, strict=True)]
         return torch.cat(rates, -1)

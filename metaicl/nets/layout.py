@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from metaicl.transforms import in_a_transform
+
 
 def channels_last(x: Tensor) -> Tensor:
     """The same images (rows, channels, height, width), on a CPU with the channels of a pixel side by side in memory.
@@ -11,12 +13,7 @@ def channels_last(x: Tensor) -> Tensor:
     about two thirds of the time on a CPU. Compiled graphs choose layouts by themselves, and the transforms of
     torch.func know only the usual one: both get `x` as it is, and so do other devices.
     """
-    if (
-        x.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        # torch has no public way to ask whether a transform of torch.func is at work, and this one has no stub
-        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-    ):
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or in_a_transform():
         return x
     rows, channels, height, width = x.shape
     # reshaped by hand, as one channel alone lies in both layouts, and layers would take it for the usual one

@@ -105,7 +105,7 @@ class WavePosterior(NamedTuple):
 
 
 class SinusoidPosterior(Learner[WavePosterior]):
-    """The posterior predictive of a sine wave y = a sin(x + p) with a and p uniform, by quadrature.
+    """The posterior predictive of a sine wave y = a sin(x + p) with a and p uniform, x and p in radians, by quadrature.
 
     A wave is linear in u = (a cos p, a sin p), so the likelihood of u is a Gaussian: along the two axes of its
     precision, cells are laid over the part of the plane that the rows leave open, weighted by the likelihood and by the

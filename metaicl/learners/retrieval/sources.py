@@ -1,13 +1,12 @@
 """What retrieval learners read from the meta-training tasks: rows for a memory, and the source classes of rows."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaicl.collation import concatenate, join_tasks
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.row_ids import look_up
 from metaicl.task import TaskDistribution, derive_generator, single_precision
 
@@ -78,16 +77,18 @@ def draw_items(tasks: TaskDistribution, n_items: int, *, rows_per_item: int, see
 
 def _sample(tasks: TaskDistribution, n_tasks: int, n_rows: int, generator: torch.Generator) -> Examples:
     """Tasks of `n_rows` rows per class, or per task in regression."""
-    draw = partial(tasks.sample, n_tasks, split="train", n_query=1, generator=generator)
-    try:
+
+    def draw(n_shot: int) -> Episode:
         with single_precision():
-            return draw(n_shot=n_rows).support
+            return tasks.sample(n_tasks, split="train", n_shot=n_shot, n_query=1, generator=generator)
+
+    try:
+        return draw(n_rows).support
     except ValueError:
         if n_rows == 1:
             raise
     try:  # an episode has a query, and the source may have no row more: then that is one of the rows
-        with single_precision():
-            episode = draw(n_shot=n_rows - 1)
+        episode = draw(n_rows - 1)
     except ValueError as error:
         raise ValueError(
             f"a memory with rows_per_item = {n_rows} needs so many rows of a class or task: {error}; "

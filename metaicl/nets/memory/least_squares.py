@@ -25,6 +25,7 @@ from torch import Tensor
 from metaicl.checks import check_count
 from metaicl.nets.memory.delta import cut
 from metaicl.nets.memory.normal_equations import inverse_of, precision_of, write_by_normal_equations
+from metaicl.transforms import in_vmap
 
 _SHORTEST = 8  # tokens of a chunk below which a product over chunks is no faster than the normal equations
 
@@ -156,12 +157,7 @@ def _mild(decay: Tensor) -> Tensor:
 
 def _knows_to_be(value: bool, flag: Tensor) -> bool:
     """Whether a flag is known to have this value; in a compiled graph and under vmap nothing is known."""
-    if torch.compiler.is_compiling():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack() or []  # type: ignore[attr-defined]  # has no stub
-    if any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack):  # type: ignore[attr-defined]
-        return False
-    return bool(flag) == value
+    return not torch.compiler.is_compiling() and not in_vmap() and bool(flag) == value
 
 
 def _write_chunk(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, fit: Fit) -> tuple[Tensor, Fit]:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from metaicl.transforms import in_a_transform
+
 _MIN_MULTIPLICATIONS = 2**22  # below, the call itself costs more than it saves
 
 
@@ -39,7 +41,7 @@ class Linear(nn.Linear):
             and input.numel() > 0
             and all(_is_plain(part) for part in (input, self.weight))
             and not torch.is_autocast_enabled("cpu")
-            and torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]  # has no stub
+            and not in_a_transform()
             and forward_ad._current_level < 0
             and is_available()
         )
