@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from metaicl.report import Report
 from metaicl.results import Result, json_ready
 from metaicl.task import EVAL_SEED, SPLITS, Split, TaskDistribution, check_distribution
 from metaicl.train_config import TrainConfig
+from metaicl.versions import package_version
 
 Budget = TrainConfig | Mapping[Any, TrainConfig]
 
@@ -79,6 +79,7 @@ def compare(
         TypeError: If an argument has the wrong type.
         ValueError: If a name is unknown, a budget is missing, or `directory` holds results of another comparison.
     """
+    directory = None if directory is None else Path(directory).absolute()  # whoever changes the working directory
     if not isinstance(tasks, Mapping):
         check_distribution(tasks)
         tasks = {type(tasks).__name__: tasks}
@@ -149,10 +150,10 @@ def _budgets(
     return found
 
 
-def _owned(directory: str | os.PathLike[str]) -> Any:
-    if Path(directory).is_file():
+def _owned(directory: Path) -> Any:
+    if directory.is_file():
         raise NotADirectoryError(f"directory must be a directory or nothing yet; {directory} is a file")
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     return lock_directory(directory)
 
 
@@ -170,7 +171,7 @@ def _protocol(options: Options, results: Sequence[Result], processes: int) -> di
             "device": [_device_name(name) for name in used],
             "threads": max(1, torch.get_num_threads() // processes),
             "runs_at_a_time": processes,
-            "versions": {name: _version(name) for name in ("metaicl", "torch", "numpy")}
+            "versions": {name: package_version(name) for name in ("metaicl", "torch", "numpy")}
             | {"python": platform.python_version()},
         }
     )
@@ -204,10 +205,3 @@ def _device_name(name: str) -> str:
     return (
         f"{name} ({torch.cuda.get_device_name(name)})" if name.startswith("cuda") else f"{name} ({platform.machine()})"
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

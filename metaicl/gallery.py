@@ -5,6 +5,7 @@ dimensions), "images" or "texts". Other tasks have no picture.
 """
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
 from metaicl.prefixes import first_shots
-from metaicl.task import EpisodeStream, Split, TaskDistribution
-from metaicl.training import place, training_mode
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 N_EXAMPLES = 3
 _GRID = 101  # inputs at which a curve is drawn
@@ -58,8 +59,8 @@ def example_cards(tasks: TaskDistribution, episode: Episode) -> list[dict[str, A
 def sketches(learner: Learner, episode: Episode, cards: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     """The learner's predictions for the example tasks, one sketch for each card.
 
-    A curve gets `mean` and `scale` at its grid; a classification task gets `right`, how many of its `rows` queries
-    the learner labels rightly.
+    A curve gets `mean` and `scale` at its grid, the latter NaN where a distribution has no variance; a classification
+    task gets `right`, how many of its `rows` queries the learner labels rightly.
 
     Args:
         learner: Any learner; asked in eval mode, and left in the mode it was in.
@@ -68,7 +69,8 @@ def sketches(learner: Learner, episode: Episode, cards: Sequence[Mapping[str, An
     """
     if not cards:
         return ()
-    with torch.no_grad(), training_mode(learner, False):
+    draws = isolated_randomness(derive_seed(EVAL_SEED, "sketches"), device_of(learner))
+    with torch.no_grad(), training_mode(learner, False), draws:
         episode = place(episode, learner)
         if cards[0]["kind"] != "curve":
             answer: Any = learner(episode.support, episode.query.x)
@@ -79,8 +81,15 @@ def sketches(learner: Learner, episode: Episode, cards: Sequence[Mapping[str, An
             [card["grid"] for card in cards], dtype=episode.query.x.dtype, device=episode.query.x.device
         )
         answer = learner(episode.support, grid[..., None])
-        mean, scale = answer.mean[..., 0].tolist(), answer.variance[..., 0].clamp(min=0).sqrt().tolist()
+        mean, scale = answer.mean[..., 0].tolist(), _scale(answer)[..., 0].tolist()
     return tuple({"mean": m, "scale": s} for m, s in zip(mean, scale, strict=True))
+
+
+def _scale(answer: Any) -> Tensor:
+    try:
+        return answer.variance.clamp(min=0).sqrt()
+    except NotImplementedError:
+        return torch.full_like(answer.mean, math.nan)
 
 
 def _curve(task: Episode) -> dict[str, Any]:

@@ -128,19 +128,19 @@ def _examples(findings: Findings, task: str, prefix: str) -> str:
 
 
 def _classes(findings: Findings, task: str, index: int, card: Mapping[str, Any]) -> str:
-    show = _images if card["kind"] == "images" else _texts
+    kind, show = ("images", _images) if card["kind"] == "images" else ("texts", _texts)
     lines = "".join(
-        f"<tr><th scope=row>{one['label']}</th><td>{show(one['support'])}</td><td>{show(one['query'])}</td></tr>"
+        f"<tr><th scope=row>{int(one['label'])}</th><td>{show(one['support'])}</td><td>{show(one['query'])}</td></tr>"
         for one in card["classes"]
     )
     scores = []
     for name in findings.learners(task, finished=True):
         found = findings.of(task, name)[0].sketches
         if index < len(found):
-            scores.append(f"{escape(name)} {found[index]['right']}/{found[index]['rows']}")
+            scores.append(f"{escape(name)} {int(found[index]['right'])}/{int(found[index]['rows'])}")
     right = f"<figcaption>Queries labeled rightly: {', '.join(scores)}.</figcaption>" if scores else ""
     head = "<tr><th>class</th><th>support</th><th>a query</th></tr>"
-    return f"<figure class={card['kind']}><table>{head}{lines}</table>{right}</figure>"
+    return f"<figure class={kind}><table>{head}{lines}</table>{right}</figure>"
 
 
 def _texts(texts: Sequence[str]) -> str:

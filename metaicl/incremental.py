@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metaicl.checks import check_choice, check_count
+from metaicl.checks import check_choice, check_count, check_seed
 from metaicl.episode import Examples
 from metaicl.learner import Learner, Merges, Updates
 from metaicl.plots import figure_with_panels
@@ -29,18 +29,26 @@ class IncrementalCurve:
         checkpoints: Numbers of classes seen, K of them.
         accuracy: (S, K), stream orders by checkpoints, in [0, 1].
         n_clients: Clients among which the rows were dealt.
+        orders: The seed of each stream order.
     """
 
     checkpoints: tuple[int, ...]
     accuracy: Array
     n_clients: int
+    orders: tuple[int, ...]
 
     def interval(self, n_classes: int) -> Interval:
         """Mean and 95 % interval over stream orders, after `n_classes` classes."""
         return interval(self._column(n_classes), bounds=(0, 1))
 
     def difference(self, other: "IncrementalCurve", n_classes: int) -> Interval:
-        """The interval of this accuracy minus the other's, in the same stream orders."""
+        """The interval of this accuracy minus the other's, in the same stream orders.
+
+        Raises:
+            ValueError: If they were measured in different ones.
+        """
+        if self.orders != other.orders:
+            raise ValueError(f"both curves must be of the same stream orders; got {self.orders} and {other.orders}")
         return interval(paired(self._column(n_classes), other._column(n_classes)), bounds=(-1, 1))
 
     def _column(self, n_classes: int) -> Array:
@@ -80,9 +88,10 @@ def incremental_accuracy(
         classes_per_round: Classes that arrive together.
 
     Raises:
+        FloatingPointError: If an answer is NaN.
         TypeError: If the learner lacks a method, or a count is no int.
-        ValueError: If shapes, checkpoints or counts do not fit each other, or the learner answers over fewer classes
-            than it has seen.
+        ValueError: If an order comes twice, shapes, checkpoints or counts do not fit each other, or the learner answers
+            over fewer classes than it has seen.
     """
     if not isinstance(learner, Updates):
         raise TypeError(f"a stream of classes needs a learner with update; {type(learner).__name__} has none")
@@ -91,15 +100,14 @@ def incremental_accuracy(
     n_holders = check_count("n_holders", n_holders)
     classes_per_round = check_count("classes_per_round", classes_per_round)
     found = _checked_checkpoints(checkpoints, train, test)
-    if isinstance(orders, int) or not orders:
-        raise ValueError(f"orders must be at least one seed, in a sequence; got {orders!r}")
+    orders = _checked_orders(orders)
     rows = []
     for seed in orders:
         draws = isolated_randomness(derive_seed(seed, "incremental"), device_of(learner))
         with training_mode(learner, False), draws, torch.no_grad():
             stream = _Stream(learner, train, test, seed=seed, n_clients=n_clients, n_holders=min(n_holders, n_clients))
             rows.append(list(stream.accuracies(found, classes_per_round)))
-    return IncrementalCurve(found, np.array(rows), n_clients)
+    return IncrementalCurve(found, np.array(rows), n_clients, orders)
 
 
 def plot_curves(curves: Mapping[str, IncrementalCurve], *, title: str = "Classes one by one") -> Figure:
@@ -147,7 +155,7 @@ class _Stream:
         order = torch.randperm(len(train), generator=self.generator)
         device, dtype = device_of(learner), dtype_of(learner) if train.is_floating_point() else None
         self.train, self.test = (rows[order].to(device=device, dtype=dtype) for rows in (train, test))
-        self.learner, self.n_holders = learner, n_holders
+        self.learner, self.n_holders, self.seed = learner, n_holders, seed
         nothing = Examples(
             self.train[:1, :1], self._labels(0, 1)[:, :1], torch.zeros(1, 1, dtype=torch.bool).to(device)
         )
@@ -196,12 +204,24 @@ class _Stream:
                     f"{seen} classes were seen, and {type(self.learner).__name__} answers over {logits.shape[-1]}; "
                     "build it for as many, by spec.with_n_way"
                 )
+            if bool(logits[..., :seen].isnan().any()):
+                name = type(self.learner).__name__
+                raise FloatingPointError(f"{name} answers NaN after {seen} classes of stream order {self.seed}")
             right += int((logits[..., :seen].argmax(-1) == y[:, start : start + _AT_ONCE]).sum())
         return right / len(x)
 
     def _labels(self, start: int, stop: int, rows: Tensor | None = None) -> Tensor:
         rows = self.train if rows is None else rows
         return torch.arange(start, stop, device=rows.device).repeat_interleave(rows.shape[1])[None]
+
+
+def _checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(orders, (int, np.integer)) or not len(orders):
+        raise ValueError(f"orders must be at least one seed, in a sequence; got {orders!r}")
+    found = tuple(check_seed(seed) for seed in orders)
+    if len(set(found)) < len(found):
+        raise ValueError(f"orders must be different seeds; got {found}")
+    return found
 
 
 def _checked_checkpoints(checkpoints: Sequence[int], train: Tensor, test: Tensor) -> tuple[int, ...]:

@@ -87,8 +87,11 @@ class MetaStep:
         """The losses of the tasks (B,), a scalar for a learner with `meta_gradients`, and the gradient of their mean.
 
         Raises:
+            RuntimeError: Under `torch.inference_mode()`.
             ValueError: If the objective does not return one loss per task that depends on the parameters.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("training needs gradients, and torch.inference_mode() is on; leave it first")
         if self._own is not None:
             with _autocast(episode) if self._module.autocast else nullcontext():
                 own = _own_gradients(self._own, self.parameters, episode)
@@ -130,8 +133,6 @@ class MetaStep:
                 got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 expected = f"the loss of each task, shape (B,) = ({episode.n_tasks},)"
                 raise ValueError(f"the objective must return {expected}; got {got} for {name}")
-            if not losses.requires_grad and torch.is_inference_mode_enabled():
-                raise RuntimeError("training needs gradients, and torch.inference_mode() is on; leave it first")
             if not losses.requires_grad:
                 raise ValueError(f"the objective's loss depends on no trainable parameter of {name}")
             parameters = list(self.parameters.values())

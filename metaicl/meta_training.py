@@ -96,6 +96,7 @@ def meta_train(
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
     """
+    path = None if directory is None else Path(directory).absolute()  # whoever changes the working directory later
     check_unwrapped(learner)
     if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"
@@ -110,9 +111,9 @@ def meta_train(
         learner.to(config.device)
     with contextlib.ExitStack() as stack:
         store = None
-        if directory is not None and learner.traits.trainable and rank() == 0:
+        if path is not None and learner.traits.trainable and rank() == 0:
             described = _describe(learner, tasks, config, objective)
-            store = stack.enter_context(open_run_directory(Path(directory), described, resume=resume))
+            store = stack.enter_context(open_run_directory(path, described, resume=resume))
         if isinstance(learner, Prepares):
             with isolated_randomness(derive_seed(config.seed, "prepare"), device_of(learner)):
                 learner.prepare(tasks, seed=config.seed)

@@ -194,5 +194,5 @@ def _ranks(distribution: Distribution, y: Tensor) -> Tensor | None:
         return None  # correlated outputs: there is no marginal cdf to ask
     try:
         return base.cdf(y)
-    except NotImplementedError:
+    except (NotImplementedError, ValueError):  # some of torch's raise the latter from a cdf of theirs
         return None

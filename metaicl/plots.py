@@ -273,7 +273,7 @@ def _draw_curve(axes: Axes, card: Mapping[str, Any], learners: Mapping[str, tupl
     grid, alpha = np.array(card["grid"]), min(0.1, 0.6 / max(len(learners), 1))
     for name, (style, sketch) in learners.items():
         if sketch is not None:
-            mean, scale = np.array(sketch["mean"]), np.array(sketch["scale"])
+            mean, scale = (np.array(sketch[part], dtype=float) for part in ("mean", "scale"))  # None becomes NaN
             axes.fill_between(grid, mean - 2 * scale, mean + 2 * scale, color=style["color"], alpha=alpha, linewidth=0)
             axes.plot(grid, mean, linewidth=1.6, label=name_text(name), **style)
     support, query = np.array(card["support"]), np.array(card["query"])

@@ -12,8 +12,10 @@ from metaicl.spec import TaskSpec
 def first_shots(support: Examples, n_shot: int, spec: TaskSpec) -> Examples:
     """The first `n_shot` real rows of each class (of each task in regression), in their order.
 
+    Classes of a stream come as they come: of it the first `n_way * n_shot` rows are kept, whatever their classes.
+
     Args:
-        support: (B, N) rows; a class with fewer rows keeps what it has.
+        support: (B, N) rows; a class or task with fewer rows keeps what it has.
         n_shot: Rows to keep, per class or per task.
         spec: What the tasks look like.
 
@@ -21,12 +23,12 @@ def first_shots(support: Examples, n_shot: int, spec: TaskSpec) -> Examples:
         Support with as many rows as the largest task needs, the others padded by the mask.
     """
     keep = support.real
-    if spec.kind == "classification":
+    if spec.kind == "classification" and not spec.ordered:
         classes = torch.arange(spec.output_size, device=support.y.device)
         of_class = (support.y[..., None] == classes) & keep[..., None]  # (B, N, C)
         keep = ((of_class.cumsum(1) <= n_shot) & of_class).any(-1)
     else:
-        keep = keep & (keep.cumsum(1) <= n_shot)
+        keep = keep & (keep.cumsum(1) <= n_shot * (spec.n_way or 1))
     n_rows = int(keep.sum(1).max())
     order = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :n_rows]
     task = torch.arange(support.n_tasks, device=order.device)[:, None]

@@ -2,24 +2,24 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import operator
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
 
 from metaicl.files import atomic_write
 from metaicl.number_text import minutes_text
 from metaicl.results import json_ready
 from metaicl.statistics import LEVEL, Array, interval, intervals, paired
+from metaicl.versions import versions
 
 
 def option(default: Any, help: str) -> Any:
@@ -217,6 +217,8 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
         argv: Arguments; None takes those of the process.
     """
     config = parse(config_class, argv, description=sys.modules[main.__module__].__doc__)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there is no superscript two, a question mark will do
     config.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     try:
@@ -225,30 +227,26 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
         print(f"\ninterrupted; what was finished is kept in {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
     result = dataclasses.replace(result, seconds=round(time.monotonic() - start, 1))
-    print(result)
     record, file = result.as_dict(), config.out / "results.json"
     if config.smoke and _decided(file):
         file = config.out / "results-smoke.json"
     atomic_write(file, json.dumps(record, indent=2, allow_nan=False).encode())
     with (config.out / "results.jsonl").open("a") as history:
         history.write(json.dumps(record, allow_nan=False) + "\n")
+    print(result)
     print(f"written: {file}")
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
     """Build a config from the command line; `--smoke` and `--paper` bring their values where nothing else was said."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(config_class)  # text in a file with `from __future__ import annotations`
     for item in dataclasses.fields(config_class):
         if item.name == "paper" and not config_class.PAPER:
             continue
         flag = f"--{item.name.replace('_', '-')}"
-        text = f"{item.metadata.get('help', '')} (default: {_show(item.default)})"
-        if item.type is bool or item.type == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif get_origin(item.type) is tuple:
-            parser.add_argument(flag, nargs="+", type=get_args(item.type)[0], default=None, help=text)
-        else:
-            parser.add_argument(flag, type=item.type, default=None, help=text)  # type: ignore[arg-type]  # a plain type
+        text = f"{item.metadata.get('help', '')} (default: {_show(item.default)})".replace("%", "%%")
+        parser.add_argument(flag, default=None, help=text, **_reads(hints[item.name]))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if given.get("smoke") and given.get("paper"):
@@ -257,27 +255,17 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, desc
     return config_class(**{**scale, **given})
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on: Python, torch, numpy, metaicl with its commit, machine and threads."""
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "metaicl": version("metaicl"),
-        "commit": _commit(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def _reads(hint: Any) -> dict[str, Any]:
+    """How the command line reads a value of this type: a plain one, one or None, one of a Literal, or a tuple."""
+    if get_origin(hint) in (UnionType, Union):
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is tuple:
+        return {"nargs": "+", "type": get_args(hint)[0]}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint), "type": type(get_args(hint)[0])}
+    return {"type": hint}
 
 
 def _decided(file: Path) -> bool:

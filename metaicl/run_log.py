@@ -2,6 +2,9 @@
 
 import json
 import os
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ Row = dict[str, Any]
 
 class RunLog:
     """Rows in memory, and in `log.jsonl` under a directory where there is one.
+
+    What TensorBoard cannot write is told by a warning and ends nothing: the same numbers are in the log.
 
     Args:
         directory: Where to write; None keeps the rows in memory.
@@ -30,7 +35,7 @@ class RunLog:
             self.rows = [row for row in _read(path) if row["step"] <= kept]
         atomic_write(path, "".join(map(_line, self.rows)).encode())
         self._file = path.open("a")
-        self._board = _open_board(directory, kept)
+        self._on_board(lambda: setattr(self, "_board", _open_board(directory, kept)))
 
     def append(self, row: Row) -> None:
         """Add a row; its "step" is the number of updates done, and the other entries are numbers."""
@@ -39,23 +44,40 @@ class RunLog:
             self._file.write(_line(row))
             self._file.flush()
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            self._on_board(lambda: _show(self._board, row))
 
     def sync(self) -> None:
         """Bring every row to the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._board is not None:
-            self._board.flush()
+            self._on_board(self._board.flush)
 
     def close(self) -> None:
         """Close the files; the rows stay in memory."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            self._on_board(self._board.close)
+
+    def _on_board(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # of TensorBoard's own, of its writing thread or of the disk
+            board, self._board = self._board, None
+            with suppress(Exception):
+                board.close()  # type: ignore[union-attr]  # None has nothing to close either
+            warnings.warn(
+                f"TensorBoard's file is not written any more, log.jsonl is: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _show(board: Any, row: Row) -> None:
+    for name, value in row.items():
+        if name != "step":
+            board.add_scalar(name, value, row["step"])
 
 
 def _line(row: Row) -> str:
@@ -63,13 +85,20 @@ def _line(row: Row) -> str:
 
 
 def _read(path: Path) -> list[Row]:
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the rows after it are later ones, which training makes again
-            break
-    return rows
+    """The rows that can be read; a last line that was cut is nothing to speak of, others are counted in a warning."""
+    rows = [_row(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lost = sum(row is None for row in rows[:-1])
+    if lost:
+        warnings.warn(f"{lost} damaged lines of {path} are left out", RuntimeWarning, stacklevel=2)
+    return [row for row in rows if row is not None]
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _open_board(directory: Path, kept: int) -> Any:

@@ -4,6 +4,8 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Literal, SupportsIndex
 
+import numpy as np
+
 Kind = Literal["regression", "classification"]
 XKind = Literal["vector", "image", "tokens"]
 
@@ -29,7 +31,7 @@ class TaskSpec:
         vocabulary: Number of token ids, padding (id 0) included; for token inputs only.
 
     Raises:
-        TypeError: If a size is no integer.
+        TypeError: If a size is no integer, or `ordered` no bool.
         ValueError: If the fields contradict each other.
     """
 
@@ -45,7 +47,12 @@ class TaskSpec:
         """Check that the fields fit each other."""
         if isinstance(self.x_shape, int):
             raise TypeError(f"TaskSpec.x_shape must be a tuple, the shape of one row; got {self.x_shape}")
-        object.__setattr__(self, "x_shape", tuple(int(size) for size in self.x_shape))
+        if any(isinstance(size, bool) or not isinstance(size, SupportsIndex) for size in self.x_shape):
+            raise TypeError(f"TaskSpec.x_shape must be integers; got {self.x_shape}")
+        object.__setattr__(self, "x_shape", tuple(operator.index(size) for size in self.x_shape))
+        if not isinstance(self.ordered, (bool, np.bool_)):
+            raise TypeError(f"TaskSpec.ordered must be True or False; got {self.ordered!r}")
+        object.__setattr__(self, "ordered", bool(self.ordered))
         if self.kind not in ("regression", "classification"):
             raise ValueError(f"TaskSpec.kind must be 'regression' or 'classification'; got {self.kind!r}")
         for name in ("n_way", "y_dim", "vocabulary"):
@@ -65,6 +72,8 @@ class TaskSpec:
             raise ValueError(
                 f"a classification TaskSpec needs n_way >= 2 and no y_dim; got n_way={self.n_way}, y_dim={self.y_dim}"
             )
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise ValueError(f"TaskSpec.vocabulary must be an int >= 1; got {self.vocabulary}")
         if (self.x_kind == "tokens") != (self.vocabulary is not None):
             raise ValueError(
                 f"TaskSpec.vocabulary goes with x_kind 'tokens' alone; got {self.vocabulary} for {self.x_kind!r}"

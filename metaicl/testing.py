@@ -119,7 +119,7 @@ def check_learner(
 
     Raises:
         LearnerCheckError: With every failure: property, numbers and a hint.
-        TypeError: If `learner` is neither a learner nor builds one.
+        TypeError: If `learner` is neither a learner nor builds one, or has complex parameters.
         ValueError: If the learner has another spec, or the name of a check is unknown.
     """
     expected = expected_failures or {}

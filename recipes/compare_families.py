@@ -64,7 +64,7 @@ def learners() -> dict[str, Callable[[TaskSpec], Learner[Any]]]:
         "MAML": maml,
         "ProtoNet": partial(on_encoder, ProtoNet),
         "RidgeHead": partial(on_encoder, RidgeHead),
-        "Transformer": partial(on_encoder, InContextTransformer, depth=3),
+        "Transformer": transformer,
         "neural process": partial(on_encoder, ConditionalNeuralProcess),
         "retrieval + RidgeHead": partial(RetrievalAugmented, learner=partial(on_encoder, RidgeHead), k=2),
         "from scratch": from_scratch,
@@ -78,6 +78,11 @@ def learners() -> dict[str, Callable[[TaskSpec], Learner[Any]]]:
 def maml(spec: TaskSpec) -> MAML:
     """One inner step for classes, three for functions."""
     return MAML(spec, inner_steps=1 if spec.kind == "classification" else 3)
+
+
+def transformer(spec: TaskSpec) -> Learner[Any]:
+    """One head where images are compared: as wide as that, it finds alike ones with the least noise at the start."""
+    return on_encoder(InContextTransformer, spec, depth=3, heads=1 if spec.x_kind == "image" else 4)
 
 
 def from_scratch(spec: TaskSpec) -> FromScratch:

@@ -1,5 +1,6 @@
 """A small honest learner, and one descendant for each way of breaking the contract."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,6 +177,12 @@ class SeedsWhileTraining(Honest):
         if self.training:
             torch.manual_seed(3)
         return super().adapt(support)
+
+
+class DrawsElsewhereWhileTraining(Honest):
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        noise = random.gauss() if self.training else 0.0
+        return super().mean(state, x) + noise
 
 
 class NotFinite(Honest):

@@ -24,6 +24,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.ConsumesGlobalRng, "global_rng", set()),
     (broken.SeedsGlobalRng, "global_rng", set()),
     (broken.SeedsWhileTraining, "global_rng", set()),
+    (broken.DrawsElsewhereWhileTraining, "global_rng", {"history"}),
     (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "gradient_slope", "learns"}),
     (broken.WrongShape, "answer_shape", set()),
     (broken.ReturnsTensor, "answer_shape", set()),

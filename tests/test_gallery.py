@@ -3,6 +3,7 @@ import base64
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent
 
 from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
@@ -115,3 +116,28 @@ def test_what_cannot_be_drawn_has_no_card(tasks):
     episode = example_episode(tasks, **SIZES)
     assert example_cards(tasks, episode) == []
     assert sketches(Constant(tasks.spec), episode, []) == ()
+
+
+class NoisyWithoutVariance(Line):
+    """Draws wherever it answers, and its distribution knows no variance."""
+
+    def predict(self, state, x):
+        found = gaussian(self.weight * x + torch.rand(()), torch.tensor(3.0))
+        return NoVariance(found.base_dist, 1)
+
+
+class NoVariance(Independent):
+    @property
+    def variance(self):
+        raise NotImplementedError
+
+
+def test_sketches_leave_the_generators_alone_and_can_do_without_a_variance():
+    tasks = Sinusoid()
+    episode = example_episode(tasks, **SIZES)
+    cards = example_cards(tasks, episode)
+    before = torch.get_rng_state()
+    first, again = (sketches(NoisyWithoutVariance(tasks.spec), episode, cards) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first[0]["mean"] == again[0]["mean"]
+    assert np.isnan(first[0]["scale"]).all()

@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ from metaicl.html import figure_svg, render_page
 from metaicl.html_style import DARK, LIGHT
 from metaicl.learners.reference.simple import Constant, NearestNeighbors
 from metaicl.plots import plot_cost
+from metaicl.report import Report
 from metaicl.spec import NotServed, TaskSpec
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
@@ -122,3 +124,18 @@ def test_colors_stand_out_from_the_paper(theme):
     for name, color in theme.items():
         least = {"paper": 1.0, "panel": 1.0, "faint": 1.2, "ink": 12.0, "gray": 4.5}.get(name, 2.8)
         assert contrast(color, theme["paper"]) >= least, name
+
+
+def test_a_report_read_back_runs_nothing_and_draws_what_was_not_finite(report, tmp_path):
+    report.to_json(tmp_path / "report.json")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    for result in stored["results"]:
+        for sketch in result["sketches"]:
+            if "scale" in sketch:
+                sketch["scale"] = [None] * len(sketch["scale"])
+    (tmp_path / "report.json").write_text(json.dumps(stored))
+    assert "<svg" in render_page(Report.from_json(tmp_path / "report.json"))
+    texts = json.dumps(stored).replace('"right": ', '"right": "<script>1</script>", "was": ')
+    (tmp_path / "report.json").write_text(texts)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        render_page(Report.from_json(tmp_path / "report.json"))

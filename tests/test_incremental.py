@@ -1,5 +1,6 @@
 """Class-incremental evaluation: what is asked when, of whom, and by how many clients."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,15 @@ def test_every_row_reaches_the_clients_once_and_classes_overlap():
 
 
 def test_intervals_are_over_orders():
-    curve = IncrementalCurve((10, 20), np.array([[0.9, 0.7], [0.8, 0.6], [0.7, 0.8]]), 1)
-    worse = IncrementalCurve((10, 20), curve.accuracy - 0.1, 1)
+    curve = IncrementalCurve((10, 20), np.array([[0.9, 0.7], [0.8, 0.6], [0.7, 0.8]]), 1, (0, 1, 2))
+    jitter = 1e-4 * np.array([[1.0], [-1.0], [0.0]])
+    worse = IncrementalCurve((10, 20), curve.accuracy - 0.1 + jitter, 1, (0, 1, 2))
     found = curve.interval(20)
     assert found.mean == pytest.approx(0.7)
     assert found.low < 0.6
     assert found.covers == "seeds"
     difference = curve.difference(worse, 20)
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1), abs=5e-4)
     with pytest.raises(ValueError, match=r"one of the checkpoints \(10, 20\); got 15"):
         curve.interval(15)
 
@@ -163,3 +165,21 @@ def test_a_learner_that_cannot_answer_over_the_classes_seen_is_refused():
     narrow = ThreeAnswers(SPEC, encoder=nn.Identity())
     with pytest.raises(ValueError, match=r"4 classes were seen, and ThreeAnswers answers over 3; .* spec\.with_n_way"):
         incremental_accuracy(narrow, train, test, checkpoints=[4], orders=[0])
+
+
+def test_nan_is_an_error_and_not_chance():
+    train, test = class_rows()
+    for rows in ((train, test * torch.nan), (train * torch.nan, test)):
+        with pytest.raises(FloatingPointError, match="ProtoNet answers NaN after 4 classes of stream order 5"):
+            incremental_accuracy(nearest_mean(), *rows, checkpoints=(4,), orders=[5])
+
+
+def test_orders_that_agree_are_no_certainty_and_only_the_same_ones_are_paired():
+    curve = IncrementalCurve((10,), np.ones((3, 1)), 1, (0, 1, 2))
+    assert curve.interval(10).low == pytest.approx(0.05 ** (1 / 3))
+    worse = IncrementalCurve((10,), np.zeros((3, 1)), 1, (0, 1, 2))
+    assert (curve.difference(worse, 10).p or 0) == pytest.approx(0.5**3)
+    with pytest.raises(ValueError, match=r"same stream orders; got \(0, 1, 2\) and \(3, 4, 5\)"):
+        curve.difference(replace(worse, orders=(3, 4, 5)), 10)
+    with pytest.raises(ValueError, match=r"different seeds; got \(0, 0\)"):
+        incremental_accuracy(nearest_mean(), *class_rows(), checkpoints=(4,), orders=(0, 0))

@@ -417,3 +417,20 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path: Path) -> None:
     run = train(learner, config, directory=tmp_path / "run")
     assert without_seconds(train(whole, config)) == without_seconds(run)
     assert_same_weights(weights_of(learner), weights_of(whole))
+
+
+class Wanders(Lines):
+    """Changes the working directory once it is sampled from."""
+
+    def sample(self, *arguments: Any, **options: Any) -> Episode:
+        os.chdir("..")
+        return super().sample(*arguments, **options)
+
+
+def test_a_run_stays_in_its_directory_when_the_working_directory_changes(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    meta_train(make_ridge(), Wanders(), CONFIG, directory="run", progress=False)
+    assert [path.parent.name for path in tmp_path.rglob("learner.ckpt")] == ["run"]
+    assert (tmp_path / "a" / "b" / "run" / "learner.ckpt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,3 +96,17 @@ def test_stored_runs_are_found_again_by_either(tmp_path) -> None:
         report.to_json(tmp_path / "report.json")
         kept[name] = (tmp_path / "report.json").read_text()
     assert kept["numpy"] == kept["python"]  # times too: nothing was run again
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"x_shape": (1.9,)}, TypeError, r"x_shape must be integers; got \(1.9,\)"),
+        ({"x_shape": (True,)}, TypeError, "x_shape must be integers"),
+        ({"ordered": "no"}, TypeError, "ordered must be True or False; got 'no'"),
+        ({"x_kind": "tokens", "vocabulary": 0}, ValueError, "vocabulary must be an int >= 1; got 0"),
+    ],
+)
+def test_a_spec_takes_nothing_for_a_number_that_is_none(fields: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TaskSpec(**{"kind": "classification", "x_shape": (2,), "n_way": 2, **fields})

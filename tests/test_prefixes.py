@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributions import Laplace
@@ -99,3 +101,9 @@ def test_a_class_with_too_few_rows_is_padded_by_the_mask():
 def test_first_shots_of_regression_pass_over_masked_rows():
     found = first_shots(rows([[[1.0], [2.0], [3.0]]], [[False, True, True]]), 1, NUMBERS)
     assert found.y.tolist() == [[[2.0]]]
+
+
+def test_first_shots_of_a_stream_are_its_first_rows_whatever_their_classes():
+    spec = replace(CLASSES, ordered=True)
+    found = first_shots(rows([[1, 1, 1, 0, 1, 0]], [[True, False, True, True, True, True]]), 2, spec)
+    assert found.y.tolist() == [[1, 1, 0, 1]]

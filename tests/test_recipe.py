@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from metaicl.recipe import (
     ratio_criterion,
     run,
 )
+from metaicl.versions import package_version, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +201,39 @@ def test_the_best_gain_names_who_is_judged_and_among_how_many() -> None:
     assert criterion.name == "second above, lower end for the best of 2"
     assert criterion.value == pytest.approx(0.3)
     assert criterion.ci == pytest.approx((0.3, 0.3))
+
+
+def test_options_may_be_optional_or_one_of_some_and_help_may_hold_a_percent_sign(capsys) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Own(RecipeConfig):
+        width: "int | None" = option(None, "a share in %")
+        way: Literal["up", "down"] = option("up", "where to")
+
+    assert parse(Own, ["--width", "3", "--way", "down"]) == Own(width=3, way="down")
+    assert parse(Own, []) == Own()
+    for arguments, said in ((["--help"], "a share in % (default: None)"), (["--way", "left"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            parse(Own, arguments)
+        assert said in "".join(capsys.readouterr())
+
+
+def test_what_a_terminal_cannot_show_costs_no_result(tmp_path: Path) -> None:
+    script = "from test_recipe import *\ndef main(config): return replace(make(config), claim='R\u00b2')\n"
+    script += f"main.__module__ = 'test_recipe'; run(main, Config, ['--out', {str(tmp_path)!r}])"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=ascii_only, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("R?\n")
+    assert json.loads((tmp_path / "results.json").read_text())["claim"] == "R\u00b2"
+
+
+def test_the_commit_is_that_of_metaicl(monkeypatch) -> None:
+    """Not that of a repository around an installed copy."""
+
+    def git(command, **_) -> subprocess.CompletedProcess:
+        if "ls-files" in command:
+            raise subprocess.CalledProcessError(1, command)
+        return subprocess.CompletedProcess(command, 0, stdout="abc123")
+
+    monkeypatch.setattr(subprocess, "run", git)
+    assert versions()["commit"] == "unknown"
+    assert package_version("surely-not-there") == "not installed"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import FileWriter
 
 from metaicl.run_log import RunLog
 
@@ -59,3 +60,37 @@ def test_without_a_directory_rows_stay_in_memory() -> None:
     log.sync()
     log.close()
     assert log.rows == [{"step": 1}]
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = [b'{"step": %d, "loss": 0.5}' % step for step in range(1, 5)]
+    damaged = [b'{"step": 2, "lo\xff', b"null", b'{"stop": 3}', b"", b'{"step": 9, "lo']
+    (tmp_path / "log.jsonl").write_bytes(
+        b"\n".join([good[0], *damaged[:2], good[1], *damaged[2:4], *good[2:], damaged[4]])
+    )
+    with pytest.warns(RuntimeWarning, match=r"4 damaged lines of .*log\.jsonl are left out"):
+        log = RunLog(tmp_path, kept=3)
+    log.close()
+    assert [row["step"] for row in log.rows] == [1, 2, 3]
+
+
+def full(*_: object) -> None:
+    raise OSError("the disk is full")
+
+
+def test_a_board_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tensorboard").write_text("a file in the place of the folder")
+    with pytest.warns(RuntimeWarning, match="TensorBoard's file is not written any more.* FileExistsError"):
+        log = RunLog(tmp_path / "a", kept=0)
+    log.append({"step": 1, "loss": 1.0})
+    log.close()
+    log = RunLog(tmp_path, kept=0)
+    monkeypatch.setattr(FileWriter, "add_summary", full)
+    with pytest.warns(RuntimeWarning, match="not written any more, log.jsonl is: OSError: the disk is full"):
+        log.append({"step": 1, "loss": 2.0})
+    log.append({"step": 2, "loss": 1.0})
+    log.sync()
+    log.close()
+    written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert written == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]

@@ -288,3 +288,25 @@ def test_every_check_says_what_it_asks_for():
     for text in (*LEARNER_CHECKS.values(), *TASK_CHECKS.values()):
         assert text.endswith(".")
         assert len(text) > 20
+
+
+class AssertsItsShape(broken.Honest):
+    def adapt(self, support: Examples):
+        assert support.n_rows > 100
+        return super().adapt(support)
+
+
+class Complex(broken.Honest):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_an_assertion_of_the_learner_is_told_with_its_place():
+    with pytest.raises(LearnerCheckError, match=r"raised Assert(.|\n)*\(test_testing.py, line \d+, in adapt\)"):
+        check_learner(AssertsItsShape, LinearRegression(dim=2))
+
+
+def test_complex_parameters_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"Complex has complex ones, such as \['phase'\]"):
+        check_learner(Complex, LinearRegression(dim=2))

@@ -62,11 +62,20 @@ class Case:
         return answer(self.learner, self.episode.support, self.episode.query.x)
 
 
+def _refuse_complex(learner: Learner) -> None:
+    found = [name for name, value in learner.named_parameters() if value.is_complex()]
+    if found:
+        raise TypeError(
+            f"the exam judges real parameters; {type(learner).__name__} has complex ones, such as {found[:3]}. Keep "
+            "their real and imaginary parts, and join them by torch.view_as_complex"
+        )
+
+
 def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistribution) -> Case:
     """Copy or build the learner, prepare it if it has to be, and draw the episodes.
 
     Raises:
-        TypeError: If `learner` is neither a learner nor builds one.
+        TypeError: If `learner` is neither a learner nor builds one, or has complex parameters.
         ValueError: If it was built for another spec.
     """
     build = None if isinstance(learner, Learner) else learner
@@ -77,6 +86,7 @@ def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistributio
 def _case(learner: Any, tasks: TaskDistribution, build: Callable[..., Learner] | None) -> Case:
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a Learner or a function spec -> Learner; it gave {type(learner).__name__}")
+    _refuse_complex(learner)
     if learner.spec != tasks.spec:
         raise ValueError(f"learner must be built for the tasks' spec {tasks.spec}; got {learner.spec}")
     if isinstance(learner, Prepares):

@@ -60,7 +60,7 @@ def check_train_mode(case: Case) -> None:
 
 
 def check_global_rng(case: Case) -> None:
-    """In eval mode the global random generators are neither read nor seeded, in train mode they are not seeded."""
+    """No global random generator is read or seeded in eval mode; in train mode torch's is read, but not seeded."""
     used = global_generators_used(case.answer)
     if used:
         raise AssertionError(
@@ -70,8 +70,13 @@ def check_global_rng(case: Case) -> None:
     states = []
     for seed in (1, 2):
         with private_randomness(seed=seed), training_mode(case.learner):
-            answer(case.learner, case.episode.support, case.episode.query.x)
+            used = set(global_generators_used(case.answer)) & {"numpy", "random"}
             states.append(torch.get_rng_state())
+        if used:
+            raise AssertionError(
+                f"adapt or predict changed the global generator of {' and '.join(sorted(used))} in train mode. Hint: "
+                "draw from torch's, which training seeds for each update, so that a run can be repeated and resumed"
+            )
     if torch.equal(*states):
         raise AssertionError(
             "adapt or predict seeded torch's global generator in train mode: all noise that follows is the same in "
@@ -193,4 +198,4 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -93,16 +93,14 @@ class Exam:
         try:
             with private_randomness():
                 self.checks[name](case.fresh())
-        except AssertionError as error:
-            return str(error)
         except Exception as error:  # whatever a foreign class raises is a finding, and the other checks go on
-            return f"raised {type(error).__name__}: {error} ({_place(error)})"
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, *site.getsitepackages()))]
+            if isinstance(error, AssertionError) and not own:
+                return str(error)  # a check's own words
+            return f"raised {type(error).__name__}: {error} ({_place((own or frames)[-1])})"
         return None
 
 
-def _place(error: Exception) -> str:
-    """Where it was raised: the innermost line of the subject's own code, if there is one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, *site.getsitepackages()))]
-    frame = (own or frames)[-1]
+def _place(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
