@@ -81,8 +81,9 @@ def maml(spec: TaskSpec) -> MAML:
 
 
 def transformer(spec: TaskSpec) -> Learner[Any]:
-    """One head where images are compared: as wide as that, it finds alike ones with the least noise at the start."""
-    return on_encoder(InContextTransformer, spec, depth=3, heads=1 if spec.x_kind == "image" else 4)
+    """One sharp head where images are compared: it finds alike ones with the least noise from the start."""
+    attention = {"heads": 1, "sharpness": 4.0} if spec.x_kind == "image" else {}
+    return on_encoder(InContextTransformer, spec, depth=3, **attention)
 
 
 def from_scratch(spec: TaskSpec) -> FromScratch:
@@ -120,7 +121,7 @@ def budgets(config: Config) -> Mapping[Any, TrainConfig]:
     found: dict[Any, TrainConfig] = {
         name: replace(size, steps=max(2, round(size.steps * config.effort))) for name, size in sizes.items()
     }
-    # At the rate that suits the others, attention over images never leaves chance.
+    # At the rate that suits the others, attention over images does not leave chance within so few updates.
     found["letters", "Transformer"] = replace(found["letters"], outer_lr=5e-4)
     return found
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaicl.checks import check_positive
 from metaicl.spec import Kind
 
 SHARPNESS = {"classification": 3.0, "regression": 0.5}
@@ -81,14 +82,25 @@ class ContextTransformer(nn.Module):
         heads: Attention heads.
         causal: Rows of the context see only themselves and earlier rows.
         kind: "classification" or "regression", what the attention starts from: see `SHARPNESS`.
+        sharpness: Of the initial attention, instead of what `kind` gives.
     """
 
-    def __init__(self, *, dim: int, depth: int, heads: int, causal: bool, kind: Kind = "classification") -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        causal: bool,
+        kind: Kind = "classification",
+        sharpness: float | None = None,
+    ) -> None:
         """Build the layers."""
         super().__init__()
+        start = SHARPNESS[kind] if sharpness is None else check_positive("sharpness", sharpness)
         self.causal = causal
         self.start = nn.Parameter(torch.randn(dim) / dim**0.5)
-        self.blocks = nn.ModuleList(ContextBlock(dim, heads, sharpness=SHARPNESS[kind]) for _ in range(depth))
+        self.blocks = nn.ModuleList(ContextBlock(dim, heads, sharpness=start) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def read(self, context: Tensor, real: Tensor) -> Cache:

@@ -8,6 +8,7 @@ from metaicl.learners.incontext.transformer import CausalInContextTransformer, I
 from metaicl.nets.context import ContextTransformer
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import LinearRegression
+from metaicl.tasks.gaussians import GaussianClasses
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,17 @@ def test_a_set_cannot_be_extended_and_heads_must_fit() -> None:
         net.extend(cache, torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="heads must divide dim = 8; got 3"):
         ContextTransformer(dim=8, depth=1, heads=3, causal=False)
+
+
+def test_sharpness_is_a_factor_on_the_queries_and_keys_of_the_start():
+    built = []
+    for sharpness in (None, 6.0):
+        torch.manual_seed(0)
+        learner = InContextTransformer(GaussianClasses().spec, depth=1, sharpness=sharpness)
+        block = learner.transformer.blocks[0]
+        built.append((block.to_query.weight, block.to_key_value.weight[: len(block.to_query.weight)]))
+    (default, _), (query, key) = built
+    torch.testing.assert_close(query, 2 * default)
+    torch.testing.assert_close(key, query)
+    with pytest.raises(ValueError, match="sharpness must be a finite number > 0; got -1"):
+        InContextTransformer(GaussianClasses().spec, sharpness=-1)
