@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 import metaicl.learners
 from metaicl.checkpoint import save_learner
+from metaicl.episode import Examples
 from metaicl.learner import Learner, Prepares
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.retrieval.bank import MemoryBank
 from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.exclusion import Exclusion
 from metaicl.spec import TaskSpec
-from metaicl.task import TaskDistribution
+from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.tasks.images import ImageClasses
 from metaicl.tasks.rows import ArrayClasses
 from metaicl.tasks.text import TextClasses
@@ -195,3 +196,32 @@ def test_a_query_among_retrieved_rows_is_answered_without_them() -> None:
     assert not torch.allclose(
         learner.predict(state, other).logits[0], learner.predict(state._replace(log_weights=moved), other).logits[0]
     )
+
+
+@pytest.mark.parametrize("inner", ["DemonstrationRetrieval", "RAML", "DistributionalSignatures", "RetrievalAugmented"])
+@pytest.mark.parametrize("outer", ["RetrievalAugmented", "DemonstrationRetrieval"])
+def test_a_retrieval_learner_inside_another_keeps_own_classes_out(
+    outer: str, inner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = texts(False)
+    reader = build(inner, tasks.spec)
+    shown: list[Examples] = []
+    monkeypatch.setattr(reader, "adapt", lambda support: shown.append(support) or type(reader).adapt(reader, support))
+    learner = KINDS[outer](tasks.spec, learner=reader, n_items=24, k=2).eval()
+    learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=1, n_query=2, chunk_size=4)[0]
+    support, n_own = episode.support, episode.support.n_rows
+    learner(support, episode.query.x)
+    times = len(shown[0]) // len(support)
+    ids = shown[0].ids
+    assert times == (3 if outer == "RetrievalAugmented" else 3 * 6)  # sets of a task, or of each of its queries
+    assert ids is not None
+    assert torch.equal(ids[:, :n_own], support.ids.repeat_interleave(times, 0))
+    assert bool(shown[0].real[:, n_own:].any())
+    assert bool((ids[:, n_own:] == -1).all())
+    if inner in ("DemonstrationRetrieval", "RAML"):
+        x, own = episode.query.x.repeat_interleave(times, 0), tasks.source_classes[ids[:, :n_own]]
+        found = reader.retriever(x, 2, classes=reader.sources.of(shown[0]))
+        classes = reader.retriever.bank.class_ids[found.index]
+        assert int(found.real.sum()) == x[..., 0].numel() * 2
+        assert not bool((classes[..., None] == own[:, None, None]).any())

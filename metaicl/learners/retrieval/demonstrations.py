@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.checks import check_choice, check_count
-from metaicl.collation import concatenate
 from metaicl.episode import Examples
 from metaicl.learner import AdaptsInStages, Learner, Prepares, Regularizes, wrapped_learner
 from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.contrastive import pretrain_codes
+from metaicl.learners.retrieval.groups import read_beside
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
 from metaicl.mixtures import marginal, rearranged
@@ -198,9 +198,8 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         shown = F.pad(index, (1, 0))  # set 0 has no demonstration: its rows are masked
         x, y = (value.flatten(0, 2) for value in (reading.items(values["x"], shown), values["y"][shown]))
         read = F.pad(real, (1, 0), value=False).flatten()[:, None].expand(-1, self.rows_per_item)
-        fields = reading.rows(support.x), support.y, support.real
-        own = Examples(*(value.repeat_interleave(n_queries * n_sets, 0) for value in fields))
-        return concatenate(own, Examples(x, y.to(own.y.dtype), read))
+        own = replace(support, x=reading.rows(support.x))
+        return read_beside(own, n_queries * n_sets, x, y.to(own.y.dtype), read)
 
 
 def _read(learner: Learner[Any], contexts: Examples, x: Tensor, stage: int) -> Distribution:

@@ -65,8 +65,26 @@ def with_groups(support: Examples, x: Tensor, y: Tensor, found: Tensor, *, label
     # Set 0 is the support alone: its retrieved rows are masked.
     x, y = (torch.cat([value[:, :1], value], 1).flatten(0, 1).flatten(1, 2) for value in (x.transpose(1, 2), y))
     real = F.pad(real.flatten(2), (0, 0, 1, 0), value=False).flatten(0, 1)
-    own = Examples(*(value.repeat_interleave(k + 1, 0) for value in (support.x, support.y, support.real)))
-    return concatenate(own, Examples(x, y, real))
+    return read_beside(support, k + 1, x, y, real)
+
+
+def read_beside(support: Examples, n_sets: int, x: Tensor, y: Tensor, real: Tensor) -> Examples:
+    """The rows of each support, `n_sets` times over, with retrieved rows appended: axis (B S).
+
+    The support keeps its ids and a retrieved row has none, so that a learner that reads here and retrieves itself
+    leaves out the rows and classes of the task, too.
+
+    Args:
+        support: (B, N) rows.
+        n_sets: S.
+        x: Retrieved rows (B S, R, ...).
+        y: Their targets (B S, R, ...).
+        real: bool (B S, R).
+    """
+    ids = None if support.ids is None else support.ids.repeat_interleave(n_sets, 0)
+    own = (value.repeat_interleave(n_sets, 0) for value in (support.x, support.y, support.real))
+    none = None if ids is None else torch.full_like(real, -1, dtype=torch.long)
+    return concatenate(Examples(*own, ids=ids), Examples(x, y, real, none))
 
 
 def set_log_weights(scores: Tensor, found: Tensor, nothing: Tensor | float) -> Tensor:
