@@ -123,6 +123,20 @@ def test_sums_by_class_have_two_derivatives() -> None:
     assert torch.autograd.gradgradcheck(function, (scores,))
 
 
+@pytest.mark.parametrize("missing", [[2], [0, 2], [0, 1, 2]])
+def test_a_class_without_a_row_has_no_slope(missing: list[int]) -> None:
+    scores = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0, 1, 1, 2, 0]])
+    function = partial(sum_by_class, y=y, real=~torch.isin(y, torch.tensor(missing)), n_way=3)
+    log_probability = function(scores).log_softmax(-1)[..., missing]
+    expected = -69.0775528 if len(missing) < 3 else -1.0986123  # nothing is known of any class
+    torch.testing.assert_close(log_probability.detach(), torch.full((1, 2, len(missing)), expected).double())
+    (slope,) = torch.autograd.grad(log_probability.sum(), scores)
+    assert float(slope.abs().max()) < 1e-15
+    assert torch.autograd.gradcheck(function, (scores,))
+    assert torch.autograd.gradgradcheck(function, (scores,))
+
+
 @pytest.mark.parametrize("full_context", [False, True])
 def test_reading_steps_are_checked_and_named(full_context: bool) -> None:
     with pytest.raises(ValueError, match="reading_steps must be an int >= 1; got 0"):

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.functional import NOTHING, categorical, class_weights
+from metaicl.functional import categorical, class_weights, without_absent
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.full_context import AttentionalLSTM, SupportLSTM
 from metaicl.nets.similarity import Distance, Similarity
@@ -103,14 +103,14 @@ class MatchingNet(EmbeddingLearner[MatchingState]):
 def sum_by_class(scores: Tensor, y: Tensor, real: Tensor, n_way: int) -> Tensor:
     """Log-sum-exp of scores (B, Q, N) over the real rows of each class: (B, Q, C), in O(Q (N + C)) memory.
 
-    Each class is summed relative to its own best row, so no class underflows. A class without a real row gets
-    log(1e-30) below the best row of all.
+    Each class is summed relative to its own best row, so no class underflows. For a class without a real row see
+    `without_absent`.
     """
     index, lowest = y[:, None].expand_as(scores), torch.finfo(scores.dtype).min
     held = scores.detach().masked_fill(~real[:, None], lowest)
     best = held.new_full((*scores.shape[:2], n_way), lowest).scatter_reduce(-1, index, held, "amax")
-    best_of_all = best.amax(-1, keepdim=True)
-    best_of_all = torch.where(best_of_all > lowest, best_of_all, 0)
-    best = torch.where(best > lowest, best, best_of_all)
     shares = (scores - best.gather(-1, index)).masked_fill(~real[:, None], -torch.inf).exp()
-    return best + (shares @ class_weights(y, n_way, real, scores.dtype) + NOTHING).log()
+    weights = class_weights(y, n_way, real, scores.dtype)
+    present = weights.sum(-2) > 0
+    total = torch.where(present[:, None], shares @ weights, 1)  # finite slopes where there is nothing to sum
+    return without_absent(torch.where(present[:, None], best, 0) + total.log(), present)
