@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.learners.reference.simple import Ridge
 from metaicl.learners.retrieval.augmented import RetrievalAugmented
 from metaicl.learners.retrieval.groups import asking_groups
 from metaicl.spec import TaskSpec
-from metaicl.task import EpisodeStream
+from metaicl.task import EpisodeStream, Split, TaskDistribution
 from metaicl.tasks.mixture import TaskMixture
 from metaicl.tasks.rows import ArrayClasses
 
@@ -25,6 +25,30 @@ def clustered_rows() -> ArrayClasses:
     splits = {"train": list(range(18)), "validation": list(range(18, 24)), "test": list(range(24, 30))}
     spec = TaskSpec("classification", (4,), n_way=3)
     return ArrayClasses(spec, x, labels=labels, class_splits=splits, class_names=list(range(30)))
+
+
+class OneAgainstTheRest(TaskDistribution):
+    """Rows of one class against rows of any others, of the same split: labels are not the classes of the source."""
+
+    def __init__(self) -> None:
+        """Take the classes of `clustered_rows`."""
+        self._rows = clustered_rows()
+        self.spec, self.source_classes = self._rows.spec.with_n_way(2), self._rows.source_classes
+
+    def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
+        """See `TaskDistribution.sample`."""
+        classes, n_rows = self._rows.class_splits[split], n_shot + n_query
+        own = classes[torch.randint(len(classes), (n_tasks, 1), generator=generator)]
+        score = torch.rand(n_tasks, len(self.source_classes), generator=generator)
+        inside = torch.isin(self.source_classes, classes)
+        members = inside & (self.source_classes == own), inside & (self.source_classes != own)
+        ids = torch.stack([score.masked_fill(~member, -1).topk(n_rows).indices for member in members], -1)
+
+        def rows(part: Tensor) -> Examples:
+            labels = torch.arange(2).repeat(len(part[0]))
+            return Examples(self._rows.rows(part.flatten(1)), labels.expand(n_tasks, -1), ids=part.flatten(1))
+
+        return Episode(rows(ids[:, :n_shot]), rows(ids[:, n_shot:]))
 
 
 def find_all(learner: RetrievalAugmented, support: Examples) -> Tensor:

@@ -223,6 +223,22 @@ def test_a_bank_survives_its_file(tmp_path: Path) -> None:
     assert torch.equal(fresh.values["x"], values["x"])
 
 
+@pytest.mark.parametrize("backend", ["exact", "faiss-flat"])
+def test_an_item_of_several_classes_is_excluded_by_each(backend: str, tmp_path: Path) -> None:
+    bank = MemoryBank(backend=backend)
+    bank.add(torch.ones(2, 1), {}, classes=torch.tensor([3, 4]))
+    assert bank.class_ids.tolist() == [3, 4]
+    bank.add(torch.ones(2, 1), {}, classes=torch.tensor([[5, 6, 6], [7, -1, 3]]))
+    bank.add(torch.ones(1, 1), {}, classes=torch.tensor([8]))
+    bank.save(tmp_path / "bank")
+    wanted = torch.tensor([[3, -1], [4, 9], [6, 8], [7, 5], [-1, -1]])
+    for one in (bank, MemoryBank.load(tmp_path / "bank")):
+        assert one.class_ids.tolist() == [[3, -1, -1], [4, -1, -1], [5, 6, 6], [7, -1, 3], [8, -1, -1]]
+        found = one.search(torch.ones(5, 1), 5, exclude=Exclusion(classes=wanted))
+        kept = [sorted(index[real].tolist()) for index, real in zip(found.index, found.real, strict=True)]
+        assert kept == [[1, 2, 4], [0, 2, 3, 4], [0, 1, 3], [0, 1, 4], [0, 1, 2, 3, 4]]
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bank"
     filled_bank(5, 3).save(path)
@@ -323,7 +339,11 @@ NOT_FINITE = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 0.0]])
         ({"values": {"x": [1, 2]}}, TypeError, r"values\['x'\] must be a tensor; got list"),
         ({"rows": torch.arange(3)}, ValueError, r"rows must be \(2,\) or \(2, R\), for each of .*; got \(3,\)"),
         ({"rows": [0, 1]}, TypeError, "rows must be a tensor; got list"),
-        ({"classes": torch.zeros(2, 1).long()}, ValueError, r"classes must be \(2,\), for each of .*; got \(2, 1\)"),
+        (
+            {"classes": torch.zeros(2, 1, 1).long()},
+            ValueError,
+            r"classes must be \(2,\) or \(2, R\), .*; got \(2, 1, 1\)",
+        ),
         ({"tasks": torch.zeros(2, 1).long()}, ValueError, r"tasks must be \(2,\), for each of .*; got \(2, 1\)"),
         ({"values": {"x": torch.ones(2)}}, TypeError, "x must be torch.int64, as in the bank; got torch.float32"),
     ],

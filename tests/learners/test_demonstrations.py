@@ -270,6 +270,27 @@ def test_rows_of_new_classes_are_found_at_once() -> None:
     assert not bool((learner.retriever.bank.class_ids[found.index][..., None] == own).any())
 
 
+def test_items_of_several_classes_are_kept_from_each_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat_interleave(8)
+    x = torch.randn(len(labels), 3, generator=generator)
+    tasks = tasks_from_arrays(x, labels, n_way=2)
+    learner = DemonstrationRetrieval(tasks.spec, learner=ProtoNet, k=4, n_items=64, rows_per_item=2, retriever="frozen")
+    learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=1, split="train", n_shot=4, n_query=2, chunk_size=8)[0]
+    size = len(learner.retriever.bank)
+    learner.remember(episode.support)  # rows are in random order: pairs are of one or of two classes
+    held = tasks.source_classes[episode.support.ids].view(-1, 2)
+    assert int((held[:, 0] != held[:, 1]).sum()) > 10
+    assert torch.equal(learner.retriever.bank.class_ids[size:], held)
+    classes = learner.adapt(episode.support).classes
+    found = learner.retriever(episode.query.x, 4, classes=classes)
+    shown = learner.retriever.bank.class_ids[found.index][found.real]
+    assert len(shown) > 100
+    task = torch.arange(8)[:, None, None].expand_as(found.index)[found.real]
+    assert not bool((shown[..., None] == classes[task][:, None]).any())
+
+
 @pytest.mark.parametrize(("filled", "cast"), [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)])
 def test_no_query_finds_its_own_row_in_another_half_precision(filled: Any, cast: Any) -> None:
     """A memory that was filled in one half precision names its rows as they were drawn, in any other too."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from retrieval_helpers import clustered_rows, find_all, mixture_learner, share_of_the_same_task
+from retrieval_helpers import OneAgainstTheRest, clustered_rows, find_all, mixture_learner, share_of_the_same_task
 from torch import Tensor
 
 from metaicl.episode import Examples
@@ -104,6 +104,25 @@ def test_a_wrong_bank_is_refused(finite_source: ArrayClasses) -> None:
     words.add(torch.ones(1, 1), {"x": torch.full((1, 2, 4), 9)})
     with pytest.raises(ValueError, match=r"in \[0, 9\); got 9 .. 9"):
         RetrievalAugmented(texts, learner=ProtoNet, bank=words)
+
+
+def test_labels_that_are_not_the_classes_of_the_source() -> None:
+    tasks = OneAgainstTheRest()
+    learner = RetrievalAugmented(tasks.spec, learner=ProtoNet, k=3, n_items=80, retriever="frozen")
+    learner.prepare(tasks, seed=0)
+    episode = EpisodeStream(tasks, seed=1, split="train", n_shot=2, n_query=4, chunk_size=25)[0]
+    support, x = episode.support, episode.query.x
+    asking = asking_groups(support, tasks.spec)
+    found = learner._find(support, learner.bank.keys.new_zeros(*support.y.shape, 0), asking, None)
+    ids = learner.bank.row_ids[found.index].masked_fill(~found.real[..., None], -1).flatten(1)  # (B, any)
+    own = tasks.source_classes[support.ids]
+    assert int((ids >= 0).sum()) > 200
+    assert not bool(((tasks.source_classes[ids][..., None] == own[:, None]) & (ids >= 0)[..., None]).any())
+    among = (episode.query.ids[..., None] == ids[:, None]).any(-1)  # rest rows of classes that the support lacks
+    assert int(among.sum()) > 5
+    state = learner.adapt(support)
+    held = (content_ids(x, tasks.spec)[:, :, None, None] == state.content[:, None]).any(-1).any(-1)
+    assert torch.equal(held, among)
 
 
 def test_an_oracle_finds_the_true_class_and_no_row_of_the_support(finite_source: ArrayClasses) -> None:

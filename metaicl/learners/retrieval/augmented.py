@@ -27,7 +27,7 @@ from metaicl.learners.retrieval.groups import (
 )
 from metaicl.learners.retrieval.keys import GroupEncoder, search_keys
 from metaicl.learners.retrieval.retriever import Oracle
-from metaicl.learners.retrieval.sources import SourceClasses, draw_items
+from metaicl.learners.retrieval.sources import SourceClasses, draw_items, item_classes
 from metaicl.mixtures import marginal, rearranged
 from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
@@ -51,8 +51,8 @@ class RetrievalAugmented(Learner[RetrievalState]):
     update, all of them `n_refreshes` times in a training run.
 
     The memory is filled by `prepare`, from meta-training tasks only, or is a `bank` of yours. A task never retrieves
-    its own rows nor, where the source names classes, its own classes. Otherwise a query that is among the retrieved
-    rows is answered without that set. A class without a support row retrieves nothing.
+    its own rows nor, where the source names classes, rows of its own classes. A query that is among the retrieved rows
+    is answered without that set. A class without a support row retrieves nothing.
 
     `retriever="oracle"` is told what a learner cannot know, and serves as a bound in training and evaluation: what the
     best retrieval would be worth. It retrieves the true class of each group, other rows of it than those of the
@@ -154,12 +154,11 @@ class RetrievalAugmented(Learner[RetrievalState]):
         if not self.ready_made:
             groups = draw_items(tasks, self.n_items, rows_per_item=self.rows_per_item, seed=seed, like=self.bank.keys)
             ids = torch.full_like(groups.real, -1, dtype=torch.long) if groups.ids is None else groups.ids
-            classes = self.sources.of(groups)
-            # A query of the same task can be among these rows only if rows are named and own classes are not kept out.
-            apart = (ids < 0) | (classes >= 0) & (not self.by_class)
-            content = ids_in_all_precisions(groups.x, self.spec).masked_fill(apart[..., None], -1)
+            # Rows without a name are made afresh: a query cannot be among them.
+            content = ids_in_all_precisions(groups.x, self.spec).masked_fill((ids < 0)[..., None], -1)
+            classes = item_classes(self.sources.of(groups))
             groups = groups.to(dtype=self.bank.keys.dtype)  # rounded after they were named
-            self._fill(groups.x, groups.y, ids, classes[:, 0], content)
+            self._fill(groups.x, groups.y, ids, classes, content)
         # Only classes of the bank can be found, and those of other splits are nobody's business.
         self.sources.keep(self.bank.class_ids)
 
@@ -168,7 +167,7 @@ class RetrievalAugmented(Learner[RetrievalState]):
         y = y if self.spec.kind == "regression" else self.bank.keys.new_zeros(*x.shape[:2], 0)
         with torch.no_grad():
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            keys = self._keys(x, y, real, self._code(x, y, real), classes)
+            keys = self._keys(x, y, real, self._code(x, y, real), classes.reshape(len(x), -1)[:, 0])
         values = {"x": x, "y": y, "content": content.flatten(1), **self.search_keys.values(x)}
         self.bank.clear()
         self.bank.add(keys, values, rows=rows, classes=classes)
@@ -263,7 +262,8 @@ class RetrievalAugmented(Learner[RetrievalState]):
             found = self.search_keys.search(self.bank, queries, support.x[:, None], asking, self.k, exclude=exclude)
         real = found.real & asking.any(-1, keepdim=True)
         if self.by_class:
-            real &= (self.bank.class_ids[found.index] == classes[..., None]) & (classes[..., None] >= 0)
+            held = self.bank.class_ids.reshape(len(self.bank), -1)[found.index]  # (B, G, k, R)
+            real &= (held == classes[..., None, None]).all(-1) & (classes[..., None] >= 0)
         return found._replace(real=real)
 
     def _code(self, x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor | None:

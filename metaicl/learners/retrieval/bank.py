@@ -68,7 +68,7 @@ class MemoryBank(nn.Module):
     Attributes:
         keys: (M, K), what the search compares by inner product.
         row_ids: long (M, R), the source rows that an item holds, -1 = none.
-        class_ids: long (M,), its source class, -1 = none.
+        class_ids: long (M,), its source class, -1 = none; (M, R) once an item was given several.
         task_ids: long (M,), its task, -1 = none.
     """
 
@@ -113,7 +113,7 @@ class MemoryBank(nn.Module):
             keys: (m, K), K >= 1.
             values: Name -> (m, ...).
             rows: long (m, R) or (m,), ids of the source rows that an item holds, -1 = none.
-            classes: long (m,), source class, -1 = none.
+            classes: long (m,), source class, -1 = none; or (m, R), where the rows of an item are of several.
             tasks: long (m,), task, -1 = none.
 
         Raises:
@@ -129,9 +129,8 @@ class MemoryBank(nn.Module):
             check_fit(given, {name: getattr(self, name) for name in ("keys", *self._value_names())})
         else:
             self.clear()
-        width = max(self.row_ids.shape[1], rows.shape[1])
-        given["row_ids"] = F.pad(rows, (0, width - rows.shape[1]), value=-1)
-        self.row_ids = F.pad(self.row_ids, (0, width - self.row_ids.shape[1]), value=-1)
+        self.row_ids, given["row_ids"] = _equally_wide(self.row_ids, rows)
+        self.class_ids, given["class_ids"] = _equally_wide(self.class_ids, given["class_ids"])
         first, known = not len(self), self._search.knows(self.keys)
         for name, value in given.items():
             value = value.detach().to(self.keys.device)
@@ -272,3 +271,12 @@ class MemoryBank(nn.Module):
                 own = dtype if value.is_floating_point() else None
                 self.register_buffer(name, torch.empty_like(value, dtype=own, device=self.keys.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _equally_wide(*ids: Tensor) -> list[Tensor]:
+    """Ids of items (any,) or (any, R), all with the same R, -1 = none; as they are where no item has several."""
+    if all(value.ndim == 1 for value in ids):
+        return list(ids)
+    columns = [value if value.ndim == 2 else value[:, None] for value in ids]
+    width = max(value.shape[1] for value in columns)
+    return [F.pad(value, (0, width - value.shape[1]), value=-1) for value in columns]

@@ -11,12 +11,12 @@ from metaicl.learners.retrieval.exclusion import Exclusion
 def check_items(
     keys: Tensor, values: Mapping[str, Tensor], ids: Mapping[str, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row ids (m, R), class ids (m,) and task ids (m,) of new items, once everything is known to fit together.
+    """Row ids (m, R), class ids (m,) or (m, R), and task ids (m,) of new items that are known to fit together.
 
     Args:
         keys: Floating point (m, K).
         values: Name -> (m, ...).
-        ids: "rows" (m, R) or (m,), "classes" (m,) and "tasks" (m,), long; None stands for -1 everywhere.
+        ids: "rows" and "classes" (m, R) or (m,), and "tasks" (m,), long; None stands for -1 everywhere.
 
     Raises:
         TypeError: If something is no tensor or has the wrong dtype, or values have no names.
@@ -153,9 +153,9 @@ def _ids(name: str, ids: Tensor | None, n_items: int) -> Tensor:
     if ids is None:
         return torch.full((n_items,), -1)
     _check_long(name, ids)
-    fits = ids.ndim in ((1, 2) if name == "rows" else (1,)) and len(ids) == n_items
+    fits = ids.ndim in ((1,) if name == "tasks" else (1, 2)) and len(ids) == n_items
     if not fits:
-        expected = f"({n_items},)" + (f" or ({n_items}, R)" if name == "rows" else "")
+        expected = f"({n_items},)" + ("" if name == "tasks" else f" or ({n_items}, R)")
         raise ValueError(f"{name} must be {expected}, for each of the {n_items} keys; got {tuple(ids.shape)}")
     return ids
 

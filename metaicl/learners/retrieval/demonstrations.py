@@ -16,7 +16,7 @@ from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.contrastive import pretrain_codes
 from metaicl.learners.retrieval.groups import read_beside
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Oracle, Retriever
-from metaicl.learners.retrieval.sources import SourceClasses, draw_items
+from metaicl.learners.retrieval.sources import SourceClasses, draw_items, item_classes
 from metaicl.mixtures import marginal, rearranged
 from metaicl.reading import Reading
 from metaicl.spec import TaskSpec
@@ -129,7 +129,7 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
             seed=seed,
             like=self.retriever.importance,
         )
-        self.retriever.fill(items.x, {"x": items.x, "y": items.y}, classes=self.sources.of(items)[:, 0])
+        self.retriever.fill(items.x, {"x": items.x, "y": items.y}, classes=item_classes(self.sources.of(items)))
         self.sources.keep(self.retriever.bank.class_ids)  # those of other splits are nobody's business
         if self.pretraining_steps and self.retriever.mode == "learned":
             self.pretraining_losses = pretrain_codes(self.retriever, tasks, steps=self.pretraining_steps, seed=seed)
@@ -154,7 +154,7 @@ class DemonstrationRetrieval(Learner[DemonstrationState]):
         x, y, classes = (
             value.unflatten(1, fold).flatten(0, 1) for value in (examples.x, examples.y, self.sources.of(examples))
         )
-        self.retriever.grow(x, {"x": x, "y": y}, classes=classes[:, 0])
+        self.retriever.grow(x, {"x": x, "y": y}, classes=item_classes(classes))
 
     def adapt(self, support: Examples) -> DemonstrationState:
         """Keep the support; it is read beside each demonstration."""

@@ -105,7 +105,7 @@ class Retriever(nn.Module):
         Args:
             x: (M, R, *x_shape), the rows of each item, from which its key is made.
             values: Name -> (M, ...), what is retrieved.
-            classes: long (M,), source class of each item, -1 = none.
+            classes: long (M,), source class of each item, -1 = none; or (M, R), of each of its rows.
         """
         self.bank.clear()
         if self.spec.x_kind == "tokens":

@@ -43,6 +43,14 @@ class SourceClasses(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def item_classes(classes: Tensor) -> Tensor:
+    """Source classes of items, for a bank: long (M,) where the rows (M, R) of each are of one class, else all of them.
+
+    Rows with one label are of several classes where labels are not the classes, as in one-against-the-rest tasks.
+    """
+    return classes[:, 0] if bool((classes == classes[:, :1]).all()) else classes
+
+
 def draw_items(tasks: TaskDistribution, n_items: int, *, rows_per_item: int, seed: int, like: Tensor) -> Examples:
     """Items of meta-training rows, drawn at the address (seed, "memory"): axis B holds up to `n_items` of them.
 
