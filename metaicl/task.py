@@ -37,6 +37,8 @@ class TaskDistribution(ABC):
             occurs in two splits.
         source_classes: long (rows,), the class of each source row that `Examples.ids` can name; None where
             rows are made afresh. Memory banks use it to keep a task's own classes out.
+        class_splits: A subclass with source classes may set it: for each split the classes that it owns, long
+            (any,). Learners that give every meta-training class an output read it, and else look into drawn tasks.
     """
 
     spec: TaskSpec

@@ -43,7 +43,7 @@ class TasksetDistribution(TaskDistribution):
         self.tasksets = _by_split(tasksets)
         if len({id(taskset) for taskset in self.tasksets.values()}) < len(self.tasksets):
             raise ValueError("two splits share one task set, so their tasks would not be disjoint; give each its own")
-        self._first_rows, self.source_classes = _number_rows(self.tasksets)
+        self._first_rows, self.source_classes, self.class_splits = _number_rows(self.tasksets)
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw tasks one after the other; see `TaskDistribution.sample`.
@@ -130,12 +130,15 @@ def _is_taskset(taskset: Any) -> bool:
     return hasattr(taskset, "sample_task_description") and hasattr(taskset.dataset, "indices_to_labels")
 
 
-def _number_rows(tasksets: Mapping[str, Any]) -> tuple[dict[str, int], Tensor | None]:
-    """First row id of each split, and the class of every row; splits that share a data set share its numbers."""
+def _number_rows(tasksets: Mapping[str, Any]) -> tuple[dict[str, int], Tensor | None, dict[str, Tensor] | None]:
+    """First row id of each split, the class of every row, and the classes of each split.
+
+    Splits that share a data set share its numbers. Then only the tasks tell which classes a split has: None.
+    """
     seen: dict[int, int] = {}
     source_classes: list[int] = []
     n_classes = 0
-    first_rows = {}
+    first_rows, splits = {}, {}
     for split, taskset in tasksets.items():
         if not _is_taskset(taskset):
             continue
@@ -143,10 +146,12 @@ def _number_rows(tasksets: Mapping[str, Any]) -> tuple[dict[str, int], Tensor | 
         if id(data) not in seen:
             seen[id(data)] = len(source_classes)
             number = {label: n_classes + i for i, label in enumerate(data.labels)}
+            splits[split] = torch.arange(n_classes, n_classes + len(number))
             source_classes += [number[data.indices_to_labels[i]] for i in range(len(data))]
             n_classes += len(number)
         first_rows[split] = seen[id(data)]
-    return first_rows, torch.tensor(source_classes) if source_classes else None
+    told = "train" in splits and len(splits) == len(first_rows)
+    return first_rows, torch.tensor(source_classes) if source_classes else None, splits if told else None
 
 
 def _draw(taskset: Any, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:

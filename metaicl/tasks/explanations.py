@@ -133,6 +133,7 @@ class ExplanationWorld(TaskDistribution):
         self._said = self._explain(self._points["train"])
         if disjoint_indices:
             self.source_classes = torch.cat([self._points[split].index for split in SPLITS])
+            self.class_splits = {split: self._points[split].index.unique() for split in SPLITS}
 
     def training_points(self) -> ExplainedPoints:
         """The training set with its explanations: the only place where there are any."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaicl.checks import check_count
 from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
-from metaicl.task import Split, TaskDistribution
+from metaicl.task import SPLITS, Split, TaskDistribution
 from metaicl.tasks.classes import distinct
 from metaicl.tasks.labels import index_labels, splits_by_name
 from metaicl.tasks.standardization import Standardization
@@ -144,6 +144,9 @@ class TabularClasses(_TablePool):
             class_tables += [i] * len(names)
         self.source_classes = torch.cat(labels)
         self._class_tables = torch.tensor(class_tables)
+        self.class_splits: dict[Split, Tensor] = {
+            split: self._table_splits[split][self._class_tables].nonzero()[:, 0] for split in SPLITS
+        }
         self._order = torch.argsort(self.source_classes, stable=True)
         self._sizes = torch.bincount(self.source_classes)
         self._starts = self._sizes.cumsum(0) - self._sizes

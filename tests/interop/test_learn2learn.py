@@ -197,6 +197,15 @@ def test_a_taskset_becomes_an_addressed_distribution():
 
 def test_rows_labels_and_latents_of_a_taskset_agree():
     tasks = three_splits()
+    assert tasks.class_splits is not None
+    assert {split: len(classes) for split, classes in tasks.class_splits.items()} == {
+        "train": 6,
+        "validation": 4,
+        "test": 5,
+    }
+    data = tasks.tasksets["train"].dataset  # what two splits draw from, only their tasks tell apart
+    shared = {"train": taskset(dataset=data), "test": taskset(dataset=data)}
+    assert TasksetDistribution(shared, VECTORS).class_splits is None
     for split, offset in (("train", 0), ("validation", 6), ("test", 10)):
         episode = tasks.sample(5, split=split, n_shot=2, n_query=3, generator=derive_generator("agree", split))
         class_ids = episode.latents["class_ids"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,8 @@ from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.tasks.images import ImageClasses
 from metaicl.tasks.rows import ArrayClasses
+from metaicl.tasks.tables import Table
+from metaicl.tasks.tabular import TabularClasses
 from metaicl.tasks.text import TextClasses
 
 N_CLASSES, N_ROWS, HELD_OUT = 18, 6, 12  # classes 12 .. 17 are held out
@@ -61,7 +64,23 @@ def texts(with_canaries: bool, labels: torch.Tensor = LABELS) -> TextClasses:
     return TextClasses(rows, labels.tolist(), n_way=3, class_splits=SPLITS, words="fitted", max_tokens=6)
 
 
-SOURCES: dict[str, Callable[..., TaskDistribution]] = {"arrays": arrays, "images": images, "texts": texts}
+def tables(with_canaries: bool, labels: torch.Tensor = LABELS) -> TaskDistribution:
+    """Six tables of three classes, four of them for training; the labels of held-out ones count as given."""
+    x = arrays(with_canaries).rows(torch.arange(len(LABELS))).numpy().reshape(6, 3 * N_ROWS, 4)
+    pool = [Table(f"t{i}", rows, y) for i, (rows, y) in enumerate(zip(x, labels.numpy().reshape(6, -1), strict=True))]
+    if with_canaries:  # held-out tables may have any number of classes
+        pool[4:] = [Table(table.name, table.x, np.arange(3 * N_ROWS) // 2) for table in pool[4:]]
+    return TabularClasses(
+        pool, n_way=3, n_features=4, splits={"train": ["t0", "t1", "t2", "t3"], "validation": ["t4"], "test": ["t5"]}
+    )
+
+
+SOURCES: dict[str, Callable[..., TaskDistribution]] = {
+    "arrays": arrays,
+    "images": images,
+    "tables": tables,
+    "texts": texts,
+}
 
 
 KINDS = {
@@ -71,10 +90,10 @@ KINDS = {
 }
 # Which sources a learner does not serve, and what it says there. Every other pair is tested, whatever is added.
 REFUSED = {
-    "ChannelHead": (("arrays", "images"), "reads tokens"),
-    "DistributionalSignatures": (("arrays", "images"), "needs token inputs"),
-    "ExplanationRetrieval": (("arrays", "images"), "needs token inputs"),
-    "RotationLabels": (("arrays", "texts"), "need square images"),
+    "ChannelHead": (("arrays", "images", "tables"), "reads tokens"),
+    "DistributionalSignatures": (("arrays", "images", "tables"), "needs token inputs"),
+    "ExplanationRetrieval": (("arrays", "images", "tables"), "needs token inputs"),
+    "RotationLabels": (("arrays", "tables", "texts"), "need square images"),
 }
 PAIRS = [(name, source) for name in KINDS for source in SOURCES if source not in REFUSED.get(name, ((), ""))[0]]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from gradient_helpers import CLASSES, SINES, draw, seeded
 from metric_helpers import real_rows, uneven
+from retrieval_helpers import OneAgainstTheRest
 from torch import Tensor, nn
 from training_helpers import assert_resume_is_exact
 
@@ -21,6 +22,7 @@ from metaicl.meta_training import meta_train
 from metaicl.nets.backbones import MLP
 from metaicl.objectives import query_loss
 from metaicl.tasks.arrays import tasks_from_arrays
+from metaicl.tasks.explanations import ExplanationWorld
 from metaicl.train_config import TrainConfig
 
 KINDS = {"Baseline": Baseline, "BaselinePlusPlus": BaselinePlusPlus, "SimpleShot": SimpleShot}
@@ -104,6 +106,20 @@ def test_without_named_classes_the_query_loss_is_minimized(kind: type[Pretrained
     assert abs(loss.item() - expected.item()) < 1e-12
     slopes = torch.autograd.grad(expected, [value for value in learner.parameters() if value.requires_grad])
     assert max(float((a - b).abs().max()) for a, b in zip(found.values(), slopes, strict=True)) < 1e-12
+
+
+def test_classes_are_looked_for_in_tasks_where_no_split_declares_them() -> None:
+    tasks = OneAgainstTheRest()
+    learner = prepared(Baseline, tasks)
+    assert learner.classifier is not None
+    assert len(learner.classifier.weight) == 18  # of thirty
+    assert torch.equal(learner.row_classes, torch.where(tasks.source_classes < 18, tasks.source_classes, -1))
+    world = ExplanationWorld(n_tasks=5, points_per_task=8, disjoint_indices=True, n_validation=20, n_test=20)
+    learner = seeded(lambda: Baseline(world.spec))
+    learner.prepare(world, seed=0)
+    assert learner.classifier is not None
+    assert len(learner.classifier.weight) == 5
+    assert int((learner.row_classes >= 0).sum()) == 5 * 8
 
 
 @pytest.mark.parametrize("kind", KINDS.values())

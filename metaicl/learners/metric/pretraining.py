@@ -12,9 +12,11 @@ from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.objectives import query_loss, stream_of
 from metaicl.row_ids import look_up
 from metaicl.spec import TaskSpec
-from metaicl.task import TaskDistribution, derive_generator
+from metaicl.task import TaskDistribution, derive_generator, single_precision
 
 State = TypeVar("State")
+
+_DRAWN = 64  # tasks, at first, in which classes are looked for where no split of them is declared
 
 
 class ClassScores(nn.Module):
@@ -53,8 +55,8 @@ class PretrainedLearner(EmbeddingLearner[State]):
     of its episodes, support and query alike, among all of these classes: as many rows and updates as any other
     learner in a comparison has. Task labels are not used.
 
-    Where rows have no named source (classes that are made afresh for every task), there is nothing to classify; then
-    the query loss after adaptation is minimized, through the adaptation.
+    Classes of other splits have no output. Where rows have no named source (classes that are made afresh for every
+    task), there is nothing to classify; then the query loss after adaptation is minimized, through the adaptation.
 
     Args:
         spec: A classification spec.
@@ -75,18 +77,23 @@ class PretrainedLearner(EmbeddingLearner[State]):
         super().__init__(spec, encoder)
         self.class_temperature = class_temperature
         self.classifier: ClassScores | None = None
-        # Only training needs it, and `prepare` fills it again: no label of a source belongs into a checkpoint.
+        # Only training needs it, and `prepare` fills it again.
         self.register_buffer("row_classes", torch.empty(0, dtype=torch.long), persistent=False)
 
     def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
-        """Number the meta-training classes; their classifier is drawn at the address (seed, "classifier")."""
+        """Number the meta-training classes; their classifier is drawn at the address (seed, "classifier").
+
+        They are `tasks.class_splits["train"]`. Where the tasks do not declare that, they are the classes met in tasks
+        of split "train", drawn at the address (seed, "classes") until as many again bring no other.
+        """
         self.classifier = None
         device = self.row_classes.device
         self.row_classes = torch.empty(0, dtype=torch.long, device=device)
         if tasks.source_classes is None:
             return
-        splits = getattr(tasks, "class_splits", None)
-        train = torch.as_tensor(tasks.source_classes.unique() if splits is None else splits["train"])
+        train = _training_classes(tasks, tasks.source_classes.cpu(), seed)
+        if not len(train):
+            return
         number = torch.full((int(tasks.source_classes.max()) + 1,), -1)
         number[train] = torch.arange(len(train))
         self.row_classes = number[tasks.source_classes.cpu()].to(device)
@@ -125,3 +132,20 @@ class PretrainedLearner(EmbeddingLearner[State]):
         elif self.classifier is None or self.classifier.weight.shape != saved.shape:
             self.classifier = self._new_classifier(saved.shape[0]).to(self._parameter())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _training_classes(tasks: TaskDistribution, source_classes: Tensor, seed: int) -> Tensor:
+    """The source classes of split "train", long (any,): as they are declared, or as tasks show them."""
+    declared = getattr(tasks, "class_splits", None)
+    if declared is not None:
+        return torch.as_tensor(declared["train"])
+    generator, found, n_tasks = derive_generator(seed, "classes"), source_classes.new_empty(0), _DRAWN
+    while True:
+        with single_precision():
+            drawn = tasks.sample(n_tasks, split="train", n_shot=1, n_query=1, generator=generator)
+        entries = [look_up(source_classes, rows).flatten() for rows in (drawn.support, drawn.query)]
+        known = torch.cat([found, *entries]).unique()
+        known = known[known >= 0]
+        if len(known) == len(found):
+            return found
+        n_tasks, found = 2 * n_tasks if len(found) else n_tasks, known
