@@ -296,3 +296,17 @@ def test_loading_keeps_the_precision_of_the_learner(kind: type[PretrainedLearner
         expected = narrow(episode.support.to(None, torch.float32), episode.query.x.float()).probs
         found = wide(episode.support, episode.query.x).probs
     assert float((found - expected).abs().max()) < 1e-4
+
+
+def test_masked_rows_do_not_count_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = named_classes()
+    plain, sample = prepared(SimpleShot, tasks), tasks.sample
+
+    def padded(*args, **options) -> Episode:
+        episode = sample(*args, **options)
+        return replace(episode, support=episode.support.pad(2 * episode.support.n_rows))
+
+    monkeypatch.setattr(tasks, "sample", padded)
+    learner = prepared(SimpleShot, tasks)
+    assert len(learner.mean_rows) == 256
+    assert torch.equal(learner.mean_rows, plain.mean_rows)

@@ -90,8 +90,8 @@ class SimpleShot(PretrainedLearner[Centroids]):
             return
         n_tasks = -(-self.n_mean_rows // self.spec.output_size)
         generator = derive_generator(seed, "mean")
-        x = tasks.sample(n_tasks, split="train", n_shot=1, n_query=1, generator=generator).support.x
-        self.mean_rows = x.flatten(0, 1)[: self.n_mean_rows].to(self.mean_rows)
+        drawn = tasks.sample(n_tasks, split="train", n_shot=1, n_query=1, generator=generator).support
+        self.mean_rows = drawn.x[drawn.real][: self.n_mean_rows].to(self.mean_rows)
 
     def adapt(self, support: Examples) -> Centroids:
         """Class means of transformed features."""
