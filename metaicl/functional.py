@@ -148,8 +148,16 @@ def cosine_similarities(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows scaled to length one; a zero row stays zero and has a finite derivative."""
-    return rows * (rows.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+    """Rows scaled to length one, whatever their length and precision; a zero row stays zero, with finite derivatives.
+
+    Rows are divided by their largest entry first, so that no square overflows or vanishes. Lengths of the result do not
+    depend on the divisor, so that it counts as a constant in derivatives of any order. Rows with entries below 1e-19
+    (6e-5 in float16, 1e-154 in float64) are left alone: slopes grow as one over the length, and would overflow.
+    """
+    largest, limits = rows.detach().abs().amax(-1, keepdim=True), torch.finfo(rows.dtype)
+    short = largest < (limits.tiny if rows.dtype == torch.float16 else limits.tiny**0.5)
+    rows = rows / largest.masked_fill(short, 1)
+    return rows * (rows.square().sum(-1, keepdim=True) + short).rsqrt()
 
 
 def solvable(rows: Tensor) -> Tensor:
@@ -196,4 +204,4 @@ def raw_features(x: Tensor, spec: TaskSpec, *, buckets: int = 1024) -> Tensor:
     weights = (x != 0).to(torch.get_default_dtype())
     counts = torch.zeros(*x.shape[:2], buckets, dtype=weights.dtype, device=x.device)
     counts = counts.scatter_add(-1, x % buckets, weights)
-    return counts * (counts.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+    return unit_rows(counts)

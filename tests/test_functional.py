@@ -165,6 +165,47 @@ def test_cosine_similarities_and_unit_rows():
     assert second.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales", "tolerance"),
+    [
+        (torch.float64, (1e-150, 1e-20, 1e-7, 1.0, 1e160), 1e-14),
+        (torch.float32, (1e-18, 1e-8, 1e-7, 1.0, 1e36), 1e-6),
+        (torch.bfloat16, (1e-18, 1e-7, 1.0, 1e36), 2e-2),
+        (torch.float16, (1e-3, 1.0, 1e4), 2e-3),
+    ],
+)
+def test_unit_rows_of_any_length_and_precision(dtype, scales, tolerance):
+    rows = randn(5, 3).to(dtype)
+    for scale in scales:
+        found = functional.unit_rows(rows * scale).double()
+        assert float((found.norm(dim=-1) - 1).abs().max()) < tolerance
+        assert float((found - functional.unit_rows(rows).double()).abs().max()) < 2 * tolerance
+    zero = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+    found = functional.unit_rows(zero)
+    assert torch.equal(found, torch.zeros_like(zero))
+    (first,) = torch.autograd.grad(found.sum(), zero, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), zero)
+    assert torch.equal(first, torch.ones_like(zero))
+    assert torch.equal(second, torch.zeros_like(zero))
+
+
+def test_derivatives_of_short_unit_rows():
+    rows = randn(4, 3)
+    assert twice(functional.unit_rows, rows)
+    weights = randn(4, 3, name="weights")
+
+    def slopes(value):
+        value = value.clone().requires_grad_()
+        (first,) = torch.autograd.grad((functional.unit_rows(value) * weights).sum(), value, create_graph=True)
+        (second,) = torch.autograd.grad((first * weights).sum(), value)
+        return first.detach(), second
+
+    first, second = slopes(rows)
+    short = slopes(rows * 1e-9)  # the slopes of a function of the direction alone
+    torch.testing.assert_close(short[0] * 1e-9, first, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(short[1] * 1e-18, second, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("n_rows", "dim"), [(3, 6), (6, 3), (4, 4), (1, 1)])
 def test_ridge_solve(n_rows, dim):
     x, y = randn(2, n_rows, dim), randn(2, n_rows, 2, name="y")

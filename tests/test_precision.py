@@ -1,5 +1,6 @@
 """Half, single and double precision: what is drawn and how it is judged do not depend on them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from metaicl import EpisodeStream, GaussianClasses, Learner, ProtoNet, Sinusoid,
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, gaussian
 from metaicl.learner import Traits
+from metaicl.learners import FEAT, MatchingNet, RelationNet, RidgeHead
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 from metaicl.tasks import LinearRegression
@@ -96,3 +98,19 @@ def test_a_run_does_not_go_on_in_another_precision(tmp_path: Any) -> None:
         meta_train(
             ProtoNet(tasks.spec).double(), tasks, TrainConfig(steps=4, **options), directory=tmp_path, progress=False
         )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", [FEAT, RelationNet, RidgeHead, MatchingNet])
+def test_a_padded_row_of_text_has_an_answer_in_half_precision(
+    kind: Callable[[TaskSpec], Learner], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    spec = TaskSpec("classification", (4,), x_kind="tokens", n_way=3, vocabulary=50)
+    support = Examples(torch.randint(1, 50, (1, 4, 4)), torch.tensor([[0, 1, 0, 1]]))  # nothing of the third class
+    learner, x = kind(spec).eval(), torch.randint(1, 50, (1, 5, 4))
+    expected = learner(support, x).probs.detach()
+    learner = learner.to(dtype)
+    found = learner(support.pad(5), x).probs.detach().float()
+    assert bool(found.isfinite().all())
+    assert float((found - expected).abs().max()) < 0.1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_count
+from metaicl.functional import unit_rows
 from metaicl.nets.layout import channels_last
 from metaicl.spec import TaskSpec
 
@@ -135,9 +136,8 @@ class BagOfWords(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed token ids (rows, T) as unit-variance vectors (rows, D); an empty text is the origin."""
-        weight = self._importances(tokens)
-        total = (_WORD_GAIN * self.vectors(tokens) * weight).sum(-2)
-        return total * (weight.square().sum(-2) + 1e-12).rsqrt()
+        weight = unit_rows(self._importances(tokens)[..., 0])
+        return (_WORD_GAIN * self.vectors(tokens) * weight[..., None]).sum(-2)
 
     def _importances(self, tokens: Tensor) -> Tensor:
         return (_WORD_GAIN * self.log_importance(tokens)).exp() * (tokens != 0)[..., None]

@@ -32,7 +32,7 @@ def reference(learner: DeepKernel, x: torch.Tensor, y: np.ndarray) -> tuple[Gaus
     def embed(rows: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
             found = learner.encoder(rows).numpy() / 6**0.5
-        length = np.sqrt(np.sum(found**2, axis=1, keepdims=True) + 1e-12)  # guarded as in unit_rows
+        length = np.sqrt(np.sum(found**2, axis=1, keepdims=True))
         return found / length if learner.kernel == "cosine" else found
 
     def learned(raw: torch.Tensor) -> float:

@@ -223,7 +223,7 @@ def test_cosine_head_equals_a_loop_over_tasks() -> None:
                 speed = 0.9 * speed + 0.1 * (slope / 100 + 1e-5 * weight)
                 weight -= speed
         expected = (10 * queries @ F.normalize(weight).T).log_softmax(-1)
-        assert float((found[task] - expected).detach().abs().max()) <= 1e-9  # unit_rows is guarded by 1e-12
+        assert float((found[task] - expected).detach().abs().max()) <= 1e-12
 
 
 @pytest.mark.parametrize("features", ["CL2N", "L2N", "UN"])
@@ -247,7 +247,7 @@ def test_simple_shot_by_numpy(features: str) -> None:
         means = np.stack([rows[y == label].mean(0) for label in range(3)])
         distances = np.square(transform(episode.query.x[task])[:, None] - means).sum(-1)
         expected = (torch.from_numpy(-distances) * learner.log_temperature.exp()).log_softmax(-1)
-        assert float((found[task] - expected).detach().abs().max()) <= 1e-9  # unit_rows is guarded by 1e-12
+        assert float((found[task] - expected).detach().abs().max()) <= 1e-12
     assert len(learner.mean_rows) == (20 if features == "CL2N" else 0)
 
 

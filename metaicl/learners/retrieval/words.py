@@ -36,7 +36,8 @@ def word_weights(tokens: Tensor, importance: Tensor, real: Tensor | None = None)
     weights = importance[tokens] * (tokens != 0)
     ordered, places = tokens.sort(-1).values, tokens.contiguous()
     times = torch.searchsorted(ordered, places, right=True) - torch.searchsorted(ordered, places)
-    weights = weights * ((weights.square() * times).sum(-1, keepdim=True) + 1e-12).rsqrt()
+    root = times.to(weights.dtype).sqrt()
+    weights = unit_rows(weights * root) / root
     return weights if real is None else weights * real[..., None]
 
 
@@ -46,7 +47,7 @@ def unit_weights(words: Tensor, weights: Tensor) -> Tensor:
     sums = F.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
     last, first = (sums.gather(-1, torch.searchsorted(ordered, words, right=right)) for right in (True, False))
     squares = (weights * (last - first)).sum(-1, keepdim=True)  # each place times all that its word has
-    return weights * (squares.clamp(min=0) + 1e-12).rsqrt()
+    return weights * torch.where(squares > 0, squares, 1).rsqrt()
 
 
 def bags(words: Tensor, weights: Tensor, vocabulary: int) -> Tensor:
