@@ -443,3 +443,28 @@ def test_a_checkpoint_goes_into_a_learner_of_another_precision(tmp_path: Path) -
     other = RetrievalAugmented(tasks.spec, learner=ProtoNet, n_items=20).double()
     load_learner_weights(other, tmp_path / "weights")
     assert other.bank.keys.dtype == other.bank.values["x"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 50.0), (torch.bfloat16, 1e30), (torch.float32, 1e30), (torch.float64, 1e100)]
+)
+def test_products_beyond_the_precision_of_the_keys_are_found_in_order(
+    backend: str, dtype: torch.dtype, size: float
+) -> None:
+    bank = MemoryBank(backend=backend).to(dtype)
+    small = torch.tensor([1.0, -1.0, 0.75, -0.5, 0.5, 1.0])[:, None].double().expand(-1, 64)
+    bank.add((small * size).to(dtype), {}, rows=torch.arange(6))
+    found = bank.search((small[:2] * size).to(dtype), 6, exclude=Exclusion(rows=torch.tensor([[5], [0]])))
+    assert found.index.tolist() == [[0, 2, 4, 3, 1, 0], [1, 3, 4, 2, 5, 0]]
+    assert found.real.tolist() == [[True] * 5 + [False]] * 2
+    expected = torch.tensor([64.0, 48, 32, -32, -64]).double() * float(torch.tensor(size, dtype=dtype)) ** 2
+    torch.testing.assert_close(found.score[0, :5].double(), expected, rtol=1e-2, atol=0)  # sizes are rounded
+
+
+def test_products_beyond_all_precisions_are_refused() -> None:
+    bank = MemoryBank().double()
+    bank.add(torch.tensor([[1e200, 1.0], [1.0, 1e200]], dtype=torch.float64), {})
+    with pytest.raises(ValueError, match=r"must fit into float64; keys reach 1e\+200 and queries 2e\+200"):
+        bank.search(torch.tensor([[-2e200, 1.0]], dtype=torch.float64), 1)
+    assert bank.search(torch.tensor([[1.0, 0.0]]).double(), 1).score.tolist() == [[1e200]]

@@ -282,9 +282,9 @@ class RetrievalAugmented(Learner[RetrievalState]):
     def _scores(self, code: Tensor | None, found: Found) -> Tensor:
         """Scores (B, G, k) of the groups found, for asking groups with these codes."""
         if self.retriever in ("random", "oracle"):
-            return torch.zeros_like(found.score)
+            return torch.zeros_like(found.score, dtype=self.bank.keys.dtype)
         if code is None:
-            scores = found.score.masked_fill(~found.real, 0.0)
+            scores = found.score.masked_fill(~found.real, 0.0).to(self.bank.keys.dtype)
         else:
             x, y = self.bank.values["x"][found.index], self.bank.values["y"][found.index]
             there = self._code(x, y)  # (B, G, k, D)

@@ -39,7 +39,8 @@ class Found(NamedTuple):
 
     Attributes:
         index: long (..., k), item numbers; 0 where `real` is False.
-        score: (..., k), inner products; -inf where `real` is False.
+        score: (..., k), inner products, in float32 for keys in half precision and in float64 where that might overflow;
+            -inf where `real` is False.
         real: bool (..., k), False where fewer than k items are allowed.
     """
 
@@ -203,7 +204,8 @@ class MemoryBank(nn.Module):
         Raises:
             TypeError: If queries are not floating point, or excluded ids not long.
             ValueError: If the bank is empty, the queries have another size than the keys or are not finite (compiled
-                code does not look: there a query with NaN finds nothing), or excluded ids do not broadcast.
+                code does not look: there a query with NaN finds nothing), excluded ids do not broadcast, or inner
+                products may be beyond float64.
         """
         if not len(self):
             raise ValueError("the memory bank is empty; fill it with add, as learners do in prepare(tasks, seed=...)")

@@ -32,6 +32,7 @@ class BankSearch:
         self.backend, self.chunk, self.breadth = backend, chunk, breadth
         self._id_indexes: dict[str, tuple[Tensor, int, IdIndex]] = {}
         self._index: tuple[Tensor, int, FaissIndex] | None = None
+        self._largest: tuple[Tensor, int, float] | None = None
 
     def best(self, keys: Tensor, queries: Tensor, k: int, wanted: Ids, ids: Ids) -> Scored:
         """The k best allowed items.
@@ -44,9 +45,15 @@ class BankSearch:
             ids: Kind of id -> those of the items, long (M, R) or (M,).
 
         Returns:
-            Scores (Q, k), -inf where there is none, and item numbers.
+            Scores (Q, k), -inf where there is none, and item numbers. Scores are in single precision at least, and in
+            double where single might overflow.
+
+        Raises:
+            ValueError: If double might, too.
         """
-        if self.backend == "exact":
+        dtype, fits_single = torch.promote_types(keys.dtype, torch.float32), self._fits_single(keys, queries)
+        queries = queries.to(dtype if fits_single else torch.float64)
+        if self.backend == "exact" or not fits_single:
             return self._exact(keys, queries, k, wanted, ids)
         return self._by_index(keys, queries, k, wanted, ids)
 
@@ -63,7 +70,22 @@ class BankSearch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles build their own."""
-        return {**self.__dict__, "_id_indexes": {}, "_index": None}
+        return {**self.__dict__, "_id_indexes": {}, "_index": None, "_largest": None}
+
+    def _fits_single(self, keys: Tensor, queries: Tensor) -> bool:
+        """Whether no inner product is beyond float32, where it would count as that of an item that is not allowed."""
+        if torch.compiler.is_compiling() or not queries.numel():
+            return True
+        if self._largest is None or self._largest[0] is not keys or self._largest[1] != _version(keys):
+            self._largest = (keys, _version(keys), _largest(keys))
+        sizes = self._largest[2], _largest(queries)
+        bound = sizes[0] * sizes[1] * keys.shape[1]
+        if bound > torch.finfo(torch.float64).max:
+            raise ValueError(
+                f"inner products must fit into float64; keys reach {sizes[0]:.3g} and queries {sizes[1]:.3g}. "
+                "Divide both by such a number: the order stays the same"
+            )
+        return max(bound, *sizes) <= torch.finfo(torch.float32).max
 
     def _exact(self, keys: Tensor, queries: Tensor, k: int, wanted: Ids, ids: Ids) -> Scored:
         parts = []
@@ -114,7 +136,7 @@ class BankSearch:
             done = allowed.sum(1) >= k
             item[left[done]] = at.gather(1, first)[done]
             left, n = left[~done], _GROWTH * n
-        score, order = (keys[item] @ queries[..., None])[..., 0].sort(dim=1, descending=True)
+        score, order = (keys[item].to(queries) @ queries[..., None])[..., 0].sort(dim=1, descending=True)
         item = item.gather(1, order)
         if len(left):
             rest = self._exact(keys, queries[left], k, {name: value[left] for name, value in wanted.items()}, ids)
@@ -135,6 +157,12 @@ def _are_excluded(items: Tensor, wanted: Ids, ids: Ids) -> Tensor:
         same = (value.sort(dim=1).values.gather(1, position) == held) & (held >= 0)
         excluded |= same.unflatten(1, (items.shape[1], -1)).any(2)
     return excluded
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value; unlike `abs`, it takes no memory."""
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
 
 
 def _version(tensor: Tensor) -> int:

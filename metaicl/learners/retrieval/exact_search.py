@@ -30,7 +30,7 @@ def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask 
     become rare at once (k of every M remain after M items, so k log M are opened in all).
 
     Args:
-        queries: (Q, K).
+        queries: (Q, K), in the precision that inner products are to be taken in.
         keys: (M, K).
         k: How many, at most M.
         chunk: Keys compared at once.
@@ -199,6 +199,7 @@ class _Products:
 
     def __call__(self, keys: Tensor) -> Tensor:
         """Scores (Q, c) of keys (c, K), or (Q, more) with -inf at the end of full blocks; valid until the next call."""
+        keys = keys.to(self.queries.dtype)
         if self.in_onednn:
             return torch.ops.mkldnn._linear_pointwise(self.queries, keys, None, "none", [], "")
         if self.buffer is None:
