@@ -275,6 +275,7 @@ def _scaled(inputs: Inputs, ids: Tensor, splits: dict[Split, list[int]], standar
     """Float32 rows, standardized by the meta-train rows alone."""
     train = row_splits(ids, splits)["train"].numpy()
     rows = inputs.rows(train)
-    if standardize:
-        return Standardization.fit(rows[train]).apply(rows, "x", inputs.columns)
-    return rows.astype(np.float32)
+    if rows.ndim > 2:
+        return rows.astype(np.float32)  # pixels
+    fitted = Standardization.fit(rows[train]) if standardize else Standardization.identity(rows.shape[1])
+    return fitted.apply(rows, "x", inputs.columns)

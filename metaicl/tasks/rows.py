@@ -105,7 +105,10 @@ class GroupRegression(TaskDistribution):
         return Episode(drawn.rows(slice(None, n_shot)), drawn.rows(slice(n_shot, None)), {"group_ids": group_ids})
 
     def to_units(self, y: Tensor) -> Tensor:
-        """Targets or predicted means (..., y_dim) in the units that your own y had, as precise as `y` is."""
+        """Targets or predicted means (..., y_dim) in the units that your own y had, as precise as `y` is.
+
+        Units beyond float32 need `y.double()`.
+        """
         if self._units is None:
             return y
         mean, scale = (moment.to(y) for moment in self._units)

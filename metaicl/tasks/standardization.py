@@ -52,6 +52,12 @@ class Standardization:
         return cls(zeros.astype(int), zeros, zeros, np.ones(n_columns), np.zeros(n_columns, dtype=bool))
 
     @property
+    def is_identity(self) -> bool:
+        """Whether nothing is changed, as by `identity`; a column that is fitted is constant or gets another unit."""
+        changed = self.constant | (self.exponent != 0) | (self.origin != 0) | (self.center != 0) | (self.spread != 1)
+        return not changed.any()
+
+    @property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (columns,) of the fitted rows; 1 for a constant column."""
         return np.ldexp(self.origin + self.center, self.exponent), np.ldexp(self.spread, self.exponent)
@@ -65,16 +71,23 @@ class Standardization:
             columns: What a message calls their columns; by default their numbers.
 
         Raises:
-            ValueError: If a value is beyond float32 in units of a standard deviation of the fitted rows.
+            ValueError: If a value is beyond float32 in units of a standard deviation of the fitted rows, or as it is
+                where nothing is changed.
         """
         with np.errstate(over="ignore"):  # which is told below
             scaled = (np.ldexp(rows, -self.exponent) - self.origin - self.center) / self.spread
-        beyond = np.abs(scaled) > np.finfo(np.float32).max
+        beyond = ~np.isnan(rows) & ~(np.abs(scaled) <= np.finfo(np.float32).max)
         if beyond.any():
             row, column = np.argwhere(beyond)[0].tolist()
+            called, value = column if columns is None else columns[column], f"row {row} is {rows[row, column]:.3g}"
+            if self.is_identity:
+                raise ValueError(
+                    f"column {called!r} of {name} must fit into float32; {value}. Divide it by a number, or leave out "
+                    "standardize=False"
+                )
             raise ValueError(
-                f"column {column if columns is None else columns[column]!r} of {name} must fit into float32 once it is "
-                f"standardized; its standard deviation over the meta-train rows is {self.moments[1][column]:.3g}, and "
-                f"row {row} is {rows[row, column]:.3g}. Take its logarithm, leave it out, or pass standardize=False"
+                f"column {called!r} of {name} must fit into float32 once it is standardized; its standard deviation "
+                f"over the meta-train rows is {self.moments[1][column]:.3g}, and {value}. Take its logarithm, leave it "
+                "out, or pass standardize=False"
             )
         return scaled.astype(np.float32)

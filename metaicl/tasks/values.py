@@ -62,12 +62,12 @@ def to_numbers(values: Any, name: str) -> np.ndarray:
 
 
 def finite(array: np.ndarray, name: str) -> np.ndarray:
-    """Return `array` if every value is a finite float32.
+    """Return `array` if every value is finite.
 
     Raises:
         ValueError: If one is not; the message counts them and names the first.
     """
-    bad = ~(np.abs(array) <= np.finfo(np.float32).max)
+    bad = ~np.isfinite(array)
     if bad.any():
         first = tuple(np.argwhere(bad)[0].tolist())
         raise ValueError(

@@ -194,6 +194,23 @@ def nan_at(row: int, column: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.parametrize("size", [1e40, 1e300])
+def test_numbers_beyond_float32_are_standardized(size: float) -> None:
+    torch.testing.assert_close(classes(X * size)._x, classes(X)._x)
+    ours, theirs = regression(X * size, X[:, 0] * size), regression(X, X[:, 0])
+    torch.testing.assert_close(ours._x, theirs._x)
+    torch.testing.assert_close(ours._y, theirs._y)
+    torch.testing.assert_close(
+        ours.to_units(ours._y.double())[:, 0] / size, torch.from_numpy(X[:, 0]), rtol=0, atol=1e-5
+    )
+    chosen = {"target": "label", "features": ["a", "b"], "n_way": 2, "class_splits": CLASS_SPLIT}
+    frame = make_frame()
+    large = tasks_from_dataframe(frame.assign(b=frame["b"] * size), **chosen)
+    torch.testing.assert_close(large._x, tasks_from_dataframe(frame, **chosen)._x)
+    with pytest.raises(ValueError, match=r"column 0 of y must fit into float32; row 0 is .*e\+"):
+        regression(X, X[:, 0] * size, standardize=False)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -206,7 +223,11 @@ def nan_at(row: int, column: int) -> np.ndarray:
             ValueError,
             r"x must be finite; 1 values are NaN or infinite, the first at index \(4, 1\)",
         ),
-        ({"x": X * 1e300}, ValueError, "x must be finite"),
+        (
+            {"x": X * 1e300, "standardize": False},
+            ValueError,
+            r"column 0 of x must fit into float32; row 0 is .*e\+300\. Divide it by a number, or leave out standardize",
+        ),
         ({"x": np.ma.masked_greater(X, 99)}, ValueError, r"x must not be missing; \d+ values are masked, the first at"),
         ({"x": [np.ma.masked_array(row, row == X[4, 1]) for row in X]}, ValueError, r"1 values are .* index \(4, 1\)"),
         ({"x": IMAGES.astype(np.uint16)}, TypeError, r"where it holds images; got uint16. .*\.astype\(np.uint8\)"),
