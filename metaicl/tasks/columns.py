@@ -2,8 +2,10 @@
 
 import csv
 import re
+import threading
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ _EMPTY = {"", "?"}  # missing in every column
 _MISSING = {*_EMPTY, "na", "n/a", "nan", "null", "none"}  # in columns of numbers; in others these may be words
 _FEW = 20  # categories that are always taken for such
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)(\.0*)?")
+_LIMIT = threading.Lock()
 _EXACT = 2.0**53  # from here on a float64 stands for several whole numbers
 
 
@@ -41,7 +44,7 @@ def read_csv(path: str | Path, *, labels: Collection[str] = (), texts: Collectio
 def read_cells(path: str | Path) -> dict[str, list[str]]:
     """The cells of each column of a comma-separated file, as they are written; raises as `read_csv`."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file, _cells_of_any_length():
             lines = [line for line in csv.reader(file) if line]
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -213,6 +216,17 @@ def to_matrix(columns: Mapping[str, Column], fit_rows: np.ndarray | None = None)
     if not columns:
         raise ValueError("a table needs a feature column; got none besides the target")
     return np.stack([_codes(column, fit_rows) for column in columns.values()], 1)
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Texts may be long. The limit is one for the whole process: it is put back, and no two of us change it at once."""
+    with _LIMIT:
+        before = csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _missing(column: Column) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tables as tasks: families apart, columns standardized without looking at labels, sizes exact."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,11 @@ def test_bad_tables_and_too_many_rows_are_named() -> None:
     ):
         TabularClasses(make_pool(), splits=SPLIT).sample(1, split="test", n_shot=1, n_query=40, generator=generator())
     assert len(bundled_tables("classification")) == 4
+
+
+def test_long_cells_are_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+    path, before = tmp_path / "long.csv", csv.field_size_limit()
+    path.write_text("t,y\n" + "w " * 100_000 + "end,1\n", encoding="utf-8")
+    assert before < 200_000
+    assert [len(cell) for cell in read_csv(path, texts=["t"])["t"]] == [200_003]
+    assert csv.field_size_limit() == before
