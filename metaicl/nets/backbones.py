@@ -171,7 +171,8 @@ def encoder_dim(encoder: nn.Module, spec: TaskSpec) -> int:
     """D, the size of the encoder's output; see `encoder_shape`.
 
     Raises:
-        ValueError: If the encoder does not turn (rows, *x_shape) into (rows, D).
+        TypeError: If the encoder gives anything but a tensor.
+        ValueError: If it does not turn (rows, *x_shape) into (rows, D).
     """
     shape = encoder_shape(encoder, spec)
     if len(shape) != 1:
@@ -183,7 +184,8 @@ def encoder_shape(encoder: nn.Module, spec: TaskSpec) -> tuple[int, ...]:
     """Shape of one embedded row, found by one forward pass on zeros that leaves the encoder as it was.
 
     Raises:
-        ValueError: If the encoder does not turn (rows, *x_shape) into (rows, ...).
+        TypeError: If the encoder gives anything but a tensor.
+        ValueError: If it does not turn (rows, *x_shape) into (rows, ...).
     """
     parameter = next(encoder.parameters(), torch.empty(0))
     dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
@@ -202,6 +204,11 @@ def encoder_shape(encoder: nn.Module, spec: TaskSpec) -> tuple[int, ...]:
         for buffer, before in buffers:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"an encoder must give a tensor (rows, D); got {type(out).__name__}. Wrap it in a module that returns the "
+            "tensor alone, such as output[0] of a tuple"
+        )
     if out.ndim < 2 or out.shape[0] != 2:
         raise ValueError(f"an encoder must turn {tuple(zeros.shape)} into (2, D); got {tuple(out.shape)}")
     return tuple(out.shape[1:])

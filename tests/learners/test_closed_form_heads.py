@@ -193,8 +193,18 @@ def test_ridge_head_names_labels_out_of_range_and_does_not_read_those_of_masked_
         assert torch.equal(found, expected)
 
 
+class Named(nn.Identity):
+    """Its output is in a dictionary, as of models elsewhere."""
+
+    def forward(self, x):
+        return {"features": x}
+
+
 @pytest.mark.parametrize("head", [RidgeHead, SVMHead, LogisticHead])
 def test_encoders_are_checked_when_a_head_is_built(head) -> None:
+    for wrong, name in ((nn.LSTM(4, 3), "tuple"), (Named(), "dict")):
+        with pytest.raises(TypeError, match=rf"an encoder must give a tensor \(rows, D\); got {name}\. Wrap it"):
+            head(CLASSES.spec, encoder=wrong)
     with pytest.raises(ValueError, match=r"an encoder must turn \(2, 4\) into \(2, D\); got \(2, 1, 4\)"):
         head(CLASSES.spec, encoder=nn.Unflatten(1, (1, 4)))
     with pytest.raises(ValueError, match=r"must turn \(2, 4\) into \(2, D\); got the error: mat1 and mat2"):
