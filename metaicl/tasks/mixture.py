@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_choice, check_count, check_positive
 from metaicl.collation import split_rows
 from metaicl.episode import Episode, Examples
-from metaicl.functional import gaussian, squared_distances, unit_rows
+from metaicl.functional import gaussian, squared_distances
 from metaicl.learner import Learner, Traits
 from metaicl.mixtures import marginal
 from metaicl.spec import TaskSpec
@@ -61,7 +61,10 @@ class TaskMixture(TaskDistribution):
         self.cue_noise, self.noise = check_positive("cue_noise", cue_noise), check_positive("noise", noise)
         self.spec = TaskSpec("regression", (cue_dim + dim,), y_dim=1)
         generator = derive_generator(seed, "pool")
-        cues = unit_rows(torch.randn(n_pool, cue_dim, generator=generator, dtype=torch.float64))
+        cues = torch.randn(n_pool, cue_dim, generator=generator, dtype=torch.float64)
+        cues = (
+            cues * (cues.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+        )  # to the last bit: a seed names its episodes
         self.cues = (check_positive("cue_scale", cue_scale) * cues).float()
         self.weights = torch.randn(n_pool, dim, generator=generator)
         self.held_out = check_choice("held_out", held_out, ("rows", "tasks"))
