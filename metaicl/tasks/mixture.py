@@ -62,9 +62,8 @@ class TaskMixture(TaskDistribution):
         self.spec = TaskSpec("regression", (cue_dim + dim,), y_dim=1)
         generator = derive_generator(seed, "pool")
         cues = torch.randn(n_pool, cue_dim, generator=generator, dtype=torch.float64)
-        cues = (
-            cues * (cues.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
-        )  # to the last bit: a seed names its episodes
+        # unit_rows rounds otherwise, and a seed names its episodes to the last bit
+        cues = cues * (cues.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
         self.cues = (check_positive("cue_scale", cue_scale) * cues).float()
         self.weights = torch.randn(n_pool, dim, generator=generator)
         self.held_out = check_choice("held_out", held_out, ("rows", "tasks"))
