@@ -7,7 +7,7 @@ decomposed once, and every other value of a penalty or a rate costs one matrix p
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -141,6 +141,8 @@ def from_learner(name: str, learner: Learner) -> Reference:
 def reference_library(tasks: TaskDistribution) -> dict[str, Reference]:
     """The references that fit a distribution: its own `references()` first, then the classical algorithms.
 
+    An own reference that has the name of a classical one, as a ridge that knows the noise, is "ridge of the tasks".
+
     Regression: zero, mean of the support, averaging, gradient descent of 1, 2, 3, 5 and 10 steps, ridge with and
     without a bias, least squares (minimum norm), 1 and 3 nearest neighbors, a Gaussian kernel smoother. Classification:
     equal probabilities, class frequencies, softmax over distances to the class means, ridge on one-hot labels (cut to
@@ -149,8 +151,7 @@ def reference_library(tasks: TaskDistribution) -> dict[str, Reference]:
     spec = tasks.spec
     first = EpisodeStream(tasks, seed=EVAL_SEED, split="train", n_shot=2, n_query=1)[0].support
     scale = float(raw_features(first.x, spec).double().square().mean()) or 1.0
-    found = [from_learner(name, learner) for name, learner in tasks.references().items()]
-    found.append(_zero(spec))
+    found = [_zero(spec)]
     found.append(from_learner("mean" if spec.kind == "regression" else "class frequencies", Constant(spec)))
     if spec.x_kind != "tokens" and math.prod(spec.x_shape) <= LARGEST_LINEAR:
         found += _linear(spec, scale)
@@ -158,7 +159,9 @@ def reference_library(tasks: TaskDistribution) -> dict[str, Reference]:
         found += [_nearest_mean(spec, scale), from_learner("logistic", Logistic(spec))]
     found += [from_learner(f"{k}-NN", NearestNeighbors(spec, k=k)) for k in (1, 3)]
     found.append(_smoother(spec, scale))
-    return {one.name: one for one in found}
+    classical = {one.name: one for one in found}
+    given = {f"{name} of the tasks" if name in classical else name: one for name, one in tasks.references().items()}
+    return {name: from_learner(name, one) for name, one in given.items()} | classical
 
 
 def as_references(references: Mapping[str, Reference | Learner], spec: TaskSpec) -> dict[str, Reference]:
@@ -181,7 +184,7 @@ def as_references(references: Mapping[str, Reference | Learner], spec: TaskSpec)
             one = from_learner(name, one)
         if not isinstance(one, Reference):
             raise TypeError(f"references[{name!r}] must be a Learner or a Reference; got {type(one).__name__}")
-        found[name] = one
+        found[name] = replace(one, name=name)  # free numbers are kept by the name of their reference
     return found
 
 

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from metaicl.analysis.fingerprint import fingerprint
 from metaicl.analysis.fingerprint_result import Fingerprint
 from metaicl.analysis.ranking import find_nearest
+from metaicl.analysis.reference_algorithms import reference_library
 from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
@@ -104,6 +105,22 @@ def test_bayes_is_ridge_at_noise_over_prior() -> None:
         assert one.low <= 0.25 * (1 + 1e-6)
         assert one.high >= 0.25 * (1 - 1e-6)
     assert all(one.reference == "Bayes" and "ridge" in one.ties for one in found.nearest)
+
+
+def test_a_reference_keeps_its_free_number_under_a_name_of_its_own() -> None:
+    library = reference_library(TASKS)
+    found = look(BayesianLinearRegression(TASKS.spec, noise=0.5), references={"mine": library["ridge"]})
+    assert found.fits["mine"].overall.value == pytest.approx(0.25, rel=1e-5)
+    assert found.overall["mine"].mean < 1e-8
+
+
+def test_tasks_keep_their_own_ridge_beside_the_one_with_a_free_number() -> None:
+    """The own one knows the noise: as half of the weights are zero, its penalty is .25 * 2."""
+    library = reference_library(LinearRegression(dim=20, nonzero=10, noise=0.5))
+    own = library["ridge of the tasks"].learner
+    assert isinstance(own, BayesianLinearRegression)
+    assert (own.noise / own.weight_scale) ** 2 == pytest.approx(0.5)
+    assert (library["ridge"].learner, len(library["ridge"].grid)) == (None, 36)
 
 
 @pytest.mark.parametrize(
