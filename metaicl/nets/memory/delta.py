@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaicl.checks import check_count
+from metaicl.functional import solvable
 
 
 def linear_attention(
@@ -116,7 +117,8 @@ def delta_rule_chunked(
         since = log_gate.cumsum(-1)
         overlap = beta[..., None] * (key @ key.mT) * decay_between(since).tril(-1)
         missing = beta[..., None] * (value - since.exp()[..., None] * (key @ memory.mT))
-        corrections = torch.linalg.solve_triangular(overlap, missing, upper=False, unitriangular=True)
+        system = solvable(overlap), solvable(missing)
+        corrections = torch.linalg.solve_triangular(*system, upper=False, unitriangular=True).to(value)
         read, memory = _gated_chunk(query, key, corrections, log_gate, memory)
         reads.append(read)
     return torch.cat(reads, -2)[..., : keys.shape[-2], :], memory

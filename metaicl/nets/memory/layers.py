@@ -8,8 +8,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from metaicl.checks import check_count
-from metaicl.functional import unit_rows
+from metaicl.checks import check_count, check_positive
+from metaicl.functional import solvable, unit_rows
 from metaicl.nets.memory.delta import delta_rule_chunked, linear_attention_chunked
 from metaicl.nets.memory.least_squares import Fit, least_squares_chunked, least_squares_recursive, ridge_start
 from metaicl.nets.memory.recall import PolynomialFeatures, feature_count, recall
@@ -194,6 +194,8 @@ class DeltaRule(FastWeightMixer):
 class Mesa(FastWeightMixer):
     """The exact least-squares map from the keys so far to their values, ridge-regularized by 1 / lambda.
 
+    In half precision and under autocast it is computed, and R kept, in single precision.
+
     Args:
         dim: D.
         regularizer: lambda at first; each head learns its own, and it stays positive.
@@ -219,21 +221,26 @@ class Mesa(FastWeightMixer):
         """Build the projections."""
         super().__init__(dim, gates=int(gate), **options)  # type: ignore[arg-type]  # checked there
         self.order_free, self.recursive = not gate, recursive
-        self.log_regularizer = nn.Parameter(torch.full((self.heads,), math.log(regularizer)))
+        first = math.log(check_positive("regularizer", regularizer))
+        self.log_regularizer = nn.Parameter(torch.full((self.heads,), first))
         if self.to_gates is not None:
             set_gates(self.to_gates, [0.99])
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """No map yet, and the inverse of the regularizer."""
-        fit = ridge_start(self.log_regularizer.exp().to(like).expand(n_tasks, -1), self.key_size, self.value_size)
-        return FastWeights((fit.weights,), (fit.inverse,))
+        regularizer = self.log_regularizer.exp().to(solvable(like)).expand(n_tasks, -1)
+        fit = ridge_start(regularizer, self.key_size, self.value_size)
+        return FastWeights((fit.weights.to(like),), (fit.inverse,))
 
     def _write(self, queries: Tensor, written: Written, state: FastWeights, real: Tensor) -> tuple[Tensor, FastWeights]:
         keys, values, gates = written
         decay = _log_gate(gates[..., 0], real) if gates.shape[-1] else None
         run: Callable[..., tuple[Tensor, Fit]] = least_squares_recursive if self.recursive else least_squares_chunked
-        reads, fit = run(queries, keys, values, Fit(state.weights[0], state.inverse[0]), decay)
-        return reads, FastWeights((fit.weights,), (fit.inverse,))
+        (weights,), (inverse,) = state.weights, state.inverse
+        wide = [one.to(inverse) for one in (queries, keys, values)]
+        with torch.autocast(queries.device.type, enabled=False):
+            reads, fit = run(*wide, Fit(weights.to(inverse), inverse), None if decay is None else decay.to(inverse))
+        return reads.to(queries), FastWeights((fit.weights.to(weights),), (fit.inverse,))
 
 
 def set_gates(linear: nn.Linear, values: list[float]) -> None:

@@ -8,8 +8,8 @@ bear that until the condition of R is that of the dtype, the third one without e
 
 * `least_squares` is the recursion of Sherman and Morrison as one writes it down. Autograd keeps R of every token.
 * `least_squares_recursive` is the same with its own backward, which keeps few R or none.
-* `least_squares_chunked` has one Cholesky factorization per chunk and no loop within. It is the fast and the most
-  accurate one.
+* `least_squares_chunked` has one Cholesky factorization per chunk and no loop within, where that keeps the digits, as
+  with a moderate lambda. It is the fast one.
 
 Reference:
     von Oswald et al. 2023, arXiv:2309.05858, equations 7 and 8 and appendix B (the mesa layer). Differs: the gate, and
@@ -17,29 +17,18 @@ Reference:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaicl.checks import check_count
 from metaicl.nets.memory.delta import cut
+from metaicl.nets.memory.fit import Fit, symmetric, write_chunk, write_token
 from metaicl.nets.memory.normal_equations import inverse_of, precision_of, write_by_normal_equations
-from metaicl.transforms import in_vmap
+from metaicl.transforms import in_a_transform, in_vmap
 
 _SHORTEST = 8  # tokens of a chunk below which a product over chunks is no faster than the normal equations
-
-
-class Fit(NamedTuple):
-    """A least-squares fit.
-
-    Attributes:
-        weights: Phi (..., V, K).
-        inverse: R (..., K, K), symmetric and positive definite.
-    """
-
-    weights: Tensor
-    inverse: Tensor
 
 
 def least_squares(
@@ -59,7 +48,7 @@ def least_squares(
     """
     reads = []
     for t in range(keys.shape[-2]):
-        fit = _write(fit, keys[..., t, :], values[..., t, :], None if decay is None else decay[..., t].exp())
+        fit = write_token(fit, keys[..., t, :], values[..., t, :], None if decay is None else decay[..., t].exp())
         reads.append((fit.weights @ queries[..., t, :, None])[..., 0])
     return torch.stack(reads, -2), fit
 
@@ -77,7 +66,10 @@ def least_squares_chunked(
 
     Within a chunk the fit is kernel regression on the residuals of the fit before it, with kernel k^T R k'. The leading
     blocks of I + K R K^T share one Cholesky factor L: with Y = L^-1 (V - K Phi^T) and Z = L^-1 K R Q^T token t reads
-    Phi q_t + sum_{i <= t} Z_it Y_i. Since I + K R K^T >= I nothing is ever close to singular.
+    Phi q_t + sum_{i <= t} Z_it Y_i. Nothing is close to singular as long as I is not lost beside K R K^T, which costs
+    the digits of lambda |k|^2: a third of those of the dtype may go. Where more would, from 204 in single precision on,
+    chunks are computed in double, and where that is not enough either, from 165,000 on, by the recursion. In a compiled
+    graph and under vmap, where numbers cannot be asked for, it is chunks in double: five digits are left at 1e10.
 
     With a gate, keys and values are divided by the root of what the gates have left since the start of the chunk, and
     the steeper the gates, the shorter are chunks. That is accurate as long as little of the past is lost within a chunk
@@ -85,17 +77,22 @@ def least_squares_chunked(
     where numbers cannot be asked for, gated tokens are written by the normal equations (`write_by_normal_equations`),
     which take several times as long and about one inverse per token.
     """
-    gates, size = torch.zeros_like(keys[..., 0]) if decay is None else decay, check_count("chunk", chunk)
+    size = check_count("chunk", chunk)
+    if decay is None and not _knows_to_be(True, _mild(-_largest(fit, keys).log().clamp(min=0))):
+        if keys.dtype != torch.float64:
+            return _in_double(queries, keys, values, fit, chunk)
+        if not _cannot_ask():
+            return least_squares(queries, keys, values, fit)
+    gates = torch.zeros_like(keys[..., 0]) if decay is None else decay
     while decay is not None and size > _SHORTEST and _knows_to_be(False, _mild(decay.mean(-1) * size)):
         size //= 2
     reads, precision = [], None
     for query, key, value, log_gate in cut((queries, keys, values, gates), size):
-        largest = fit.inverse.diagonal(dim1=-2, dim2=-1).amax(-1) * key.square().sum(-1).amax(-1)
-        mild = _mild(log_gate.sum(-1) - largest.log().clamp(min=0))
+        mild = _mild(log_gate.sum(-1) - _largest(fit, key).log().clamp(min=0))
         if precision is None and decay is not None and not _knows_to_be(True, mild):
             precision = precision_of(fit.inverse)
         if precision is None:
-            read, fit = _write_chunk(query, key, value, log_gate, fit)
+            read, fit = write_chunk(query, key, value, log_gate, fit)
         else:
             tokens = (query, key, value, log_gate)
             read, weights, precision = write_by_normal_equations(tokens, fit.weights, precision)
@@ -124,7 +121,8 @@ def least_squares_recursive(
     by 1e-6 of their norm at lambda = 1, 1e-4 at 100, and by everything at 10,000; in float64 by 1e-9 there. Where fits
     are kept, the steps between two of them are done again from the first, which is always stable.
 
-    The second derivative goes through `least_squares_chunked`, which is the same function.
+    The second derivative goes through `least_squares_chunked`, which is the same function, and so does everything
+    within transforms of `torch.func`.
 
     Args:
         queries: (..., T, K).
@@ -140,6 +138,8 @@ def least_squares_recursive(
     every = math.isqrt(max(n_tokens - 1, 0)) + 1 if keep_every == 0 else keep_every
     if every is not None:
         check_count("keep_every", every)
+    if in_a_transform():
+        return least_squares_chunked(queries, keys, values, fit, decay)
     reads, weights, inverse = _Recursion.apply(queries, keys, values, fit.weights, fit.inverse, decay, every)
     return reads, Fit(weights, inverse)
 
@@ -155,40 +155,25 @@ def _mild(decay: Tensor) -> Tensor:
     return (decay >= math.log(torch.finfo(decay.dtype).eps) / 3).all()
 
 
+def _largest(fit: Fit, keys: Tensor) -> Tensor:
+    """A bound (...) on k^T R k for any of the keys, as far as the diagonal of R tells: lambda |k|^2 at first."""
+    return fit.inverse.diagonal(dim1=-2, dim2=-1).amax(-1) * keys.square().sum(-1).amax(-1)
+
+
+def _cannot_ask() -> bool:
+    """Whether numbers cannot be looked at: in a compiled graph and under vmap."""
+    return torch.compiler.is_compiling() or in_vmap()
+
+
 def _knows_to_be(value: bool, flag: Tensor) -> bool:
-    """Whether a flag is known to have this value; in a compiled graph and under vmap nothing is known."""
-    return not torch.compiler.is_compiling() and not in_vmap() and bool(flag) == value
+    """Whether a flag is known to have this value."""
+    return not _cannot_ask() and bool(flag) == value
 
 
-def _write_chunk(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, fit: Fit) -> tuple[Tensor, Fit]:
-    since = decay.cumsum(-1)
-    rise = (-0.5 * since).exp()[..., None]
-    keys, values = rise * keys, rise * values
-    reach = fit.inverse @ keys.mT  # (..., K, n)
-    gram = keys @ reach + torch.eye(keys.shape[-2], dtype=keys.dtype, device=keys.device)
-    factor = torch.linalg.cholesky_ex(gram).L
-    residual = torch.linalg.solve_triangular(factor, values - keys @ fit.weights.mT, upper=False)
-    gain = torch.linalg.solve_triangular(factor, reach.mT, upper=False)  # (..., n, K)
-    reads = queries @ fit.weights.mT + (queries @ gain.mT).tril() @ residual
-    inverse = (fit.inverse - gain.mT @ gain) * (-since[..., -1, None, None]).exp()
-    return reads, Fit(fit.weights + residual.mT @ gain, _symmetric(inverse))
-
-
-def _write(fit: Fit, key: Tensor, value: Tensor, gate: Tensor | None) -> Fit:
-    """One token, key (..., K) and value (..., V), with gamma (...).
-
-    R is made symmetric each time: what rounding adds on one side only would grow as 1 / gamma^t, whatever the keys.
-    """
-    prior = fit.inverse if gate is None else fit.inverse / gate[..., None, None]
-    reach = (prior @ key[..., None])[..., 0]
-    gain = reach / (1 + (key * reach).sum(-1, keepdim=True))
-    error = value - (fit.weights @ key[..., None])[..., 0]
-    weights = fit.weights + error[..., :, None] * gain[..., None, :]
-    return Fit(weights, _symmetric(prior - reach[..., :, None] * gain[..., None, :]))
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+def _in_double(queries: Tensor, keys: Tensor, values: Tensor, fit: Fit, chunk: int) -> tuple[Tensor, Fit]:
+    wide = Fit(fit.weights.double(), fit.inverse.double())
+    reads, after = least_squares_chunked(queries.double(), keys.double(), values.double(), wide, chunk=chunk)
+    return reads.to(keys.dtype), Fit(after.weights.to(keys.dtype), after.inverse.to(keys.dtype))
 
 
 def _unwrite(fit: Fit, key: Tensor, value: Tensor, gate: Tensor) -> Fit:
@@ -196,7 +181,7 @@ def _unwrite(fit: Fit, key: Tensor, value: Tensor, gate: Tensor) -> Fit:
     gain = (fit.inverse @ key[..., None])[..., 0]  # R_t k = R k / (1 + k^T R k)
     scale = 1 / (1 - (key * gain).sum(-1, keepdim=True))
     error = scale * (value - (fit.weights @ key[..., None])[..., 0])
-    prior = _symmetric(fit.inverse + scale[..., None] * gain[..., :, None] * gain[..., None, :])
+    prior = symmetric(fit.inverse + scale[..., None] * gain[..., :, None] * gain[..., None, :])
     return Fit(fit.weights - error[..., :, None] * gain[..., None, :], gate[..., None, None] * prior)
 
 
@@ -212,7 +197,7 @@ class _Recursion(torch.autograd.Function):
         for t in range(keys.shape[-2]):
             if every is not None and t and t % every == 0:
                 kept += fit
-            fit = _write(fit, keys[..., t, :], values[..., t, :], decay[..., t].exp())
+            fit = write_token(fit, keys[..., t, :], values[..., t, :], decay[..., t].exp())
             reads.append((fit.weights @ queries[..., t, :, None])[..., 0])
         ctx.every = every
         ctx.save_for_backward(queries, keys, values, weights, inverse, decay, *fit, *kept)
@@ -248,7 +233,7 @@ class _Recursion(torch.autograd.Function):
 def _states(fit: Fit, keys: Tensor, values: Tensor, gates: Tensor, tokens: range) -> list[Fit]:
     fits = [fit]
     for t in tokens:
-        fits.append(_write(fits[-1], keys[..., t, :], values[..., t, :], gates[..., t]))
+        fits.append(write_token(fits[-1], keys[..., t, :], values[..., t, :], gates[..., t]))
     return fits
 
 
@@ -262,7 +247,7 @@ def _step_back(
 ) -> Fit:
     """The gradient before a token, from the one after it; fills in those of query, key and value."""
     (key, value, gate), (query, grad_read) = token, read
-    grad_inverse = _symmetric(later.inverse)  # as R_t was made symmetric
+    grad_inverse = symmetric(later.inverse)  # as R_t was made symmetric
     found[0].copy_((after.weights.mT @ grad_read[..., None])[..., 0])
     grad_weights = later.weights + grad_read[..., :, None] * query[..., None, :]
     prior = before.inverse / gate[..., None, None]

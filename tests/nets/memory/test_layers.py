@@ -194,3 +194,24 @@ def test_no_rate_up_to_the_largest_diverges_but_larger_ones_do(make: Any, batch:
             set_gates(layer.to_gates, [gates[name] for name in layer.gate_names])
             if bounded or keep > 0.9:
                 assert (largest(layer, h) < 20) == bounded
+
+
+@pytest.mark.parametrize("name", ["LinearAttention", "DeltaRule", "DeltaRule, gate, degree 2", *list(LAYERS)[4:7]])
+def test_half_precision_is_single_precision_rounded(name: str) -> None:
+    torch.manual_seed(0)
+    layer, h = LAYERS[name](DIM, heads=2), torch.randn(TASKS, 40, DIM)
+    expected, _ = layer(h, layer.start(TASKS, h))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = layer(h, layer.start(TASKS, h))
+    layer, h = layer.bfloat16(), h.bfloat16()
+    half, state = layer(h[:, :30], layer.start(TASKS, h))
+    half = torch.cat([half, layer(h[:, 30:], state)[0]], 1)
+    for found in (mixed, half):
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_regularizer_that_is_not_positive_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="regularizer must be a finite number > 0"):
+        Mesa(DIM, regularizer=value)

@@ -62,6 +62,47 @@ def test_chunks_equal_the_recursion(chunk: int) -> None:
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(("regularizer", "bound"), [(1e3, 2e-7), (1e5, 2e-7), (1e7, 2e-7), (1e9, 5e-5)])
+def test_chunks_in_single_precision_keep_their_digits_at_a_large_regularizer(regularizer: float, bound: float) -> None:
+    """Against ridge regression by singular values, where tokens repeat all directions, and where there are few."""
+    compiled = torch.compile(least_squares_chunked, fullgraph=True, dynamic=False, backend="eager")
+
+    def mapped(queries: Tensor, keys: Tensor, values: Tensor, fit: Fit) -> tuple[Tensor, Fit]:
+        return torch.func.vmap(lambda *one: least_squares_chunked(*one[:3], Fit(*one[3:])))(queries, keys, values, *fit)
+
+    for n_tokens in (3, 150):
+        queries, keys, values, _ = (leaf.float() for leaf in tokens(n_tokens))
+        left, size, right = torch.linalg.svd(keys.double(), full_matrices=False)
+        shrunk = (size / (size**2 + 1 / regularizer)).diag_embed()
+        expected = values.double().mT @ left @ shrunk @ right
+        start = ridge_start(torch.full((2,), regularizer), KEY, VALUE)
+        for route in (least_squares_chunked, compiled, mapped):
+            fit = route(queries, keys, values, start)[1]
+            assert (fit.weights - expected).norm() / expected.norm() < bound
+
+
+def test_chunks_are_no_worse_than_the_recursion_in_double_precision() -> None:
+    queries, keys, values, _ = tokens(150)
+    exact = torch.linalg.lstsq(keys, values).solution.mT
+    start = ridge_start(torch.full((2,), 1e12, dtype=torch.float64), KEY, VALUE)
+    off = [(route(queries, keys, values, start)[1].weights - exact).norm() / exact.norm() for route in ROUTES[:2]]
+    assert off[1] <= off[0] < 1e-4
+
+
+def test_the_own_backward_is_replaced_within_transforms() -> None:
+    queries, keys, values, decay = tokens()
+    start = ridge_start(torch.ones(2, dtype=torch.float64), KEY, VALUE)
+
+    def loss(keys: Tensor) -> Tensor:
+        return least_squares_recursive(queries, keys, values, start, decay)[0].square().sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf := keys.clone().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(keys), expected, rtol=1e-9, atol=1e-11)
+    reads = torch.func.vmap(lambda *one: least_squares_recursive(*one[:3], Fit(*one[3:]))[0])
+    expected = least_squares(queries, keys, values, start)[0]
+    torch.testing.assert_close(reads(queries, keys, values, *start), expected, rtol=1e-9, atol=1e-11)
+
+
 def test_a_small_regularizer_gives_linear_attention() -> None:
     queries, keys, values, _ = tokens()
     tiny = 1e-9
