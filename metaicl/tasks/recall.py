@@ -1,6 +1,7 @@
 """Associative recall: which value came with this key? The test of what a memory can hold."""
 
 from collections.abc import Mapping
+from itertools import permutations
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution, derive_seed
 
 _CELLS = 16  # of the sum that tells a task's split: 12 train, 2 validation, 2 test
+_FEW = 4  # keys; with more of them every split has tasks
 _SHARES: dict[Split, tuple[int, int]] = {"train": (0, 12), "validation": (12, 14), "test": (14, 16)}
 
 
@@ -56,7 +58,7 @@ class AssociativeRecall(TaskDistribution):
         """Draw pairs; see `TaskDistribution.sample`.
 
         Raises:
-            ValueError: If there are fewer keys than pairs.
+            ValueError: If there are fewer keys than pairs, or so few that the split has no task.
         """
         n_values = self.spec.output_size
         n_pairs = n_values * n_shot
@@ -86,15 +88,30 @@ class AssociativeRecall(TaskDistribution):
     def _keys(self, n_tasks: int, n_shot: int, split: Split, generator: torch.Generator) -> Tensor:
         """Different keys (B, n_shot, C), drawn again where they belong to another split."""
         low, high = _SHARES[split]
+        self._check_reachable(n_shot, split)
         found = torch.zeros(n_tasks, n_shot, self.spec.output_size, dtype=torch.long)
         open_tasks = torch.ones(n_tasks, dtype=torch.bool)
         while bool(open_tasks.any()):
             drawn = torch.rand(int(open_tasks.sum()), self.n_keys, generator=generator).argsort(1) + 1
             found[open_tasks] = drawn[:, : n_shot * self.spec.output_size].unflatten(1, (n_shot, -1))
             # a sum over pairs, so that it does not depend on their order; products tell values apart
-            cell = (found * (2 * torch.arange(self.spec.output_size) + 1)).sum((1, 2)) % _CELLS
+            cell = (found * _factors(self.spec.output_size)).sum((1, 2)) % _CELLS
             open_tasks = (cell < low) | (cell >= high)
         return found
+
+    def _check_reachable(self, n_shot: int, split: Split) -> None:
+        """Few keys make few sums: refuse a split that has no task instead of drawing for ever."""
+        if self.n_keys > _FEW:
+            return
+        factors = _factors(self.spec.output_size).tolist() * n_shot
+        tasks = permutations(range(1, self.n_keys + 1), len(factors))
+        cells = {sum(key * factor for key, factor in zip(task, factors, strict=True)) % _CELLS for task in tasks}
+        low, high = _SHARES[split]
+        if cells.isdisjoint(range(low, high)):
+            raise ValueError(
+                f"n_keys must leave tasks for every split; got {self.n_keys}, which with n_values = "
+                f"{self.spec.output_size} and n_shot = {n_shot} leaves none for {split!r}: raise n_keys to {_FEW + 1}"
+            )
 
 
 class ExactLookup(Learner[tuple[Tensor, Tensor, Tensor]]):
@@ -117,6 +134,11 @@ class ExactLookup(Learner[tuple[Tensor, Tensor, Tensor]]):
         inputs, weights, real = state
         same = (x[:, :, None] == inputs[:, None]).flatten(3).all(-1) & real[:, None]
         return categorical((same.to(weights.dtype) @ weights + 1e-3).log())
+
+
+def _factors(n_values: int) -> Tensor:
+    """What the keys of each value (C,) are multiplied by."""
+    return 2 * torch.arange(n_values) + 1
 
 
 def _shuffled(keys: Tensor, values: Tensor, generator: torch.Generator) -> Examples:

@@ -1,5 +1,7 @@
 """Associative recall: the contract, the pairs, and what looking up reaches."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,3 +76,18 @@ def test_too_few_keys_are_refused() -> None:
         AssociativeRecall(n_values=8, n_keys=4)
     with pytest.raises(ValueError, match="key_dim must be an int >= 2; got 1"):
         AssociativeRecall(key_dim=1)
+
+
+@pytest.mark.parametrize(("n_values", "n_keys", "n_shot", "split"), [(2, 2, 1, "test"), (3, 3, 1, "validation")])
+def test_a_split_without_tasks_is_refused(n_values: int, n_keys: int, n_shot: int, split: Any) -> None:
+    tasks = AssociativeRecall(n_values=n_values, n_keys=n_keys)
+    with pytest.raises(ValueError, match=rf"n_keys must leave tasks .* leaves none for '{split}': raise n_keys to 5"):
+        EpisodeStream(tasks, seed=0, split=split, n_shot=n_shot, n_query=1)[0]
+
+
+def test_with_five_keys_every_split_has_tasks() -> None:
+    for n_values, n_shot in ((2, 1), (2, 2), (3, 1), (4, 1), (5, 1)):
+        for split in ("train", "validation", "test"):
+            tasks = AssociativeRecall(n_values=n_values, n_keys=5)
+            episode = EpisodeStream(tasks, seed=0, split=split, n_shot=n_shot, n_query=1, chunk_size=3)[0]
+            assert episode.support.x.shape == (3, n_values * n_shot, 1)
