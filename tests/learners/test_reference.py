@@ -57,6 +57,20 @@ def test_nearest_neighbors_equals_sklearn(regression, classification, k: int) ->
 
 
 @pytest.mark.parametrize("weights", ["uniform", "distance"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6])
+def test_neighbors_do_not_depend_on_the_units_of_inputs(weights: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, queries, y = (torch.randn(3, n, size, generator=generator) for n, size in ((9, 2), (5, 2), (9, 1)))
+    x = torch.cat([x, x[:, :2]], 1)  # two rows come twice, and are tied
+    y, queries = torch.cat([y, -y[:, :2]], 1), torch.cat([queries, x[:, :1]], 1)
+    learner = NearestNeighbors(TaskSpec("regression", (2,), y_dim=1), k=1, weights=weights)
+    expected, found = (learner(Examples(factor * x, y), factor * queries) for factor in (1.0, scale))
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.mean[:, -1], torch.zeros(3, 1), rtol=0, atol=1e-6)
+    assert bool((expected.mean[:, :-1] == y.mT).any(-1).any())
+
+
+@pytest.mark.parametrize("weights", ["uniform", "distance"])
 def test_neighbors_that_are_masked_are_absent(weights: str) -> None:
     """Fewer real rows than neighbors: votes are counted among the real ones."""
     learner = NearestNeighbors(TaskSpec("classification", (1,), n_way=3), k=3, weights=weights)

@@ -21,7 +21,8 @@ from metaicl.learner import Learner, Traits
 from metaicl.spec import TaskSpec
 
 _TIE = 1e-5  # relative difference of squared distances below which two rows are equally near
-_COINCIDENT = 1e-12  # squared distance below which two rows are the same
+_ROUNDING = 1e-6  # of squared distances, in units of the mean square of the centered rows
+_COINCIDENT = 1e-12  # squared distance below which two rows are the same, likewise
 _MIN_SCALE = 1e-2  # of a Gaussian fitted to a handful of residuals, in units of the targets
 
 
@@ -59,8 +60,8 @@ class Constant(Learner[MeanAndScale | Tensor]):
 class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
     """k nearest neighbors in raw features (Euclidean; texts by the cosine of word counts).
 
-    Rows tied with the k-th nearest vote too. Classification votes with Laplace smoothing; regression answers the
-    neighbors' mean, with the support's leave-one-out error as its scale.
+    Rows tied with the k-th nearest vote too, in whatever units the inputs are. Classification votes with Laplace
+    smoothing; regression answers the neighbors' mean, with the support's leave-one-out error as its scale.
 
     Args:
         spec: The tasks.
@@ -97,13 +98,16 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
         return gaussian(found, error[:, None])
 
     def _average(self, queries: Tensor, features: Tensor, y: Tensor, allowed: Tensor) -> Tensor:
+        square = (features - features.mean(1, keepdim=True)).square().sum(-1)
+        spread = masked_mean(square, allowed.any(1), 1)[:, None, None]
         distances = squared_distances(queries, features).masked_fill(~allowed, float("inf"))
         last = distances.topk(min(self.k, features.shape[1]), -1, largest=False).values  # (B, Q, k)
         last = last.masked_fill(last.isinf(), 0).amax(-1, keepdim=True)
         # Rows as near as the k-th one vote too: a choice among them would depend on their order and on rounding.
-        weights = (distances <= last + _TIE * (1 + last)).to(y.dtype)
+        weights = (distances <= last + _TIE * last + _ROUNDING * spread).to(y.dtype)
         if self.by_distance:
-            weights = weights * distances.clamp(min=_COINCIDENT, max=torch.finfo(y.dtype).max).rsqrt()
+            relative = distances / spread.clamp(min=torch.finfo(y.dtype).tiny)
+            weights = weights * relative.clamp(min=_COINCIDENT, max=torch.finfo(y.dtype).max).rsqrt()
             weights = weights / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
         return weights @ y / weights.sum(-1, keepdim=True).clamp(min=1)
 
