@@ -44,8 +44,8 @@ class LinearRegression(TaskDistribution):
         nonzero: Number of weights that are not zero, at random places (the same ones for all outputs); None is all.
         distractors: Support rows per task whose label is replaced by N(0, 1). They are the latent "distractors".
         prompt: How the query relates to the support: "standard"; "same orthant", all support inputs in one random
-            orthant; "orthogonal query", orthogonal to all support inputs and as long as drawn, for n_shot < D;
-            "seen query", one of the support inputs.
+            orthant; "orthogonal query", orthogonal to all support inputs and as long as drawn, for n_shot < D,
+            or below the number of positive eigenvalues; "seen query", one of the support inputs.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -102,8 +102,12 @@ class LinearRegression(TaskDistribution):
         dim = self.spec.x_shape[0]
         if self.distractors > n_shot:
             raise ValueError(f"n_shot must be at least distractors = {self.distractors}; got {n_shot}")
-        if self.prompt == "orthogonal query" and n_shot >= dim:
-            raise ValueError(f"n_shot must be below dim = {dim} for a query orthogonal to the support; got {n_shot}")
+        rank = int((self.eigenvalues > 0).sum()) if isinstance(self.eigenvalues, Tensor) else dim
+        if self.prompt == "orthogonal query" and n_shot >= rank:
+            name = "dim" if rank == dim else "the number of positive eigenvalues"
+            raise ValueError(
+                f"n_shot must be below {name} = {rank} for a query orthogonal to the support; got {n_shot}"
+            )
         weights = self._draw_weights(n_tasks, split, generator)
         x = self._draw_inputs(n_tasks, n_shot + n_query, generator)
         x = _arranged(x, n_shot, self.prompt, generator)

@@ -114,6 +114,17 @@ def test_prompts_relate_query_and_support() -> None:
         draw(n_shot=6, prompt="orthogonal query")
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_orthogonal_queries_stay_in_the_subspace(rotated: bool) -> None:
+    options = {"eigenvalues": subspace(6, 3), "rotated": rotated, "prompt": "orthogonal query"}
+    episode = draw(200, n_shot=2, **options)
+    assert float((episode.query.x @ episode.support.x.mT).abs().max()) < 1e-3
+    rows = torch.cat([episode.support.x, episode.query.x], 1).double()
+    assert float(torch.linalg.svdvals(rows)[:, 3:].max()) < 1e-4
+    with pytest.raises(ValueError, match="n_shot must be below the number of positive eigenvalues = 3"):
+        draw(n_shot=3, **options)
+
+
 def test_distractors_replace_labels_of_the_support() -> None:
     episode = draw(noise=0.0, distractors=2, weight_scale=3.0)
     replaced = episode.latents["distractors"]
