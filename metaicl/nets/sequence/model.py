@@ -189,7 +189,7 @@ class SequenceModel(Mixer[StackState]):
                     f"max_length must be at least the number of tokens, {int(places.max()) + 1}; got {limit}. "
                     "Positions are learned one by one: build the model with a larger max_length"
                 )
-        return places if real is None else places.clamp(max=limit - 1)
+        return places if real is None else torch.where(real, places, places.clamp(max=limit - 1))
 
 
 def _counted(state: StackState, h: Tensor, real: Tensor | None) -> Tensor:

@@ -202,3 +202,13 @@ def test_arguments_are_checked():
         Looped(Block(8, None), loops=2, window=3)
     with pytest.raises(ValueError, match="depth"):
         SequenceModel(8, mixer=attention, depth=0)
+
+
+def test_compiled_tokens_beyond_the_last_position_are_refused() -> None:
+    """Those that are not real may be anywhere."""
+    model = SequenceModel(8, mixer=attention, depth=1, max_length=5)
+    compiled = torch.compile(lambda h, real: model(h, model.start(1, h), real)[0], backend="eager")
+    h, real = torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(0)), torch.arange(7)[None] < 5
+    torch.testing.assert_close(compiled(h, real)[:, :5], model(h[:, :5], model.start(1, h))[0])
+    with pytest.raises((IndexError, RuntimeError), match="index out of range"):
+        compiled(h, torch.ones_like(real))
