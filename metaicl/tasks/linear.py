@@ -15,10 +15,11 @@ from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution
 from metaicl.tasks.bayes import BayesianLinearRegression
 from metaicl.tasks.holdout import hold_out
-from metaicl.tasks.inputs import LAWS, draw_inputs, random_rotations
+from metaicl.tasks.inputs import LAWS, VARIANCE, draw_inputs, random_rotations
 from metaicl.tasks.sparse import MAX_SUPPORTS, SparseLinearPosterior
 
 CELL = 2.0**-9
+_LEAST_NOISE = 1e-5  # assumed by the references, in units of x w
 
 PROMPTS = ("standard", "same orthant", "orthogonal query", "seen query")
 
@@ -127,19 +128,29 @@ class LinearRegression(TaskDistribution):
     def references(self) -> Mapping[str, Learner]:
         """The Bayes posterior; without noise it is the minimum-norm least-squares fit.
 
+        Noise of at least 1e-5 of the standard deviation of x w is assumed, well above rounding.
         It is exact for every law of the inputs. With sparse weights it sums over all places of the weights, where
         these are at most `MAX_SUPPORTS`; above, "ridge" is the best linear estimate. With distractors, "ridge" is
         the posterior that takes every label at its word.
         """
-        dim, noise = self.spec.x_shape[0], max(self.noise, 1e-4 * self.weight_scale)
-        query_noise = noise if self.noisy_query else 1e-4 * self.weight_scale
-        noises = {"noise": noise, "query_noise": query_noise}
+        dim, least = self.spec.x_shape[0], _LEAST_NOISE * self._size()
+        noise = max(self.noise, least)
+        noises = {"noise": noise, "query_noise": noise if self.noisy_query else least}
         if self.nonzero < dim and math.comb(dim, self.nonzero) <= MAX_SUPPORTS and not self.distractors:
             sparse = SparseLinearPosterior(self.spec, nonzero=self.nonzero, weight_scale=self.weight_scale, **noises)
             return {"Bayes": sparse}
         matched = self.weight_scale * (self.nonzero / dim) ** 0.5
         name = "Bayes" if self.nonzero == dim and not self.distractors else "ridge"
         return {name: BayesianLinearRegression(self.spec, weight_scale=matched, **noises)}
+
+    def _size(self) -> float:
+        """Standard deviation of x w."""
+        dim, variance = self.spec.x_shape[0], VARIANCE.get(self.inputs, 1 / self.spec.x_shape[0])
+        if self._factor is not None:
+            variance *= float(self._factor.square().sum()) / dim
+        elif isinstance(self.eigenvalues, Tensor):
+            variance *= float(self.eigenvalues.mean())
+        return self.weight_scale * self.x_scale * (self.nonzero * variance) ** 0.5
 
     def _draw_weights(self, n_tasks: int, split: Split, generator: torch.Generator) -> Tensor:
         dim = self.spec.x_shape[0]

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,16 @@ def test_sparse_references_are_ordered() -> None:
     assert bayes < 0.01 * squares
     assert bayes < lasso < 0.5 * squares
     assert list(LinearRegression(dim=40, nonzero=4).references()) == ["ridge"]
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": "uniform"}, {"covariance": 9 * torch.eye(6)}, {"nonzero": 5}])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_bayes_without_noise_is_least_squares_at_any_scale(options: dict[str, Any], scale: float) -> None:
+    tasks = LinearRegression(dim=6, noise=0.0, x_scale=scale, **options)
+    episode = draw(200, n_shot=9, noise=0.0, x_scale=scale, **options)
+    answer, size = tasks.references()["Bayes"](episode.support, episode.query.x), episode.query.y.std()
+    assert float((answer.mean - episode.query.y).abs().max() / size) < 1e-5
+    assert 1e-5 < float(answer.stddev.median() / size) < 5e-5
 
 
 @pytest.mark.parametrize("y_dim", [1, 3])
