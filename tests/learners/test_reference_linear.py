@@ -22,7 +22,7 @@ from metaicl.learners.reference.linear import (
     Procrustes,
     chebyshev,
 )
-from metaicl.learners.reference.recursive import RecursiveLeastSquares
+from metaicl.learners.reference.recursive import Recursion, RecursiveLeastSquares
 from metaicl.learners.reference.simple import NearestNeighbors, Ridge
 from metaicl.prefixes import predict_prefixes
 from metaicl.spec import TaskSpec
@@ -164,6 +164,7 @@ def test_recursion_equals_the_direct_solution(n_rows: int) -> None:
     eye = torch.eye(4, dtype=torch.float64)
     direct = torch.linalg.solve(rows.x.mT @ rows.x + 0.1 * eye, rows.x.mT @ rows.y)
     torch.testing.assert_close(found.weights, direct, rtol=1e-9, atol=1e-10)
+    assert isinstance(found, Recursion)
     torch.testing.assert_close(found.inverse, torch.linalg.inv(rows.x.mT @ rows.x + 0.1 * eye), rtol=1e-9, atol=1e-10)
 
 
@@ -186,6 +187,21 @@ def test_a_long_stream_is_not_forgotten_into_noise(forgetting: float) -> None:
     direct = torch.linalg.solve(rows.x.mT @ (weight * rows.x), rows.x.mT @ (weight * rows.y))  # nothing else is left
     found = RecursiveLeastSquares(SPEC, penalty=0.1, forgetting=forgetting).adapt(rows)
     torch.testing.assert_close(found.weights, direct, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("forgetting", [0.05, 0.5, 0.8, 0.95])
+def test_forgetting_bears_directions_that_no_row_reaches(forgetting: float) -> None:
+    """Equal inputs, and a feature that comes twice: the fit of the rows stays, and the weights stay small."""
+    rows = draw(n_rows=1200)
+    twice = rows.x.clone()
+    twice[..., 1] = twice[..., 0]
+    learner = RecursiveLeastSquares(SPEC, penalty=0.1, forgetting=forgetting)
+    truth = torch.ones(4, rows.y.shape[-1], dtype=torch.float64)
+    for x in (torch.ones_like(rows.x), twice):
+        stream = Examples(x, x @ truth)
+        found = learner.predict_prefixes(stream).mean - stream.y
+        assert float(found[:, -100:].abs().max()) < 1e-6
+        torch.testing.assert_close(learner.adapt(stream).weights, truth.expand(len(x), -1, -1), rtol=0, atol=0.02)
 
 
 def test_recursion_has_gradients() -> None:
