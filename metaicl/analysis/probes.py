@@ -100,16 +100,16 @@ def shuffled(targets: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def _standardized(values: Tensor, n_fit: int, *, together: bool = False) -> Tensor:
-    """(T, B, features) with mean 0 and variance 1 over the fitting episodes; a constant feature becomes 0.
+    """(T, B, features) with mean 0 and variance 1 over the fitting episodes; constants up to rounding become 0.
 
     The mean is that of each position. So is the variance, or it is one for all positions `together`.
     """
+    rounding = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps
     values = values.detach().double().cpu().transpose(0, 1)
     mean, spread = values[:, :n_fit].mean(1, keepdim=True), values[:, :n_fit].std(1, keepdim=True)
     if together:
         spread = spread.square().mean(0, keepdim=True).sqrt()
-    floor = 1e-9 * (1 + mean.abs())
-    return torch.where(spread > floor, (values - mean) / spread.clamp(min=1e-300), 0.0)
+    return torch.where(spread > 4 * rounding * mean.abs(), (values - mean) / spread.clamp(min=1e-300), 0.0)
 
 
 def _ridge_residual(x: Tensor, y: Tensor, cuts: tuple[int, int]) -> Tensor:

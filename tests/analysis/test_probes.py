@@ -106,6 +106,15 @@ def test_a_constant_target_has_no_r2(kind: Any, value: float) -> None:
     assert probe(hidden, values, kind=kind, steps=10).r2[1].mean < 1
 
 
+def test_probes_do_not_depend_on_units_and_offsets() -> None:
+    hidden, values = planted(200)
+    expected = probe(hidden, values).r2[0].mean
+    for x, y in ((hidden, 1e-10 * values), (1e-10 * hidden, values), (hidden, 1e8 + values.double())):
+        assert probe(x, y).r2[0].mean == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=r"constant at \[0, 1\]"):  # nothing is left of them in single precision
+        probe(hidden, 1e10 + values)
+
+
 def test_a_target_that_is_constant_among_the_judged_has_no_r2() -> None:
     hidden, values = planted(40)
     values[30:, 1] = 0.0
