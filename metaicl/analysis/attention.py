@@ -36,7 +36,8 @@ class AttentionScores:
     Args:
         matching: Attention to the support input that is nearest to the query's (copying score).
         following: Attention to the token after it (induction score): its target where inputs and targets are tokens of
-            their own, the next row where a row is one token.
+            their own, the next row where a row is one token. Queries nearest to the last of such rows, which
+            nothing follows, are left out.
         entropy: Of the attention, in nats.
         chance: What equal attention would give to any one token.
         most: Entropy of equal attention, in nats.
@@ -132,6 +133,9 @@ def attention_scores(
                 n_seen = int(maps.scores[next(iter(maps.scores))][0, 0, -1].isfinite().sum())
         for key in parts[0]:
             found.setdefault(key, []).append(torch.cat([part[key] for part in parts]))
+    for name in [name for measure, name in found if measure == "followed"]:
+        share = torch.cat(found.pop(("followed", name))).mean().clamp(min=1e-30)  # of queries that count
+        found["following", name] = [values / share for values in found["following", name]]
     values = {key: torch.stack(seeds).double().cpu().numpy() for key, seeds in found.items()}  # (S, E, heads)
     columns = {key: [matrix[..., head] for head in range(matrix.shape[-1])] for key, matrix in values.items()}
     flat = iter(intervals([column for matrices in columns.values() for column in matrices]))
@@ -173,6 +177,8 @@ def _measure(maps: AttentionMaps, episode: Episode, spec: TaskSpec) -> dict[tupl
         for measure, values, index in (("matching", weights, nearest), ("following", after, nearest + 1)):
             index = index[:, None, :, None].expand(-1, weights.shape[1], -1, 1)
             found[measure, name] = values.gather(-1, index).mean((-2, -1))
+        followed = nearest + 1 < weights.shape[-1] - maps.n_query
+        found["followed", name] = followed.to(weights.dtype).mean(-1)
         found["entropy", name] = torch.special.entr(weights).sum(-1).mean(-1)
     return found
 

@@ -168,6 +168,18 @@ def test_following_is_the_token_after():
             assert one.n_seeds == 2
 
 
+@pytest.mark.parametrize("name", ["set", "causal", "interleaved"])
+def test_equal_attention_follows_by_chance(name):
+    learner = build(name)
+    with torch.no_grad():
+        for key, weight in learner.named_parameters():
+            if "to_query" in key:
+                weight.zero_()
+    found = attention_scores(learner, TASKS, n_shot=3, n_query=2, n_episodes=40)
+    for one in [head for heads in found.following.values() for head in heads]:
+        assert one.mean == pytest.approx(found.chance, rel=1e-5)
+
+
 def test_classification_tables_and_pictures(tmp_path):
     tasks = GaussianClasses(n_way=3)
     learner = build("set", tasks)
