@@ -100,12 +100,15 @@ def largest_drop(curves: Mapping[int, float] | Sequence[Mapping[int, float]]) ->
         curves: Positive metrics by step, from `follow`: one curve, or one for each seed, at the same steps.
 
     Raises:
-        ValueError: If curves have fewer than four steps, differ in steps, or hold values that are not positive.
+        ValueError: If curves have fewer than four steps, differ in steps or do not rise in them, or hold values that
+            are not positive.
     """
     many = [curves] if isinstance(curves, Mapping) else list(curves)
     if not many or any(list(one) != list(many[0]) for one in many) or len(many[0]) < 4:
         raise ValueError("largest_drop needs curves at the same four or more steps, rising")
     steps = np.array(list(many[0]), dtype=np.float64)
+    if not bool(np.all(np.diff(steps) > 0)):
+        raise ValueError(f"largest_drop needs curves whose steps rise; got {list(many[0])}")
     values = np.array([list(one.values()) for one in many], dtype=np.float64)
     if not bool(np.all(np.isfinite(values) & (values > 0))):
         raise ValueError("largest_drop needs metrics that are finite and above zero")

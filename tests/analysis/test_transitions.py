@@ -99,3 +99,5 @@ def test_nonsense_is_refused() -> None:
         largest_drop([{1: 1.0, 2: 1.0, 3: 0.5, 4: 1.0}, {1: 1.0, 2: 1.0, 3: 0.5, 5: 1.0}])
     with pytest.raises(ValueError, match="above zero"):
         largest_drop({1: 1.0, 2: 0.0, 3: 0.5, 4: 1.0})
+    with pytest.raises(ValueError, match=r"whose steps rise; got \[1, 3, 2, 4\]"):
+        largest_drop({1: 1.0, 3: 1.0, 2: 0.5, 4: 0.5})

@@ -121,6 +121,16 @@ def test_no_rows_and_no_queries(make: type) -> None:
         assert learner.predict_prefixes(nothing).mean.shape == (3, 0, 2)
 
 
+def test_half_precision_counts_all_rows_of_a_stream() -> None:
+    learner = CausalLinearTransformer(TaskSpec("regression", (2,), y_dim=1), depth=1).bfloat16()
+    row = Examples(torch.ones(1, 1, 2).bfloat16(), torch.ones(1, 1, 1).bfloat16())
+    with torch.no_grad():
+        state = learner.adapt(row)
+        for _ in range(299):
+            state = learner.update(state, row)
+    assert state.count.tolist() == [300]
+
+
 def test_one_layer_does_not_care_for_causality() -> None:
     one, other = LinearTransformer(SPEC, heads=2).double(), CausalLinearTransformer(SPEC, heads=2).double()
     other.load_state_dict(one.state_dict())

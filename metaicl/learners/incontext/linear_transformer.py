@@ -21,7 +21,7 @@ class TokenMoments(NamedTuple):
 
     Attributes:
         sums: Sum of e_i e_i^T over the tokens that enter each layer, (B, D, D) per layer.
-        count: Real rows so far (B,).
+        count: Real rows so far, long (B,).
     """
 
     sums: tuple[Tensor, ...]
@@ -156,7 +156,7 @@ class LinearTransformer(_LinearAttentionLearner):
 
     def adapt(self, support: Examples) -> TokenMoments:
         """Second moments of the support's tokens before every layer."""
-        tokens, count = self._tokens(support), support.real.sum(1).to(support.x.dtype)
+        tokens, count = self._tokens(support), support.real.sum(1)
         sums = []
         for layer in self.stack.run():
             sums.append(tokens.mT @ tokens)
@@ -212,11 +212,12 @@ class CausalLinearTransformer(_LinearAttentionLearner):
         dim, n_layers = self.x_size + self.y_size + self.scratch, self.stack.loops * len(self.stack)
         like = self.raw_scale
         zero = like.new_zeros(examples.n_tasks, dim, dim)
-        return TokenMoments((zero,) * n_layers, like.new_zeros(examples.n_tasks))
+        count = torch.zeros(examples.n_tasks, dtype=torch.long, device=like.device)
+        return TokenMoments((zero,) * n_layers, count)
 
     def _counts(self, state: TokenMoments, examples: Examples) -> Tensor:
         """Real rows up to each row (B, N)."""
-        return state.count[:, None] + examples.real.to(state.count.dtype).cumsum(1)
+        return state.count[:, None] + examples.real.cumsum(1)
 
 
 def _lower(examples: Examples, *, diagonal: int) -> Tensor:
