@@ -173,12 +173,15 @@ def probe_layers(
 def untrained(learner: Learner, *, seed: int = 0) -> Learner:
     """A copy of a learner with first weights of its modules' own making: the control that has learned nothing.
 
-    Parameters outside modules with a `reset_parameters` (start tokens) are drawn with the spread of those they replace.
+    Modules that are made of others come after them. Parameters outside modules with a `reset_parameters` (start tokens)
+    are drawn with the spread of those they replace; single numbers among them stay.
     """
     fresh = copy.deepcopy(learner)
     with isolated_randomness(seed, device_of(learner)):
         reset: set[int] = set()
-        for module in fresh.modules():
+        modules = list(fresh.modules())
+        simple = [module for module in modules if not list(module.children())]
+        for module in (*simple, *(module for module in reversed(modules) if list(module.children()))):
             again = getattr(module, "reset_parameters", None)
             if callable(again):
                 again()

@@ -43,16 +43,21 @@ class ContextBlock(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads must divide dim = {dim}; got {heads}")
-        self.heads = heads
+        self.heads, self.sharpness = heads, sharpness
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.to_query = nn.Linear(dim, dim)
         self.to_key_value = nn.Linear(dim, 2 * dim)
-        with torch.no_grad():  # start from attention by similarity, so that alike rows find each other at once
-            self.to_query.weight *= sharpness
-            self.to_key_value.weight[:dim] = self.to_query.weight
-            self.to_key_value.bias[:dim] = self.to_query.bias
+        self.reset_parameters()
         self.project = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def reset_parameters(self) -> None:
+        """Start from attention by similarity, so that alike rows find each other at once; given fresh projections."""
+        dim = self.to_query.in_features
+        with torch.no_grad():
+            self.to_query.weight *= self.sharpness
+            self.to_key_value.weight[:dim] = self.to_query.weight
+            self.to_key_value.bias[:dim] = self.to_query.bias
 
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, N, D / heads) of rows h (B, N, D)."""

@@ -1,5 +1,6 @@
 """Probes find what was planted, their controls do not, and hooks never stay."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from metaicl.analysis.answers import draw_episodes
 from metaicl.analysis.probe_report import probe_layers, untrained
 from metaicl.analysis.probes import probe, shuffled
 from metaicl.collation import concatenate
+from metaicl.learners.incontext.memory import MemoryLearner
 from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
+from metaicl.learners.incontext.sequence import InterleavedTransformer
 from metaicl.learners.incontext.transformer import CausalInContextTransformer
 from metaicl.learners.metric.ridge_head import RidgeHead
 from metaicl.learners.reference.linear import LeastSquares
+from metaicl.nets.memory.layers import Mesa
 from metaicl.tasks.functions import LinearRegression
 from metaicl.tasks.gaussians import GaussianClasses
 
@@ -242,6 +246,24 @@ def test_an_untrained_copy_has_other_weights_of_the_same_make() -> None:
     assert "transformer.start" in changed
     assert "head.linear.weight" in changed
     assert not torch.equal(fresh.head.linear.weight, other.head.linear.weight)
+
+
+def test_an_untrained_copy_starts_as_modules_do() -> None:
+    """Small positions, the first lambda and gates of a memory, and queries that are the keys of a Transformer."""
+    learner = MemoryLearner(TASKS.spec, memory=partial(Mesa, gate=True), dim=16, depth=1)
+    positions = InterleavedTransformer(TASKS.spec, dim=16, depth=1, max_length=64)
+    tied = small()
+    with torch.no_grad():
+        for parameter in (*learner.parameters(), *positions.parameters(), *tied.parameters()):
+            parameter.fill_(2.0)
+    mixer = next(one for one in untrained(learner).modules() if isinstance(one, Mesa))
+    assert mixer.log_regularizer.tolist() == [0.0]
+    assert mixer.to_gates is not None
+    torch.testing.assert_close(mixer.to_gates.bias, torch.full((1,), 0.99).logit())
+    weight = dict(untrained(positions).named_parameters())["model.positions.weight"]
+    assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    block = untrained(tied).transformer.blocks[0]
+    assert torch.equal(block.to_query.weight, block.to_key_value.weight[:16])
 
 
 def test_nonsense_is_refused() -> None:

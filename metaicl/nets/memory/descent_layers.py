@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from metaicl.checks import check_positive
 from metaicl.nets.memory.descent import Descent, Rates, descend, descend_chunked, start_descent
-from metaicl.nets.memory.layers import FastWeightMixer, Written, set_gates
+from metaicl.nets.memory.layers import FastWeightMixer, Written
 from metaicl.nets.memory.recall import recall
 from metaicl.nets.memory.state import FastWeights
 
@@ -47,8 +47,8 @@ class DescentMixer(FastWeightMixer):
                 f"and {self.value_size}. Hint: norm=False, or key_dim and value_dim"
             )
         self.rule, self.gate_names, self.max_step = rule, tuple(gates), check_positive("max_step", max_step)
-        assert self.to_gates is not None
-        set_gates(self.to_gates, list(gates.values()))
+        self.first_gates = list(gates.values())
+        self.reset_parameters()
         self.initial = nn.ParameterList(self._first_weights(hidden))
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:

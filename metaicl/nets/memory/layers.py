@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.utils._pytree as pytree
@@ -38,9 +38,11 @@ class FastWeightMixer(Mixer[FastWeights]):
 
     Attributes:
         order_free: Whether the memory after some tokens is the same in whatever order they came.
+        first_gates: What each kind of gate is at first, in (0, 1).
     """
 
     order_free = False
+    first_gates: Sequence[float] = ()
 
     def __init__(
         self,
@@ -69,6 +71,11 @@ class FastWeightMixer(Mixer[FastWeights]):
         self.to_value = nn.Linear(dim, heads * value_dim, bias=False)
         self.to_gates = nn.Linear(dim, heads * gates) if gates else None
         self.project = nn.Linear(heads * value_dim, dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        """The first gates; projections have their own making."""
+        if self.to_gates is not None and self.first_gates:
+            set_gates(self.to_gates, self.first_gates)
 
     @abstractmethod
     def _write(self, queries: Tensor, written: Written, state: FastWeights, real: Tensor) -> tuple[Tensor, FastWeights]:
@@ -146,8 +153,8 @@ class LinearAttention(FastWeightMixer):
         """Build the projections."""
         super().__init__(dim, gates=int(gate), **options)  # type: ignore[arg-type]  # checked there
         self.order_free = not gate
-        if self.to_gates is not None:
-            set_gates(self.to_gates, [0.99])
+        self.first_gates = [0.99] if gate else []
+        self.reset_parameters()
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """An empty memory."""
@@ -176,8 +183,8 @@ class DeltaRule(FastWeightMixer):
     def __init__(self, dim: int, *, gate: bool = False, **options: int | bool | None) -> None:
         """Build the projections."""
         super().__init__(dim, gates=1 + int(gate), **options)  # type: ignore[arg-type]  # checked there
-        assert self.to_gates is not None
-        set_gates(self.to_gates, [0.9, 0.99][: 1 + int(gate)])
+        self.first_gates = [0.9, 0.99][: 1 + int(gate)]
+        self.reset_parameters()
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """An empty memory."""
@@ -221,10 +228,15 @@ class Mesa(FastWeightMixer):
         """Build the projections."""
         super().__init__(dim, gates=int(gate), **options)  # type: ignore[arg-type]  # checked there
         self.order_free, self.recursive = not gate, recursive
-        first = math.log(check_positive("regularizer", regularizer))
-        self.log_regularizer = nn.Parameter(torch.full((self.heads,), first))
-        if self.to_gates is not None:
-            set_gates(self.to_gates, [0.99])
+        self.regularizer = check_positive("regularizer", regularizer)
+        self.log_regularizer = nn.Parameter(torch.empty(self.heads))
+        self.first_gates = [0.99] if gate else []
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The first regularizer and the first gates."""
+        super().reset_parameters()
+        nn.init.constant_(self.log_regularizer, math.log(self.regularizer))
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """No map yet, and the inverse of the regularizer."""
@@ -243,7 +255,7 @@ class Mesa(FastWeightMixer):
         return reads.to(queries), FastWeights((fit.weights.to(weights),), (fit.inverse,))
 
 
-def set_gates(linear: nn.Linear, values: list[float]) -> None:
+def set_gates(linear: nn.Linear, values: Sequence[float]) -> None:
     """Start each kind of gate at a value in (0, 1), the same for all heads and, at first, all tokens."""
     with torch.no_grad():
         linear.weight.zero_()

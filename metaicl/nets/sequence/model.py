@@ -107,11 +107,16 @@ class SequenceModel(Mixer[StackState]):
         self.positions = None
         if max_length is not None:
             self.positions = nn.Embedding(check_count("max_length", max_length), dim)
-            nn.init.normal_(self.positions.weight, std=0.02)
+            self.reset_parameters()
         self.blocks = nn.ModuleList(
             Block(dim, mixer(dim), expansion=expansion) for _ in range(check_count("depth", depth))
         )
         self.norm = nn.LayerNorm(dim)
+
+    def reset_parameters(self) -> None:
+        """First positions; the blocks have their own making."""
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
 
     def start(self, n_tasks: int, like: Tensor) -> StackState:
         """The blocks' states, and a count of nothing."""
