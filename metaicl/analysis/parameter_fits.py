@@ -44,7 +44,9 @@ def fit_parameter(grid: Sequence[float], distances: Callable[[Array], Array]) ->
     """Minimize the mean of `distances` over a number: the best of the grid, then of ever finer grids around it.
 
     The interval is a crossed bootstrap over seeds and episodes of where the grid's distances are smallest, by a
-    parabola in the logarithm through the three lowest points, moved to the refined value.
+    parabola in the logarithm through the three lowest points, moved to the refined value. Where few episodes dominate
+    the mean, it is too narrow: for the rate of gradient descent of 2 steps held against ridge regression (D = 3, 256
+    episodes) it covers the number of many episodes in .51 to .58 of all draws, of 1 step in .76 to .88.
 
     Args:
         grid: Positive numbers, evenly spaced in the logarithm, rising, at least three.
