@@ -85,7 +85,7 @@ def intervals(
     nothing to resample, and both bounds are finite, it is an exact one over episodes: at the level 1 - a, at least the
     share q = a ** (1 / E) of all episodes has the value v, and the others may lie anywhere in the bounds. For an
     accuracy of 1 that is the one-sided Clopper-Pearson interval, about 1 - 3 / E. With one episode the seeds count
-    instead. There, without bounds, equal values have no interval: nothing can be told from them.
+    instead. Without finite bounds equal values give an interval without width, which tells nothing.
 
     Args:
         matrices: Float arrays (S, E) of any sizes; those of one shape share their resamples.
@@ -106,13 +106,8 @@ def intervals(
         members = [i for i, array in enumerate(arrays) if array.shape == shape]
         stack = np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
-            alike = max(shape) > 1 and float(np.ptp(arrays[i])) == 0
-            if alike and math.isfinite(bounds[1] - bounds[0]):
-                one = _exact(arrays[i], level, bounds, n_draws)
-            elif alike and shape[1] == 1:
-                one = Interval(float(mean), None, None, None, *shape)
-            else:
-                one = _summarize(float(mean), draws, shape, level)
+            alike = max(shape) > 1 and math.isfinite(bounds[1] - bounds[0]) and float(np.ptp(arrays[i])) == 0
+            one = _exact(arrays[i], level, bounds, n_draws) if alike else _summarize(float(mean), draws, shape, level)
             found[i] = _within(one, bounds)
     return [one for one in found if one is not None]
 

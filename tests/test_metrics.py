@@ -124,7 +124,7 @@ def test_coverage_of_the_true_gaussian_is_nominal_and_of_a_narrow_one_is_known()
     [
         Independent(StudentT(torch.tensor(3.0), torch.zeros(1, 2, 2)), 1),
         MultivariateNormal(torch.zeros(1, 2, 2), torch.eye(2)),
-        Independent(Gumbel(torch.full((1, 2, 2), -100.0), 1.0), 1),
+        Independent(Gumbel(torch.full((1, 2, 2), -100.0), 1.0, validate_args=True), 1),
     ],
 )
 def test_no_calibration_without_marginal_cdf(distribution):
