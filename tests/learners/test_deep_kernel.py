@@ -129,3 +129,12 @@ def test_wrong_encoders_and_noise_are_named() -> None:
         DeepKernel(CLASSES.spec, encoder=nn.Unflatten(1, (1, 4)))
     with pytest.raises(ValueError, match=r"noise must be a finite number > 0\.001"):
         DeepKernel(CLASSES.spec, noise=5e-4)
+
+
+def test_a_shift_that_the_kernel_does_not_see_is_not_trained():
+    spec = TaskSpec("regression", (2,), y_dim=1)
+    for kernel, trained in (("rbf", False), ("linear", True)):
+        learner = DeepKernel(spec, kernel=kernel)
+        assert list(learner.encoder.modules())[-1].bias.requires_grad == trained
+    own = nn.Sequential(nn.Linear(2, 3))
+    assert DeepKernel(spec, encoder=own).encoder[0].bias.requires_grad

@@ -82,6 +82,10 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         self.kernel = check_choice("kernel", default if kernel is None else kernel, KERNELS)
         self.raw_noise = self._starting_at("noise", noise)
         self.raw_variance = self._starting_at("variance", 1.0)
+        last = list(self.encoder.modules())[-1]
+        if encoder is None and self.kernel == "rbf" and isinstance(last, nn.Linear):
+            # The kernel does not see a shift: what this bias would get is rounding, which Adam makes steps of.
+            last.bias.requires_grad_(False)
         if self.kernel == "rbf":
             self.raw_length = self._starting_at("length", 1.0)
         if spec.kind == "classification":
