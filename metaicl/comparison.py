@@ -79,7 +79,7 @@ def compare(
         TypeError: If an argument has the wrong type.
         ValueError: If a name is unknown, a budget is missing, or `directory` holds results of another comparison.
     """
-    directory = None if directory is None else Path(directory).absolute()  # whoever changes the working directory
+    directory = None if directory is None else Path(directory).absolute()  # the working directory may change meanwhile
     if not isinstance(tasks, Mapping):
         check_distribution(tasks)
         tasks = {type(tasks).__name__: tasks}

@@ -96,7 +96,7 @@ def meta_train(
         CheckpointError: If the checkpoints cannot be used.
         OSError: If `directory` cannot be used.
     """
-    path = None if directory is None else Path(directory).absolute()  # whoever changes the working directory later
+    path = None if directory is None else Path(directory).absolute()  # the working directory may change meanwhile
     check_unwrapped(learner)
     if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"

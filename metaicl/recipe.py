@@ -207,7 +207,7 @@ class RecipeResult:
 
 
 def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv: Sequence[str] | None = None) -> None:
-    """The command line of a recipe: parse, run, print the table, write results.json (and a line of results.jsonl).
+    """The command line of a recipe: parse, run, write results.json (and a line of results.jsonl), print the table.
 
     A smoke run leaves the results.json of a run that decided something alone and writes results-smoke.json.
 

@@ -27,7 +27,7 @@ class RunLog:
         """Read back the rows up to step `kept` and open the files for more."""
         self.rows: list[Row] = []
         self._file = None
-        self._board = None
+        self._board: Any = None
         if directory is None:
             return
         path = directory / "log.jsonl"
@@ -35,7 +35,7 @@ class RunLog:
             self.rows = [row for row in _read(path) if row["step"] <= kept]
         atomic_write(path, "".join(map(_line, self.rows)).encode())
         self._file = path.open("a")
-        self._on_board(lambda: setattr(self, "_board", _open_board(directory, kept)))
+        self._board = self._attempt(_open_board, directory, kept)
 
     def append(self, row: Row) -> None:
         """Add a row; its "step" is the number of updates done, and the other entries are numbers."""
@@ -44,34 +44,37 @@ class RunLog:
             self._file.write(_line(row))
             self._file.flush()
         if self._board is not None:
-            self._on_board(lambda: _show(self._board, row))
+            self._attempt(_show, self._board, row)
 
     def sync(self) -> None:
         """Bring every row to the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._board is not None:
-            self._on_board(self._board.flush)
+            self._attempt(self._board.flush)
 
     def close(self) -> None:
         """Close the files; the rows stay in memory."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._on_board(self._board.close)
+            self._attempt(self._board.close)
 
-    def _on_board(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What an action on the board gives; None, and no board from then on, if it fails."""
         try:
-            action()
+            return action(*arguments)
         except Exception as error:  # of TensorBoard's own, of its writing thread or of the disk
             board, self._board = self._board, None
-            with suppress(Exception):
-                board.close()  # type: ignore[union-attr]  # None has nothing to close either
+            if board is not None:
+                with suppress(Exception):
+                    board.close()
             warnings.warn(
                 f"TensorBoard's file is not written any more, log.jsonl is: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return None
 
 
 def _show(board: Any, row: Row) -> None:

@@ -47,12 +47,18 @@ class ContextBlock(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.to_query = nn.Linear(dim, dim)
         self.to_key_value = nn.Linear(dim, 2 * dim)
-        self.reset_parameters()
+        self._tie()
         self.project = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def reset_parameters(self) -> None:
-        """Start from attention by similarity, so that alike rows find each other at once; given fresh projections."""
+        """Fresh queries, keys and values, tied as at first; other parts have their own making."""
+        self.to_query.reset_parameters()
+        self.to_key_value.reset_parameters()
+        self._tie()
+
+    def _tie(self) -> None:
+        """Start from attention by similarity, so that alike rows find each other at once."""
         dim = self.to_query.in_features
         with torch.no_grad():
             self.to_query.weight *= self.sharpness

@@ -53,7 +53,7 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
 
     Args:
         spec: The tasks.
-        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec.
+        encoder: (rows, *x_shape) -> (rows, D); None builds one from the spec, whose last bias "rbf" does not train.
         kernel: "linear", "rbf" or "cosine", of embeddings divided by sqrt(D); None takes "rbf" for regression and
             "cosine" for classification.
         noise: Start of the learned standard deviation of the observations.
@@ -82,12 +82,12 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
         self.kernel = check_choice("kernel", default if kernel is None else kernel, KERNELS)
         self.raw_noise = self._starting_at("noise", noise)
         self.raw_variance = self._starting_at("variance", 1.0)
-        last = list(self.encoder.modules())[-1]
-        if encoder is None and self.kernel == "rbf" and isinstance(last, nn.Linear):
-            # The kernel does not see a shift: what this bias would get is rounding, which Adam makes steps of.
-            last.bias.requires_grad_(False)
         if self.kernel == "rbf":
             self.raw_length = self._starting_at("length", 1.0)
+            last = list(self.encoder.modules())[-1]
+            if encoder is None and isinstance(last, nn.Linear):
+                # The kernel does not see a shift: what this bias would get is rounding, which Adam makes steps of.
+                last.bias.requires_grad_(False)
         if spec.kind == "classification":
             self.log_temperature = nn.Parameter(torch.tensor(check_positive("temperature", temperature)).log())
 
