@@ -1,7 +1,7 @@
 """What the outer loop minimizes: functions (learner, episode) -> loss of each task (B,)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,19 +68,19 @@ def query_loss(learner: Learner, episode: Episode) -> Tensor:
     While a learner is in train mode, its `penalty` is added if it has one, and a learner with `adapt_stages` has the
     losses of its stages summed by their weights. In eval mode the loss is the final answer's alone.
     """
-    if learner.training and isinstance(learner, AdaptsInStages):
+    query = episode.query
+    if not learner.training or not isinstance(learner, AdaptsInStages | Regularizes):
+        return _answer_loss(learner, learner(episode.support, query.x), query)
+    if isinstance(learner, AdaptsInStages):
         stages = learner.adapt_stages(episode.support)
     else:
         stages = [(1.0, learner.adapt(episode.support))]
-    losses = [weight * _answer_loss(learner, state, episode.query) for weight, state in stages]
+    losses = [weight * _answer_loss(learner, learner.predict(state, query.x), query) for weight, state in stages]
     loss = torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
-    if learner.training and isinstance(learner, Regularizes):
-        return loss + learner.penalty(stages[-1][1])
-    return loss
+    return loss + learner.penalty(stages[-1][1]) if isinstance(learner, Regularizes) else loss
 
 
-def _answer_loss(learner: Learner, state: Any, query: Examples) -> Tensor:
-    answer = learner.predict(state, query.x)
+def _answer_loss(learner: Learner, answer: Distribution, query: Examples) -> Tensor:
     check_answer(answer, learner.spec, tuple(query.x.shape[:2]))
     return masked_mean(-answer.log_prob(query.y), query.mask, 1)
 

@@ -107,6 +107,11 @@ class LinearLayers:
         return not self._cheaper
 
     @property
+    def weights(self) -> int:
+        """How many numbers the matrices hold that can be factored."""
+        return sum(math.prod(self._sizes[name]) for name in self.names)
+
+    @property
     def names(self) -> list[str]:
         """Names of the weights that can be factored."""
         return [name for name in self._sizes if self._grow.get(name)]

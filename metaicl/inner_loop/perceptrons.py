@@ -1,8 +1,7 @@
-"""Which nets are plain perceptrons, and their inner loops and answers by the kernels of `metaicl.native`.
+"""Inner loops of perceptrons, and what they answer, by the kernels of `metaicl.native`.
 
-What is computed is what the engine computes for any net; derivatives of the meta-gradient are the engine's. Wherever
-somebody could notice that torch was passed by (hooks, modes, transforms, traces of inner losses), or asks for something
-that the kernels do not know, the engine serves.
+What is computed is what the engine computes for any net; derivatives of the meta-gradient are the engine's. Where a
+kernel does not know what is asked for, the engine serves.
 
 Reference: the way back is that of Finn, Abbeel & Levine, 2017, arXiv:1703.03400, by Hessian-vector products after
 Pearlmutter, 1994, Neural Computation 6(1).
@@ -10,98 +9,56 @@ Pearlmutter, 1994, Neural Computation 6(1).
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
 
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer, Slots
 from metaicl.inner_loop.parameters import Params
+from metaicl.inner_loop.perceptron_nets import Perceptron, as_perceptron, serves, torch_may_be_passed_by
 from metaicl.inner_loop.rates import LearnedRate
-from metaicl.inner_loop.tracing import is_traced
 from metaicl.native import perceptron as kernels
-from metaicl.native.operators import ACTIVATIONS, MOST_LAYERS, is_available, pays
-from metaicl.native.perceptron import Descent, Layers
-from metaicl.transforms import in_a_transform
-
-_MOST_WEIGHTS = 1 << 15  # of a layer: torch is as fast with larger ones, which leave a core's caches
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from metaicl.native.perceptron import Descent
 
 Supervised = tuple[Tensor, Tensor, Tensor | None]  # x (B, N, ...), y, mask (B, N)
 
 
-class Perceptron(NamedTuple):
-    """A net of linear layers with one kind of activation between them.
+class Problem(NamedTuple):
+    """A descent that the kernels can make.
 
     Attributes:
-        names: Of its parameters: matrix and bias of each layer in turn.
-        parts: These parameters.
-        layers: Their sizes.
-        flattens: Whether it begins by making vectors of its inputs.
+        perceptron: The net.
+        descent: What to do.
+        rates: As in `metaicl.native.perceptron.descend`.
+        learned: Whether the rates are.
     """
 
-    names: list[str]
-    parts: list[Tensor]
-    layers: Layers
-    flattens: bool
+    perceptron: Perceptron
+    descent: Descent
+    rates: Tensor
+    learned: bool
 
 
-def as_perceptron(net: nn.Module) -> Perceptron | None:
-    """`net` as a perceptron; None if it is another net, or does more than its layers say."""
-    if module_hooks._has_any_global_hook():  # type: ignore[attr-defined]
-        return None
-    places = _flat("", net, [])
-    flattens = bool(places) and _is_flatten(places[0][1])
-    places = places[flattens:]
-    linear, between = places[::2], places[1::2]
-    if any(type(layer) is nn.Linear for _, layer in between):  # no activations: layer after layer
-        linear, between = places, []
-    activations = {type(layer) for _, layer in between}
-    if not 1 <= len(linear) <= MOST_LAYERS or len(activations) > 1 or (between and len(between) != len(linear) - 1):
-        return None
-    activation = ACTIVATIONS.get(activations.pop() if activations else None)
-    if activation is None or not all(type(layer) is nn.Linear for _, layer in linear):
-        return None
-    layers = [layer for _, layer in linear if isinstance(layer, nn.Linear)]
-    if any(layer.bias is None or layer.weight.numel() > _MOST_WEIGHTS for layer in layers):
-        return None
-    # Sizes are those of the tensors: whoever prunes a layer by hand leaves in_features and out_features as they were.
-    if any(layer.weight.ndim != 2 or layer.bias.shape != layer.weight.shape[:1] for layer in layers):
-        return None
-    if any(one.weight.shape[0] != other.weight.shape[1] for one, other in pairwise(layers)):
-        return None
-    names = [f"{prefix}{name}" for prefix, _ in linear for name in ("weight", "bias")]
-    parts = [part for layer in layers for part in (layer.weight, layer.bias)]
-    if len(set(map(id, parts))) < len(parts):  # tied
-        return None
-    sizes = (layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers))
-    return Perceptron(names, parts, Layers(sizes, activation), flattens)
-
-
-def descend(
+def find_problem(
     net: nn.Module,
     adapted: Collection[str],
     data: Supervised,
     *,
     outputs: int,
-    by_torch: Callable[..., list[dict[str, Tensor]]],
     steps: int,
     optimizer: InnerOptimizer,
     first_order: bool | Tensor = False,
     truncate: int | None = None,
     whole: bool = True,
-) -> list[dict[str, Any]] | None:
-    """What `unroll_path` gives for a supervised loss; None where its own way has to be taken.
+) -> Problem | None:
+    """An inner loop on a supervised loss for the kernels; None where the engine has to serve.
 
     Args:
         net: What adapts.
         adapted: Names of the parameters that adapt.
         data: Supports of B tasks.
         outputs: Classes, or numbers to a target.
-        by_torch: (params, optimizer) -> the same by `unroll_path`, from the start and by the rule given.
         steps: As in `unroll_path`, like all that follow.
         optimizer: The update rule, bound.
         first_order: Drop second derivatives, or a gate.
@@ -110,10 +67,9 @@ def descend(
     """
     x, y, mask = data
     plain = type(optimizer) is SGD and optimizer.is_plain  # a subclass may have a rule of its own
-    found = as_perceptron(net) if plain and steps > 0 and _torch_may_be_passed_by() else None
-    if found is None or not _serves(found, found.parts, x) or found.layers.sizes[-1] != outputs:
+    found = as_perceptron(net) if plain and steps > 0 and torch_may_be_passed_by() else None
+    if found is None or not serves(found, found.parts, x) or found.layers.sizes[-1] != outputs:
         return None
-    x = x.flatten(2) if found.flattens else x
     labels = not y.is_floating_point()
     expected = x.shape[:2] if labels else (*x.shape[:2], outputs)
     if y.shape != expected or y.requires_grad or y.dtype not in (torch.long, x.dtype):
@@ -121,19 +77,58 @@ def descend(
     if labels and not torch.compiler.is_compiling() and not bool(((y >= 0) & (y < outputs)).all()):
         return None  # torch knows what to say
     wanted = tuple(name in adapted for name in found.names)
-
-    def again(rates: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
-        path = by_torch(dict(zip(found.names, start, strict=True)), _GivenRates(rates, found))
-        return tuple(fast[name] for fast in path for name, own in zip(found.names, wanted, strict=True) if own)
-
+    rates = _rates(optimizer, found, wanted, steps)
+    if (
+        rates.dtype != x.dtype or rates.device != x.device
+    ):  # the net was converted without its rates, or they without it
+        return None
     descent = Descent(
-        x.contiguous(), y.contiguous(), _importance(mask, x), _order(first_order), steps,
+        _rows(found, x), y.contiguous(), _importance(mask, x), _order(first_order), steps,
         exact_from=0 if truncate is None else max(0, steps - truncate), wanted=list(wanted), whole=whole,
         sizes=list(found.layers.sizes), activation=found.layers.activation,
     )  # fmt: skip
-    fast = kernels.descend(descent, _rates(optimizer, found, wanted, steps), found.parts, again)
+    return Problem(found, descent, rates, optimizer.rates["lr"].learn is not None)
+
+
+def descend(
+    problem: Problem, by_torch: Callable[[Params, InnerOptimizer], list[dict[str, Tensor]]]
+) -> list[dict[str, Any]]:
+    """What `unroll_path` gives.
+
+    Args:
+        problem: Of `find_problem`.
+        by_torch: (params, optimizer) -> the same by `unroll_path`, from the start and by the rule given.
+    """
+    found, wanted = problem.perceptron, problem.descent.wanted
     names = [name for name, own in zip(found.names, wanted, strict=True) if own]
+
+    def again(rates: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
+        path = by_torch(dict(zip(found.names, start, strict=True)), _GivenRates(rates, found))
+        return tuple(fast[name] for fast in path for name in names)
+
+    fast = kernels.descend(problem.descent, problem.rates, found.parts, again, learned=problem.learned)
     return [dict(zip(names, fast[i : i + len(names)], strict=True)) for i in range(0, len(fast), len(names))]
+
+
+def adapt_and_answer(
+    problem: Problem, new_x: Tensor, by_torch: Callable[[Params, InnerOptimizer], Tensor]
+) -> Tensor | None:
+    """What the net answers (B, Q, outputs) to new_x after the inner loop; None where the engine has to serve.
+
+    Args:
+        problem: Of `find_problem`.
+        new_x: Inputs (B, Q, ...).
+        by_torch: (params, optimizer) -> the same by the engine, from the start and by the rule given.
+    """
+    found = problem.perceptron
+    if len(new_x) != len(problem.descent.x) or not serves(found, found.parts, new_x):
+        return None
+
+    def again(rates: Tensor, *start: Tensor) -> tuple[Tensor]:
+        return (by_torch(dict(zip(found.names, start, strict=True)), _GivenRates(rates, found)),)
+
+    inputs = (problem.descent, _rows(found, new_x), problem.rates, found.parts, again)
+    return kernels.adapt_and_answer(*inputs, learned=problem.learned)
 
 
 def answers(
@@ -148,11 +143,11 @@ def answers(
         x: Inputs (B, Q, ...).
         by_torch: (fast, frozen) -> the same by `call_tasks`.
     """
-    found = as_perceptron(net) if _torch_may_be_passed_by() else None
+    found = as_perceptron(net) if torch_may_be_passed_by() else None
     if found is None or {*fast, *frozen} != set(found.names):
         return None
     parts = [fast[name] if name in fast else frozen[name] for name in found.names]
-    if not _serves(found, parts, x):
+    if not serves(found, parts, x):
         return None
     for name, part, shape in zip(found.names, parts, found.layers.shapes, strict=True):
         if part.shape != ((len(x), *shape) if name in fast else shape):
@@ -162,70 +157,27 @@ def answers(
         given = dict(zip(found.names, parts, strict=True))
         return (by_torch({name: given[name] for name in fast}, {name: given[name] for name in frozen}),)
 
-    return kernels.answer(found.layers, (x.flatten(2) if found.flattens else x).contiguous(), parts, again)
+    return kernels.answer(found.layers, _rows(found, x), parts, again)
 
 
 class _GivenRates(InnerOptimizer):
-    """Gradient descent with a rate for every element, taken from one tensor (1 or steps, parameters)."""
+    """Gradient descent with rates taken from one tensor: of every part, or of every element."""
 
     def __init__(self, rates: Tensor, perceptron: Perceptron) -> None:
         super().__init__(clip_norm=None, precondition=None)
-        sizes = [part.numel() for part in perceptron.parts]
+        of_parts = rates.shape == (1, len(perceptron.parts))
+        sizes = [1 if of_parts else part.numel() for part in perceptron.parts]
         self.given = dict(zip(perceptron.names, rates.split(sizes, -1), strict=True))
 
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:
         rates = self.given[name]
-        return value - rates[min(step, len(rates) - 1)].view(value.shape) * gradient, slots
+        rate = rates[min(step, len(rates) - 1)]
+        return value - (rate if len(rate) == 1 else rate.view(value.shape)) * gradient, slots
 
 
-def _flat(prefix: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Add to `places` the layers of nested Sequentials in order, with the prefix of their parameters' names."""
-    own = module.__dict__
-    hidden = "forward" in own or any(own[hooks] for hooks in _HOOKS)
-    if hidden or not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        places.append((prefix, nn.Module() if hidden else module))
-    else:
-        for name, child in module._modules.items():
-            if child is not None and type(child) is not nn.Identity:
-                _flat(f"{prefix}{name}.", child, places)
-    return places
-
-
-def _is_flatten(layer: nn.Module) -> bool:
-    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-
-
-def _torch_may_be_passed_by() -> bool:
-    """Whether nobody watches what torch does, or changes it."""
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return torch.compiler.is_compiling() or not (
-        in_a_transform()
-        or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        or forward_ad._current_level >= 0
-        or is_traced()
-    )
-
-
-def _serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether there are kernels for these numbers."""
-    n_axes = 3 if not perceptron.flattens else max(3, x.ndim)
-    return (
-        x.ndim == n_axes
-        and x.shape[2:].numel() == perceptron.layers.sizes[0]
-        and x.numel() > 0
-        and not x.requires_grad
-        and all(_is_plain_tensor(value) and value.dtype == x.dtype for value in (x, *parts))
-        and pays(x.shape[0], x.shape[1], perceptron.layers.weights)
-        and is_available(x.dtype)
-    )
-
-
-def _is_plain_tensor(value: Tensor) -> bool:
-    plain = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.layout is torch.strided
-    # A kernel reads memory as it stands; compiled graphs make no such views, and cannot ask.
-    return plain and (torch.compiler.is_compiling() or not value.is_neg())
+def _rows(perceptron: Perceptron, x: Tensor) -> Tensor:
+    """Inputs as kernels read them (B, N, inputs)."""
+    return (x.flatten(2) if perceptron.flattens else x).contiguous()
 
 
 def _order(first_order: bool | Tensor) -> Tensor:
@@ -248,11 +200,13 @@ def _equal_importance(n_tasks: int, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _rates(optimizer: InnerOptimizer, perceptron: Perceptron, wanted: Sequence[bool], steps: int) -> Tensor:
-    """The rate of every element (1 or steps, parameters), zero where nothing adapts."""
+    """The rate of every part (1, parts) if it is fixed, or else of every element (1 or steps, parameters).
+
+    Zero where nothing adapts.
+    """
     rate, like = optimizer.rates["lr"], perceptron.parts[0]
-    sizes = tuple(part.numel() for part in perceptron.parts)
     if rate.learn is None:
-        return _fixed_rates(rate.value, sizes, tuple(wanted), like.dtype)
+        return _fixed_rates(rate.value, tuple(wanted), like.dtype)
     learned = optimizer.learned["lr"]
     assert isinstance(learned, LearnedRate)
     rows = steps if rate.per_step else 1
@@ -266,7 +220,6 @@ def _rates(optimizer: InnerOptimizer, perceptron: Perceptron, wanted: Sequence[b
 
 
 @functools.lru_cache(maxsize=8)
-def _fixed_rates(value: float, sizes: tuple[int, ...], wanted: tuple[bool, ...], dtype: torch.dtype) -> Tensor:
+def _fixed_rates(value: float, wanted: tuple[bool, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # what is kept may serve calls that want gradients
-        rates = [torch.full((1, size), value * own, dtype=dtype) for size, own in zip(sizes, wanted, strict=True)]
-        return torch.cat(rates, -1)
+        return torch.tensor([[value * own for own in wanted]], dtype=dtype)

@@ -16,8 +16,19 @@ MOST_LAYERS = 16
 
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 _LITTLE = 1 << 20  # products of a pass forward, which one thread makes in about 50 microseconds
-_INTEGERS = ("layers", "activation", "tasks", "rows", "steps", "rate_rows", "exact_from", "threads")
-_POINTERS = ("sizes", "strides", "x", "targets", "labels", "importance")
+_INTEGERS = (
+    "layers",
+    "activation",
+    "tasks",
+    "rows",
+    "steps",
+    "rate_rows",
+    "rates_of_parts",
+    "exact_from",
+    "threads",
+    "new_rows",
+)
+_POINTERS = ("sizes", "strides", "x", "targets", "labels", "importance", "new_x")
 
 
 class _Problem(ctypes.Structure):
@@ -43,7 +54,7 @@ def pays(n_tasks: int, rows: int, weights: int) -> bool:
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """`descend`, `descend_backward`, `answer` or `answer_backward`; see perceptron.c for what they take."""
+    """`descend`, `answer`, `adapt_and_answer` or one of these with `_backward`; see perceptron.c for what they take."""
     return getattr(torch.ops.metaicl, name).default if torch.compiler.is_compiling() else _EAGER[name]
 
 
@@ -85,6 +96,37 @@ def _descend_backward(
     return found
 
 
+def _adapt_and_answer(
+    rates: Tensor, start: Sequence[Tensor], data: Sequence[Tensor], new_x: Tensor, *, path: bool, **how: Any
+) -> list[Tensor]:
+    """What weights answer to `new_x` after the last step, and the path, empty if it is not asked for."""
+    made = _room_for_answers(rates, start, data, new_x, path=path, **how)
+    problem, _kept = _problem_of_descent(rates, data, new_x, **how)
+    _call("adapt_and_answer", problem, _pointers(start), rates, made[1] if path else None, made[0])
+    return made
+
+
+def _adapt_and_answer_backward(
+    rates: Tensor,
+    start: Sequence[Tensor],
+    data: Sequence[Tensor],
+    new_x: Tensor,
+    path: Tensor,
+    slopes: Tensor,
+    *,
+    learned: bool,
+    **how: Any,
+) -> list[Tensor]:
+    """Gradients at the rates, if they are learned, and at the parts of the start, from those at the answers."""
+    found = _room_for_slopes(rates, start, learned=learned)
+    problem, _kept = _problem_of_descent(rates, data, new_x, **how)
+    _call(
+        "adapt_and_answer_backward", problem, _pointers(start), rates, path, slopes.contiguous(),
+        _pointers(found[learned:]), found[0] if learned else None,
+    )  # fmt: skip
+    return found
+
+
 def _answer(parts: Sequence[Tensor], x: Tensor, sizes: Sequence[int], activation: int) -> Tensor:
     """What each task's weights make of x."""
     out = x.new_empty(*x.shape[:2], sizes[-1])
@@ -111,6 +153,14 @@ def _room_for_descent(
     fast = [part.new_empty(len(x), *part.shape) for _ in range(steps if how["whole"] else 1) for part in chosen]
     kept = (len(x), steps - 1, _padded_count(how["sizes"], x.element_size())) if path else 0
     return [*fast, x.new_empty(kept)]
+
+
+def _room_for_answers(
+    rates: Tensor, start: Sequence[Tensor], data: Sequence[Tensor], new_x: Tensor, *, path: bool, **how: Any
+) -> list[Tensor]:
+    x, sizes = data[0], how["sizes"]
+    kept = (len(x), how["steps"], _padded_count(sizes, x.element_size())) if path else 0
+    return [x.new_empty(*new_x.shape[:2], sizes[-1]), x.new_empty(kept)]
 
 
 def _room_for_slopes(rates: Tensor, start: Sequence[Tensor], *rest: Any, learned: bool, **how: Any) -> list[Tensor]:
@@ -157,11 +207,16 @@ def _sizes_and_strides(sizes: tuple[int, ...], of_tasks: tuple[bool, ...]) -> tu
     return (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * len(strides))(*strides)
 
 
-def _problem_of_descent(rates: Tensor, data: Sequence[Tensor], **how: Any) -> tuple[_Problem, Any]:
+def _problem_of_descent(
+    rates: Tensor, data: Sequence[Tensor], new_x: Tensor | None = None, **how: Any
+) -> tuple[_Problem, Any]:
     x, y, importance, order = data
     problem, kept = _problem(x, how["sizes"], how["activation"], how["wanted"])
     problem.steps, problem.exact_from, problem.order = how["steps"], how["exact_from"], float(order)
-    problem.rate_rows, problem.importance = len(rates), importance.data_ptr()
+    problem.rate_rows, problem.rates_of_parts = len(rates), rates.shape == (1, 2 * problem.layers)
+    problem.importance = importance.data_ptr()
+    if new_x is not None:
+        problem.new_x, problem.new_rows = new_x.data_ptr(), new_x.shape[1]
     setattr(problem, "targets" if y.is_floating_point() else "labels", y.data_ptr())
     return problem, kept
 
@@ -192,18 +247,26 @@ _SCHEMAS = {
     "descend": f"(Tensor rates, Tensor[] start, Tensor[] data, *, bool path, {_HOW}) -> Tensor[]",
     "descend_backward": "(Tensor rates, Tensor[] start, Tensor[] data, Tensor path, Tensor?[] slopes, *, bool learned, "
     f"{_HOW}) -> Tensor[]",
+    "adapt_and_answer": "(Tensor rates, Tensor[] start, Tensor[] data, Tensor new_x, *, bool path, "
+    f"{_HOW}) -> Tensor[]",
+    "adapt_and_answer_backward": "(Tensor rates, Tensor[] start, Tensor[] data, Tensor new_x, Tensor path, "
+    f"Tensor slopes, *, bool learned, {_HOW}) -> Tensor[]",
     "answer": "(Tensor[] parts, Tensor x, int[] sizes, int activation) -> Tensor",
     "answer_backward": "(Tensor[] parts, Tensor slopes, Tensor x, int[] sizes, int activation) -> Tensor[]",
 }
 _EAGER: dict[str, Callable[..., Any]] = {
     "descend": _descend,
     "descend_backward": _descend_backward,
+    "adapt_and_answer": _adapt_and_answer,
+    "adapt_and_answer_backward": _adapt_and_answer_backward,
     "answer": _answer,
     "answer_backward": _answer_backward,
 }
 _FAKE: dict[str, Callable[..., Any]] = {
     "descend": _room_for_descent,
     "descend_backward": _room_for_slopes,
+    "adapt_and_answer": _room_for_answers,
+    "adapt_and_answer_backward": _room_for_slopes,
     "answer": lambda parts, x, sizes, activation: x.new_empty(*x.shape[:2], sizes[-1]),
     "answer_backward": lambda parts, *rest: [torch.empty_like(part) for part in parts],
 }

@@ -21,6 +21,10 @@
 #define omp_get_thread_num() 0
 #endif
 
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+
 #define MOST_SUMS 12 /* in vector registers at a time */
 #define MOST_LAYERS 16 /* VECTOR_BYTES comes from library.py */
 
@@ -30,8 +34,9 @@ enum { IDENTITY, RELU, TANH, SIGMOID };
 typedef struct {
     int64_t layers, activation, tasks, rows, steps;
     int64_t rate_rows;      /* 1: the same rates in every step */
+    int64_t rates_of_parts; /* whether rates are those of the 2 * layers parts; otherwise those of all their elements */
     int64_t exact_from;     /* steps before this one are first order */
-    int64_t threads;
+    int64_t threads, new_rows;
     double order;           /* second derivatives are multiplied by it */
     const int64_t *sizes;   /* layers + 1 */
     const int64_t *strides; /* 2 * layers: from the tensor of one task to that of the next; 0 where tasks share it */
@@ -39,6 +44,7 @@ typedef struct {
     const void *targets;    /* (tasks, rows, outputs): the inner loss is the mean of squares over outputs; or null */
     const int64_t *labels;  /* (tasks, rows): the inner loss is cross-entropy; or null */
     const void *importance; /* (tasks, rows): what the loss of each row counts */
+    const void *new_x;      /* (tasks, new_rows, inputs): to be answered after a descent */
 } Problem;
 
 #define PASTE(name, suffix) name##_##suffix
@@ -49,16 +55,20 @@ typedef struct {
 #define SUFFIX float
 #define EXP expf
 #define TANH_OF tanhf
+#define INTERLEAVE(a, b, at) \
+    __builtin_shufflevector(a, b, at, at + 8, at + 1, at + 9, at + 2, at + 10, at + 3, at + 11)
 #include __FILE__
 #undef REAL
 #undef SUFFIX
 #undef EXP
 #undef TANH_OF
+#undef INTERLEAVE
 
 #define REAL double
 #define SUFFIX double
 #define EXP exp
 #define TANH_OF tanh
+#define INTERLEAVE(a, b, at) __builtin_shufflevector(a, b, at, at + 4, at + 1, at + 5)
 #include __FILE__
 
 #else /* what is compiled once for each type */
@@ -164,12 +174,37 @@ static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, i
 #undef CASE
 }
 
+/* Rows of a square block become columns: halves of rows are interleaved until each number has met all others. */
+static inline __attribute__((always_inline)) void NAME(flip_block)(const REAL *from, int64_t from_row, REAL *to,
+    int64_t to_row) {
+#if __has_builtin(__builtin_shufflevector) && VECTOR_BYTES == 32
+    Vector row[LANES], mixed[LANES];
+    for (int64_t i = 0; i < LANES; i++) row[i] = *(const Vector *)(from + i * from_row);
+    for (int64_t met = 1; met < LANES; met *= 2) {
+        for (int64_t i = 0; i < LANES / 2; i++) {
+            mixed[2 * i] = INTERLEAVE(row[i], row[i + LANES / 2], 0);
+            mixed[2 * i + 1] = INTERLEAVE(row[i], row[i + LANES / 2], LANES / 2);
+        }
+        memcpy(row, mixed, sizeof row);
+    }
+    for (int64_t i = 0; i < LANES; i++) *(Vector *)(to + i * to_row) = row[i];
+#else
+    for (int64_t i = 0; i < LANES; i++)
+        for (int64_t j = 0; j < LANES; j++) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
 static void NAME(flip)(const Layout *at, const REAL *weights, REAL *flipped) {
     for (int64_t l = 0; l < at->layers; l++) {
+        int64_t n_in = at->size[l], n_out = at->size[l + 1], in_row = at->width[l], out_row = at->width[l + 1];
+        int64_t whole_in = n_in / LANES * LANES, whole_out = n_out / LANES * LANES;
         const REAL *from = weights + at->matrix[l];
         REAL *to = flipped + at->flipped[l];
-        for (int64_t i = 0; i < at->size[l]; i++)
-            for (int64_t o = 0; o < at->size[l + 1]; o++) to[i * at->width[l + 1] + o] = from[o * at->width[l] + i];
+        for (int64_t o = 0; o < whole_out; o += LANES)
+            for (int64_t i = 0; i < whole_in; i += LANES)
+                NAME(flip_block)(from + o * in_row + i, in_row, to + i * out_row + o, out_row);
+        for (int64_t i = 0; i < n_in; i++) /* what is left over below and beside the blocks */
+            for (int64_t o = i < whole_in ? whole_out : 0; o < n_out; o++) to[i * out_row + o] = from[o * in_row + i];
     }
 }
 
@@ -213,7 +248,13 @@ static int NAME(prepare)(const Layout *at, const Problem *problem, const REAL *c
     if (!NAME(reserve)(at, 1, problem->rate_rows, common)) return 0;
     NAME(add_parts)(at, start, problem->strides, 0, common->weights);
     NAME(flip)(at, common->weights, common->flipped);
-    for (int64_t row = 0; row < problem->rate_rows; row++) {
+    for (int64_t l = 0; problem->rates_of_parts && l < at->layers; l++)
+        for (int64_t o = 0; o < at->size[l + 1]; o++) {
+            for (int64_t i = 0; i < at->size[l]; i++)
+                common->rates[at->matrix[l] + o * at->width[l] + i] = rates[2 * l];
+            common->rates[at->bias[l] + o] = rates[2 * l + 1];
+        }
+    for (int64_t row = 0; !problem->rates_of_parts && row < problem->rate_rows; row++) {
         REAL *parts[2 * MOST_LAYERS];
         NAME(cut)(at, (REAL *)rates + row * at->count, parts);
         NAME(add_parts)(at, (const REAL *const *)parts, problem->strides, 0, common->rates + row * at->total);
@@ -344,10 +385,112 @@ static void NAME(hessian)(const Layout *at, const Problem *problem, int64_t task
             at->width[l], work->product + at->matrix[l], at->width[l], 1);
 }
 
+/* The inner loop of one task, from common->weights to work->weights.
+ *
+ * path: room for the first `kept` sets of weights that it makes
+ * fast: as in `descend`, or null
+ */
+static void NAME(descend_task)(const Layout *at, const Problem *problem, int64_t task, const Work *common, Work *work,
+    REAL *path, int64_t kept, REAL **fast) {
+    for (int64_t step = 0; step < problem->steps; step++) {
+        const REAL *now = step ? work->weights : common->weights, *flipped = step ? work->flipped : common->flipped;
+        const REAL *rate = common->rates + (problem->rate_rows == 1 ? 0 : step) * at->total;
+        if (step) NAME(flip)(at, now, work->flipped);
+        NAME(forward)(at, problem, task, now, flipped, work);
+        NAME(slope_of_loss)(at, problem, task, work);
+        NAME(backward)(at, problem, now, work);
+        NAME(collect)(at, problem->rows, work->slope, work->active, work->gradient);
+        for (int64_t i = 0; i < at->total; i++) { /* what has no rate stays, were its gradient infinite */
+            REAL stays = now[i], moves = stays - rate[i] * work->gradient[i]; /* both, or no vectors are made of it */
+            work->weights[i] = rate[i] == 0 ? stays : moves;
+        }
+        if (fast) NAME(write_parts)(at, work->weights, problem->strides, task, fast + step * 2 * at->layers);
+        if (step < kept) memcpy(path + step * at->total, work->weights, (size_t)at->total * sizeof(REAL));
+    }
+}
+
+/* The way back of one task: work->lambda goes from a gradient at the last weights to that at the start.
+ *
+ * path:        the weights after each step but the last
+ * fast_slopes: what comes to it on the way, as in `descend_backward`, or null
+ * learned:     whether gradients at the rates are added to work->rates
+ */
+static void NAME(pull_task)(const Layout *at, const Problem *problem, int64_t task, const Work *common, Work *work,
+    const REAL *path, const REAL *const *fast_slopes, int learned) {
+    for (int64_t step = problem->steps - 1; step >= 0; step--) {
+        if (fast_slopes)
+            NAME(add_parts)(at, fast_slopes + step * 2 * at->layers, problem->strides, task, work->lambda);
+        int exact = step >= problem->exact_from && problem->order != 0;
+        if (!exact && !learned) continue;
+        const REAL *now = step ? path + (step - 1) * at->total : common->weights;
+        const REAL *flipped = step ? work->flipped : common->flipped;
+        int64_t row = problem->rate_rows == 1 ? 0 : step;
+        if (step) NAME(flip)(at, now, work->flipped);
+        NAME(forward)(at, problem, task, now, flipped, work);
+        NAME(slope_of_loss)(at, problem, task, work);
+        NAME(backward)(at, problem, now, work);
+        if (learned) {
+            NAME(collect)(at, problem->rows, work->slope, work->active, work->gradient);
+            REAL *sum = work->rates + row * at->total;
+            for (int64_t i = 0; i < at->total; i++) sum[i] -= work->lambda[i] * work->gradient[i];
+        }
+        if (!exact) continue;
+        const REAL *rate = common->rates + row * at->total;
+        for (int64_t i = 0; i < at->total; i++) {
+            REAL moves = rate[i] * work->lambda[i];
+            work->direction[i] = rate[i] == 0 ? 0 : moves;
+        }
+        NAME(hessian)(at, problem, task, now, flipped, work);
+        for (int64_t i = 0; i < at->total; i++) work->lambda[i] -= (REAL)problem->order * work->product[i];
+    }
+}
+
+/* What the net answers to the rows of `problem` under weights (as in `flip`). */
+static void NAME(answer_task)(const Layout *at, const Problem *problem, int64_t task, const REAL *weights, Work *work,
+    REAL *out) {
+    int64_t rows = problem->rows, size = at->size[at->layers];
+    NAME(flip)(at, weights, work->flipped);
+    NAME(forward)(at, problem, task, weights, work->flipped, work);
+    for (int64_t n = 0; n < rows; n++)
+        memcpy(out + (task * rows + n) * size, work->active[at->layers] + n * at->width[at->layers],
+            (size_t)size * sizeof(REAL));
+}
+
+/* The gradient at the weights, from that at the answers. */
+static void NAME(pull_answer)(const Layout *at, const Problem *problem, int64_t task, const REAL *weights, Work *work,
+    const REAL *out_slopes, REAL *gradient) {
+    int64_t rows = problem->rows, size = at->size[at->layers];
+    NAME(flip)(at, weights, work->flipped);
+    NAME(forward)(at, problem, task, weights, work->flipped, work);
+    for (int64_t n = 0; n < rows; n++)
+        memcpy(work->slope[at->layers] + n * at->width[at->layers], out_slopes + (task * rows + n) * size,
+            (size_t)size * sizeof(REAL));
+    NAME(backward)(at, problem, weights, work);
+    NAME(collect)(at, rows, work->slope, work->active, gradient);
+}
+
+/* Sums over tasks, which are in those of the threads, in the order of threads. */
+static void NAME(write_sums)(const Layout *at, const Problem *problem, Work *works, Work *common, REAL **start_slopes,
+    REAL *rate_slopes) {
+    int64_t rate_rows = problem->rate_rows;
+    memset(common->rates, 0, (size_t)(rate_rows * at->total) * sizeof(REAL));
+    for (int64_t t = 0; t < problem->threads; t++) {
+        for (int64_t i = 0; works[t].memory && i < at->total; i++) common->sum[i] += works[t].sum[i];
+        for (int64_t i = 0; works[t].memory && i < rate_rows * at->total; i++) common->rates[i] += works[t].rates[i];
+        free(works[t].memory);
+    }
+    NAME(write_parts)(at, common->sum, problem->strides, 0, start_slopes);
+    for (int64_t row = 0; rate_slopes && row < rate_rows; row++) {
+        REAL *parts[2 * MOST_LAYERS];
+        NAME(cut)(at, rate_slopes + row * at->count, parts);
+        NAME(write_parts)(at, common->rates + row * at->total, problem->strides, 0, parts);
+    }
+}
+
 /* Weights after gradient descent; each function returns how many threads lacked memory.
  *
  * start: 2 * layers tensors that tasks share
- * rates: (rate_rows, count), tensor after tensor
+ * rates: (1, 2 * layers), or (rate_rows, count), tensor after tensor
  * path:  (tasks, steps - 1, padded weights), for the way back; or null
  * fast:  steps * 2 * layers tensors with a leading axis of tasks, null where they are not wanted
  */
@@ -355,7 +498,7 @@ int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *
     Layout at = NAME(layout)(problem);
     Work common;
     if (!NAME(prepare)(&at, problem, start, rates, &common)) return 1;
-    int64_t steps = problem->steps;
+    int64_t kept = path ? problem->steps - 1 : 0;
     int failed = 0;
 #pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
     {
@@ -364,21 +507,8 @@ int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *
         failed += !ready;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < problem->tasks; task++)
-            for (int64_t step = 0; ready && step < steps; step++) {
-                const REAL *now = step ? work.weights : common.weights, *flipped = step ? work.flipped : common.flipped;
-                const REAL *rate = common.rates + (problem->rate_rows == 1 ? 0 : step) * at.total;
-                if (step) NAME(flip)(&at, now, work.flipped);
-                NAME(forward)(&at, problem, task, now, flipped, &work);
-                NAME(slope_of_loss)(&at, problem, task, &work);
-                NAME(backward)(&at, problem, now, &work);
-                NAME(collect)(&at, problem->rows, work.slope, work.active, work.gradient);
-                for (int64_t i = 0; i < at.total; i++) /* what has no rate stays, were its gradient infinite */
-                    work.weights[i] = rate[i] == 0 ? now[i] : now[i] - rate[i] * work.gradient[i];
-                NAME(write_parts)(&at, work.weights, problem->strides, task, fast + step * 2 * at.layers);
-                if (path && step + 1 < steps)
-                    memcpy(path + (task * (steps - 1) + step) * at.total, work.weights,
-                        (size_t)at.total * sizeof(REAL));
-            }
+            if (ready)
+                NAME(descend_task)(&at, problem, task, &common, &work, path + task * kept * at.total, kept, fast);
         free(work.memory);
     }
     free(common.memory);
@@ -388,62 +518,89 @@ int NAME(descend)(const Problem *problem, const REAL *const *start, const REAL *
 /* From gradients at `fast` to those at `start`, summed over tasks in the order of threads, and at `rates`.
  *
  * fast_slopes: as fast, null where they are zero
- * rate_slopes: (rate_rows, count), or null
+ * rate_slopes: (rate_rows, count) as rates, or null
  */
 int NAME(descend_backward)(const Problem *problem, const REAL *const *start, const REAL *rates, const REAL *path,
     const REAL *const *fast_slopes, REAL **start_slopes, REAL *rate_slopes) {
     Layout at = NAME(layout)(problem);
     Work common, *works = calloc((size_t)problem->threads, sizeof *works);
     if (!works || !NAME(prepare)(&at, problem, start, rates, &common)) return free(works), 1;
-    int64_t steps = problem->steps, rate_rows = problem->rate_rows;
     int failed = 0;
 #pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
     {
         Work *work = &works[omp_get_thread_num()];
-        int ready = NAME(reserve)(&at, problem->rows, rate_rows, work);
+        int ready = NAME(reserve)(&at, problem->rows, problem->rate_rows, work);
         failed += !ready;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < problem->tasks; task++) {
             if (!ready) continue;
             memset(work->lambda, 0, (size_t)at.total * sizeof(REAL));
-            for (int64_t step = steps - 1; step >= 0; step--) {
-                NAME(add_parts)(&at, fast_slopes + step * 2 * at.layers, problem->strides, task, work->lambda);
-                int exact = step >= problem->exact_from && problem->order != 0;
-                if (!exact && !rate_slopes) continue;
-                const REAL *now = step ? path + (task * (steps - 1) + step - 1) * at.total : common.weights;
-                const REAL *flipped = step ? work->flipped : common.flipped;
-                int64_t row = rate_rows == 1 ? 0 : step;
-                if (step) NAME(flip)(&at, now, work->flipped);
-                NAME(forward)(&at, problem, task, now, flipped, work);
-                NAME(slope_of_loss)(&at, problem, task, work);
-                NAME(backward)(&at, problem, now, work);
-                if (rate_slopes) {
-                    NAME(collect)(&at, problem->rows, work->slope, work->active, work->gradient);
-                    REAL *sum = work->rates + row * at.total;
-                    for (int64_t i = 0; i < at.total; i++) sum[i] -= work->lambda[i] * work->gradient[i];
-                }
-                if (!exact) continue;
-                const REAL *rate = common.rates + row * at.total;
-                for (int64_t i = 0; i < at.total; i++)
-                    work->direction[i] = rate[i] == 0 ? 0 : rate[i] * work->lambda[i];
-                NAME(hessian)(&at, problem, task, now, flipped, work);
-                for (int64_t i = 0; i < at.total; i++) work->lambda[i] -= (REAL)problem->order * work->product[i];
-            }
+            NAME(pull_task)(&at, problem, task, &common, work, path + task * (problem->steps - 1) * at.total,
+                fast_slopes, rate_slopes != NULL);
             for (int64_t i = 0; i < at.total; i++) work->sum[i] += work->lambda[i];
         }
     }
-    memset(common.rates, 0, (size_t)(rate_rows * at.total) * sizeof(REAL));
-    for (int64_t t = 0; t < problem->threads; t++) {
-        for (int64_t i = 0; works[t].memory && i < at.total; i++) common.sum[i] += works[t].sum[i];
-        for (int64_t i = 0; works[t].memory && i < rate_rows * at.total; i++) common.rates[i] += works[t].rates[i];
-        free(works[t].memory);
+    NAME(write_sums)(&at, problem, works, &common, start_slopes, rate_slopes);
+    free(works);
+    free(common.memory);
+    return failed;
+}
+
+/* What nets answer (tasks, new_rows, outputs) to new_x after gradient descent, whose weights never leave the caches.
+ *
+ * path: (tasks, steps, padded weights), for the way back; or null
+ */
+int NAME(adapt_and_answer)(const Problem *problem, const REAL *const *start, const REAL *rates, REAL *path,
+    REAL *out) {
+    Layout at = NAME(layout)(problem);
+    Problem query = *problem;
+    query.x = problem->new_x, query.rows = problem->new_rows;
+    int64_t most = query.rows > problem->rows ? query.rows : problem->rows, kept = path ? problem->steps : 0;
+    Work common;
+    if (!NAME(prepare)(&at, problem, start, rates, &common)) return 1;
+    int failed = 0;
+#pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
+    {
+        Work work;
+        int ready = NAME(reserve)(&at, most, 0, &work);
+        failed += !ready;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < problem->tasks; task++) {
+            if (!ready) continue;
+            NAME(descend_task)(&at, problem, task, &common, &work, path + task * kept * at.total, kept, NULL);
+            NAME(answer_task)(&at, &query, task, work.weights, &work, out);
+        }
+        free(work.memory);
     }
-    NAME(write_parts)(&at, common.sum, problem->strides, 0, start_slopes);
-    for (int64_t row = 0; rate_slopes && row < rate_rows; row++) {
-        REAL *parts[2 * MOST_LAYERS];
-        NAME(cut)(&at, rate_slopes + row * at.count, parts);
-        NAME(write_parts)(&at, common.rates + row * at.total, problem->strides, 0, parts);
+    free(common.memory);
+    return failed;
+}
+
+/* From gradients at these answers to those at `start` and at `rates`, as in `descend_backward`. */
+int NAME(adapt_and_answer_backward)(const Problem *problem, const REAL *const *start, const REAL *rates,
+    const REAL *path, const REAL *out_slopes, REAL **start_slopes, REAL *rate_slopes) {
+    Layout at = NAME(layout)(problem);
+    Problem query = *problem;
+    query.x = problem->new_x, query.rows = problem->new_rows;
+    int64_t most = query.rows > problem->rows ? query.rows : problem->rows;
+    Work common, *works = calloc((size_t)problem->threads, sizeof *works);
+    if (!works || !NAME(prepare)(&at, problem, start, rates, &common)) return free(works), 1;
+    int failed = 0;
+#pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
+    {
+        Work *work = &works[omp_get_thread_num()];
+        int ready = NAME(reserve)(&at, most, problem->rate_rows, work);
+        failed += !ready;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < problem->tasks; task++) {
+            if (!ready) continue;
+            const REAL *own = path + task * problem->steps * at.total;
+            NAME(pull_answer)(&at, &query, task, own + (problem->steps - 1) * at.total, work, out_slopes, work->lambda);
+            NAME(pull_task)(&at, problem, task, &common, work, own, NULL, rate_slopes != NULL);
+            for (int64_t i = 0; i < at.total; i++) work->sum[i] += work->lambda[i];
+        }
     }
+    NAME(write_sums)(&at, problem, works, &common, start_slopes, rate_slopes);
     free(works);
     free(common.memory);
     return failed;
@@ -452,23 +609,18 @@ int NAME(descend_backward)(const Problem *problem, const REAL *const *start, con
 /* What nets answer (tasks, rows, outputs) under the weights `parts`. */
 int NAME(answer)(const Problem *problem, const REAL *const *parts, REAL *out) {
     Layout at = NAME(layout)(problem);
-    int64_t rows = problem->rows, size = at.size[at.layers];
     int failed = 0;
 #pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
     {
         Work work;
-        int ready = NAME(reserve)(&at, rows, 0, &work);
+        int ready = NAME(reserve)(&at, problem->rows, 0, &work);
         failed += !ready;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < problem->tasks; task++) {
             if (!ready) continue;
             memset(work.weights, 0, (size_t)at.total * sizeof(REAL));
             NAME(add_parts)(&at, parts, problem->strides, task, work.weights);
-            NAME(flip)(&at, work.weights, work.flipped);
-            NAME(forward)(&at, problem, task, work.weights, work.flipped, &work);
-            for (int64_t n = 0; n < rows; n++)
-                memcpy(out + (task * rows + n) * size, work.active[at.layers] + n * at.width[at.layers],
-                    (size_t)size * sizeof(REAL));
+            NAME(answer_task)(&at, problem, task, work.weights, &work, out);
         }
         free(work.memory);
     }
@@ -479,7 +631,6 @@ int NAME(answer)(const Problem *problem, const REAL *const *parts, REAL *out) {
 int NAME(answer_backward)(const Problem *problem, const REAL *const *parts, const REAL *out_slopes,
     REAL **part_slopes) {
     Layout at = NAME(layout)(problem);
-    int64_t rows = problem->rows, size = at.size[at.layers];
     REAL *own[2 * MOST_LAYERS], *shared[2 * MOST_LAYERS];
     for (int64_t p = 0; p < 2 * at.layers; p++) {
         own[p] = problem->strides[p] ? part_slopes[p] : NULL;
@@ -491,20 +642,14 @@ int NAME(answer_backward)(const Problem *problem, const REAL *const *parts, cons
 #pragma omp parallel num_threads((int)problem->threads) reduction(+ : failed)
     {
         Work *work = &works[omp_get_thread_num()];
-        int ready = NAME(reserve)(&at, rows, 0, work);
+        int ready = NAME(reserve)(&at, problem->rows, 0, work);
         failed += !ready;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < problem->tasks; task++) {
             if (!ready) continue;
             memset(work->weights, 0, (size_t)at.total * sizeof(REAL));
             NAME(add_parts)(&at, parts, problem->strides, task, work->weights);
-            NAME(flip)(&at, work->weights, work->flipped);
-            NAME(forward)(&at, problem, task, work->weights, work->flipped, work);
-            for (int64_t n = 0; n < rows; n++)
-                memcpy(work->slope[at.layers] + n * at.width[at.layers], out_slopes + (task * rows + n) * size,
-                    (size_t)size * sizeof(REAL));
-            NAME(backward)(&at, problem, work->weights, work);
-            NAME(collect)(&at, rows, work->slope, work->active, work->gradient);
+            NAME(pull_answer)(&at, problem, task, work->weights, work, out_slopes, work->gradient);
             NAME(write_parts)(&at, work->gradient, problem->strides, task, own);
             for (int64_t i = 0; i < at.total; i++) work->sum[i] += work->gradient[i];
         }

@@ -72,17 +72,20 @@ class Descent(NamedTuple):
         return {name: value for name, value in self._asdict().items() if not isinstance(value, Tensor)}
 
 
-def descend(descent: Descent, rates: Tensor, start: Sequence[Tensor], by_torch: ByTorch) -> tuple[Tensor, ...]:
+def descend(
+    descent: Descent, rates: Tensor, start: Sequence[Tensor], by_torch: ByTorch, *, learned: bool
+) -> tuple[Tensor, ...]:
     """The wanted parts of the weights of all tasks, each (B, ...), after each wanted step in turn.
 
     Args:
         descent: What to do.
-        rates: (1, parameters) or (steps, parameters): of every element, part after part. May want a gradient.
+        rates: (1, parts); or of every element, part after part, (1 or steps, parameters), which may want a gradient.
         start: The parts, shared by all tasks. May want a gradient.
         by_torch: (rates, *start) -> the same by torch, for derivatives of the gradient.
+        learned: Whether the rates, of every element then, can want a gradient, which a compiled graph cannot tell.
     """
     data, how = descent.data, descent.settings
-    learned = _wants_gradient([rates])
+    learned = learned and _wants_gradient([rates])
     path = descent.steps > 1 and _wants_gradient([rates, *start])
 
     def run(rates: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
@@ -95,6 +98,38 @@ def descend(descent: Descent, rates: Tensor, start: Sequence[Tensor], by_torch: 
 
     inputs = (rates.contiguous(), *(part.contiguous() for part in start))
     return _apply(run, pull, by_torch, *inputs)[:-1]
+
+
+def adapt_and_answer(
+    descent: Descent, new_x: Tensor, rates: Tensor, start: Sequence[Tensor], by_torch: ByTorch, *, learned: bool
+) -> Tensor:
+    """What each task's weights answer (B, Q, outputs) to new_x (B, Q, inputs) after the descent.
+
+    The weights are not given out: `wanted` and `whole` of the descent mean nothing.
+
+    Args:
+        descent: What to do first.
+        new_x: Contiguous, without a gradient.
+        rates: As in `descend`.
+        start: As in `descend`.
+        by_torch: (rates, *start) -> a tuple of the answers by torch, for derivatives of the gradient.
+        learned: As in `descend`.
+    """
+    data, how = descent.data, descent.settings
+    learned = learned and _wants_gradient([rates])
+    path = _wants_gradient([rates, *start])
+
+    def run(rates: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
+        return tuple(operator("adapt_and_answer")(rates, start, data, new_x, path=path, **how))
+
+    def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        rates, *start, path = saved
+        back = operator("adapt_and_answer_backward")
+        found = back(rates, start, data, new_x, path, slopes[0], learned=learned, **how)
+        return found if learned else [None, *found]
+
+    inputs = (rates.contiguous(), *(part.contiguous() for part in start))
+    return _apply(run, pull, by_torch, *inputs)[0]
 
 
 def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch) -> Tensor:

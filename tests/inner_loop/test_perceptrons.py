@@ -15,14 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metaicl.native.operators as operators
 from metaicl.episode import Episode, Examples
+from metaicl.functional import masked_mean
 from metaicl.inner_loop import SGD, Rate
-from metaicl.inner_loop.perceptrons import as_perceptron
+from metaicl.inner_loop.perceptron_nets import as_perceptron
 from metaicl.inner_loop.tracing import trace_steps
 from metaicl.learner import Learner
 from metaicl.learners import MAML, MAMLPlusPlus, MetaSGD
 from metaicl.meta_step import MetaStep
 from metaicl.native.library import load, without_kernels
 from metaicl.nets.backbones import MLP, EncoderWithHead
+from metaicl.objectives import Objective, query_loss
 from metaicl.spec import TaskSpec
 
 PLANE = TaskSpec("regression", (3,), y_dim=2)
@@ -73,6 +75,16 @@ def net(
     return layers if len(spec.x_shape) == 1 else nn.Sequential(nn.Flatten(), layers)
 
 
+AT_ONCE = ["adapt_and_answer", "adapt_and_answer_backward"]
+IN_PARTS = ["descend", "answer", "answer_backward", "descend_backward"]
+
+
+def loss_in_parts(learner: Learner, episode: Episode) -> Tensor:
+    """`query_loss` with the fast weights given out between."""
+    answer = learner.predict(learner.adapt(episode.support), episode.query.x)
+    return masked_mean(-answer.log_prob(episode.query.y), episode.query.mask, 1)
+
+
 SETTINGS: dict[str, Callable[[TaskSpec], Learner]] = {
     "one step": lambda spec: MAML(spec, net=net(spec)),
     "five steps": lambda spec: MAML(spec, net=net(spec, nn.Tanh), inner_steps=5),
@@ -99,13 +111,13 @@ def test_kernels_equal_the_engine(name: str, spec: TaskSpec, masked: bool, calls
     learner, episode = seeded(lambda: SETTINGS[name](spec)), episode_for(spec, masked=masked)
     with without_kernels():
         expected = meta_gradient(learner, episode)
-        answer = learner(episode.support, episode.query.x).mean if spec is PLANE else None
+        loss = query_loss(learner, episode)
     assert not calls
-    found = meta_gradient(learner, episode)
-    assert calls == ["descend", "answer", "answer_backward", "descend_backward"]
-    assert worst_gap(found, expected) <= 1e-12
-    if answer is not None:
-        torch.testing.assert_close(learner(episode.support, episode.query.x).mean, answer, rtol=0, atol=1e-13)
+    for objective, ways in ((query_loss, AT_ONCE), (loss_in_parts, IN_PARTS)):
+        assert worst_gap(meta_gradient(learner, episode, objective), expected) <= 1e-12
+        assert calls == (IN_PARTS if name == "MAML++" else ways)
+        torch.testing.assert_close(objective(learner, episode), loss, rtol=0, atol=1e-13)
+        calls.clear()
 
 
 def test_losses_of_every_step_and_the_gate_of_second_derivatives() -> None:
@@ -118,13 +130,13 @@ def test_losses_of_every_step_and_the_gate_of_second_derivatives() -> None:
         assert worst_gap(meta_gradient(learner, episode), expected) <= 1e-12, fraction
 
 
-def test_derivatives_of_the_meta_gradient() -> None:
+@pytest.mark.parametrize("objective", [query_loss, loss_in_parts])
+def test_derivatives_of_the_meta_gradient(objective: Objective) -> None:
     learner, episode = seeded(lambda: MetaSGD(PLANE, net=net(PLANE, nn.Tanh), inner_steps=2)), episode_for(PLANE)
 
     def third_order() -> dict[str, Tensor]:
         named = dict(learner.named_parameters())
-        loss = -learner(episode.support, episode.query.x).log_prob(episode.query.y).mean()
-        slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+        slopes = torch.autograd.grad(objective(learner, episode).mean(), list(named.values()), create_graph=True)
         size = sum(slope.square().sum() for slope in slopes)
         return dict(zip(named, torch.autograd.grad(size, list(named.values())), strict=True))
 
@@ -143,10 +155,11 @@ def test_widths_of_every_remainder_and_any_number_of_threads() -> None:
                 expected = meta_gradient(learner, episode)
             for threads in (1, 3):
                 torch.set_num_threads(threads)
-                found = meta_gradient(learner, episode)
-                assert worst_gap(found, expected) <= 1e-12, (width, threads)
-                again = meta_gradient(learner, episode)
-                assert all(torch.equal(value, again[name]) for name, value in found.items()), "not deterministic"
+                for objective in (query_loss, loss_in_parts):
+                    found = meta_gradient(learner, episode, objective)
+                    assert worst_gap(found, expected) <= 1e-12, (width, threads)
+                    again = meta_gradient(learner, episode, objective)
+                    assert all(torch.equal(value, again[name]) for name, value in found.items()), "not deterministic"
     finally:
         torch.set_num_threads(before)
 
@@ -173,7 +186,7 @@ def test_float32_and_nothing_to_differentiate(calls: list[str]) -> None:
     episode = draw(SINES).to(dtype=torch.float32)
     with torch.no_grad():
         found = learner(episode.support, episode.query.x).mean
-        assert calls == ["descend", "answer"]
+        assert calls == ["adapt_and_answer"]
         with without_kernels():
             expected = learner(episode.support, episode.query.x).mean
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -197,10 +210,59 @@ def test_a_compiled_step_calls_the_kernels(calls: list[str]) -> None:
     assert compiled.is_compiled
     calls.clear()
     found = compiled(episode)[1]
-    assert calls == ["descend", "answer", "answer_backward", "descend_backward"]
+    assert calls == AT_ONCE
     with without_kernels():
         expected = MetaStep(learner)(episode)[1]
     assert worst_gap(found, expected) <= 1e-5
+
+
+def test_a_graph_of_factors_is_kept_where_weights_are_many(calls: list[str]) -> None:
+    episode = draw(SINES).to(dtype=torch.float32)
+    torch.compiler.reset()
+    for width, expected in ((40, AT_ONCE), (64, [])):
+        learner = seeded(lambda width=width: MAML(SINES.spec, net=MLP([1, width, width, 1]))).float()
+        compiled = MetaStep(learner, compile=True)
+        compiled(episode)
+        assert compiled.is_compiled
+        calls.clear()
+        compiled(episode)
+        assert calls == expected, width
+
+
+class Halved(MAML):
+    """A subclass with an answer of its own."""
+
+    def predict(self, state, x):
+        return super().predict(state, 0.5 * x)
+
+
+def test_an_adapt_or_predict_of_ones_own_is_not_passed_by(calls: list[str]) -> None:
+    episode = draw(SINES)
+    learner = seeded(lambda: Halved(SINES.spec, net=MLP([1, 4, 1])))
+    plain = seeded(lambda: MAML(SINES.spec, net=MLP([1, 4, 1])))
+    found = learner(episode.support, episode.query.x).mean
+    torch.testing.assert_close(found, plain(episode.support, 0.5 * episode.query.x).mean, rtol=0, atol=1e-13)
+    assert calls == ["descend", "answer", "adapt_and_answer"]
+    start = plain.adapt(episode.support[:1])
+    plain.adapt = lambda support: start  # type: ignore[method-assign]
+    calls.clear()
+    plain(episode.support[:1], episode.query.x[:1])
+    assert calls == ["answer"]
+
+
+@pytest.mark.parametrize("part", ["net", "rates"])
+def test_rates_of_another_precision_than_the_net(part: str, calls: list[str]) -> None:
+    episode = draw(SINES)
+    learner = seeded(lambda: MAML(SINES.spec, net=MLP([1, 4, 1]), optimizer=SGD(Rate(0.1, "all"))))
+    if part == "net":
+        learner.net.float()
+        episode = episode.to(dtype=torch.float32)
+    else:
+        learner.optimizer.float()
+    with without_kernels():
+        expected = learner(episode.support, episode.query.x).mean
+    torch.testing.assert_close(learner(episode.support, episode.query.x).mean, expected)
+    assert calls == ["answer"]
 
 
 def test_a_compiled_step_in_bfloat16_multiplies_in_bfloat16(calls: list[str]) -> None:
@@ -261,6 +323,32 @@ def overridden() -> nn.Module:
     return layers
 
 
+def hooked_identity() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(1, 4), nn.Identity(), nn.Tanh(), nn.Linear(4, 1))
+    layers[1].register_forward_hook(lambda module, inputs, output: 3 * output)
+    return layers
+
+
+def overridden_identity() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(1, 4), nn.Identity(), nn.Tanh(), nn.Linear(4, 1))
+    layers[1].forward = lambda x: 3 * x
+    return layers
+
+
+class Called(MLP):
+    """A subclass with a call of its own."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Reversed(MLP):
+    """A subclass that goes through its layers in another order."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
+
+
 def tied() -> nn.Module:
     layers = MLP([1, 4, 4, 4, 1])
     layers[4].weight = layers[2].weight
@@ -269,6 +357,10 @@ def tied() -> nn.Module:
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "own forward": lambda: Twice([1, 4, 1]),
+    "own call": lambda: Called([1, 4, 1]),
+    "own order": lambda: Reversed([1, 4, 1]),
+    "hook of an identity": hooked_identity,
+    "replaced forward of an identity": overridden_identity,
     "hook": hooked,
     "replaced forward": overridden,
     "tied weights": tied,

@@ -23,13 +23,8 @@ from metaicl.inner_loop.parameters import (
 )
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import (
-    check_checkpoint,
-    check_support,
-    check_truncate,
-    choose_adapted,
-    choose_optimizer,
-)
+from metaicl.learners.gradient.shared import check_checkpoint, check_truncate, choose_adapted, choose_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.mixtures import marginal
 from metaicl.nets.backbones import build_net
 from metaicl.nets.low_rank import low_rank_copy

@@ -14,7 +14,8 @@ from metaicl.inner_loop.parameters import Params, check_inner_loop_module, first
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import check_checkpoint, check_support, check_truncate, choose_optimizer
+from metaicl.learners.gradient.shared import check_checkpoint, check_truncate, choose_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.nets.modulation import build_context_net
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

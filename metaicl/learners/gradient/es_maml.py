@@ -17,7 +17,8 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll
 from metaicl.learner import Traits
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import PlainDescent, check_support, choose_optimizer
+from metaicl.learners.gradient.shared import PlainDescent, choose_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.objectives import query_loss
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

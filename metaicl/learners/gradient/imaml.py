@@ -18,7 +18,8 @@ from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import choose_inner_lr
-from metaicl.learners.gradient.shared import check_support, choose_adapted, choose_optimizer, fixed_optimizer
+from metaicl.learners.gradient.shared import choose_adapted, choose_optimizer, fixed_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 

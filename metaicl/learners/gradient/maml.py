@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -21,8 +21,8 @@ from metaicl.learners.gradient.shared import (
     choose_adapted,
     choose_optimizer,
     linear_layers,
-    unroll_support,
 )
+from metaicl.learners.gradient.support import answer_at_once, has_own, unroll_support
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
 
@@ -96,19 +96,30 @@ class MAML(Learner[dict[str, Weight]]):
         self.layers = linear_layers(self.net, spec, self.adapted, self.optimizer, factored)
         self.raw_scale = output_scale(spec)
 
+    def forward(self, support: Examples, x: Tensor) -> Distribution:
+        """Adapt and predict in one call, where a kernel serves the net without giving weights out between."""
+        if has_own(self, MAML, "adapt", "predict"):
+            output = answer_at_once(self, self.net, self.adapted, self.layers, support, x, **self._inner_loop)
+            if output is not None:
+                return answer(output, self.raw_scale)
+        return super().forward(support, x)
+
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task: the adapted parameters, or their factors, with leading axis B."""
-        path = unroll_support(
-            self, self.net, self.adapted, self.layers, support, steps=self.inner_steps, optimizer=self.optimizer,
-            shared=frozen_tensors(self.net, self.adapted), first_order=self.first_order,
-            truncate=self.truncate, checkpoint=self.checkpoint, whole=False,
-        )  # fmt: skip
-        return path[-1]
+        return unroll_support(self, self.net, self.adapted, self.layers, support, **self._inner_loop)[-1]
 
     def predict(self, state: dict[str, Weight], x: Tensor) -> Distribution:
         """Answer with each task's fast weights."""
         output = call_tasks(self.net, state, frozen_tensors(self.net, self.adapted), x)
         return answer(output, self.raw_scale)
+
+    @property
+    def _inner_loop(self) -> dict[str, Any]:
+        return {
+            "steps": self.inner_steps, "optimizer": self.optimizer, "first_order": self.first_order,
+            "truncate": self.truncate, "checkpoint": self.checkpoint, "whole": False,
+            "shared": frozen_tensors(self.net, self.adapted),
+        }  # fmt: skip
 
 
 class HoldsMAML(Learner[dict[str, Weight]], ABC):
@@ -155,6 +166,10 @@ class HoldsMAML(Learner[dict[str, Weight]], ABC):
     @abstractmethod
     def make_optimizer(lr: float) -> InnerOptimizer:
         """The update rule of the inner loop, not bound to any weights yet."""
+
+    def forward(self, support: Examples, x: Tensor) -> Distribution:
+        """Adapt and predict in one call, as the MAML inside does."""
+        return self.maml(support, x) if has_own(self, HoldsMAML, "adapt", "predict") else super().forward(support, x)
 
     def adapt(self, support: Examples) -> dict[str, Weight]:
         """Fast weights of every task, with leading axis B."""

@@ -20,13 +20,8 @@ from metaicl.inner_loop.parameters import (
     frozen_tensors,
 )
 from metaicl.learner import Learner
-from metaicl.learners.gradient.shared import (
-    check_checkpoint,
-    choose_adapted,
-    choose_optimizer,
-    linear_layers,
-    unroll_support,
-)
+from metaicl.learners.gradient.shared import check_checkpoint, choose_adapted, choose_optimizer, linear_layers
+from metaicl.learners.gradient.support import unroll_support
 from metaicl.nets.backbones import build_net
 from metaicl.nets.norm import batch_norms
 from metaicl.spec import TaskSpec

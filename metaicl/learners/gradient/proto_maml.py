@@ -23,13 +23,8 @@ from metaicl.inner_loop.parameters import (
 from metaicl.inner_loop.supervised import row_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
-from metaicl.learners.gradient.shared import (
-    check_checkpoint,
-    check_support,
-    check_truncate,
-    choose_adapted,
-    choose_optimizer,
-)
+from metaicl.learners.gradient.shared import check_checkpoint, check_truncate, choose_adapted, choose_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.nets.backbones import build_encoder, encoder_dim
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec

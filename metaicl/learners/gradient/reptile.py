@@ -15,7 +15,8 @@ from metaicl.inner_loop.parameters import Params, adapted_tensors, frozen_tensor
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Traits
-from metaicl.learners.gradient.shared import PlainDescent, check_support, choose_optimizer
+from metaicl.learners.gradient.shared import PlainDescent, choose_optimizer
+from metaicl.learners.gradient.support import check_support
 from metaicl.spec import TaskSpec
 
 

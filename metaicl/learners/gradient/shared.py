@@ -1,10 +1,8 @@
-"""What gradient-based learners share: checks, layers that can be factored, the answer they give."""
+"""What gradient-based learners share: checks of their settings, layers that can be factored, plain descent."""
 
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -13,33 +11,18 @@ from metaicl.episode import Examples
 from metaicl.functional import answer, output_scale
 from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.calling import unused_parameters
-from metaicl.inner_loop.factored import LinearLayers, NotFactorable, Weight
+from metaicl.inner_loop.factored import LinearLayers, Weight
 from metaicl.inner_loop.optimizers import SGD, InnerOptimizer
 from metaicl.inner_loop.parameters import (
-    Params,
     adapted_tensors,
     check_inner_loop_module,
-    check_precision,
     frozen_tensors,
     select_parameters,
 )
-from metaicl.inner_loop.perceptrons import descend
-from metaicl.inner_loop.supervised import support_loss
-from metaicl.inner_loop.unrolling import unroll_path
 from metaicl.learner import Learner
+from metaicl.learners.gradient.support import unroll_support
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
-
-
-def check_support(learner: Learner[Any], support: Examples) -> None:
-    """Refuse masked rows where a net normalizes by the statistics of all rows, and a learner made float16 since.
-
-    Raises:
-        ValueError: If there is a mask and the learner is transductive, or a parameter is float16.
-    """
-    if support.mask is not None and learner.traits.transductive:
-        raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
-    check_precision(learner)
 
 
 class PlainDescent(Learner[dict[str, Weight]]):
@@ -178,74 +161,3 @@ def linear_layers(
     if factored and not layers.names:
         raise ValueError(f"factored=True found no linear layer of {type(net).__name__} that adapts and can be factored")
     return layers
-
-
-def unroll_support(
-    learner: Learner[Any],
-    net: nn.Module,
-    adapted: Collection[str],
-    layers: LinearLayers | None,
-    support: Examples,
-    *,
-    steps: int,
-    shared: Mapping[str, Tensor],
-    **options: Any,
-) -> list[dict[str, Weight]]:
-    """`unroll_path` on a support, with linear layers factored where they can be.
-
-    Args:
-        learner: Whose tasks and support these are.
-        net: What adapts.
-        adapted: Names of the parameters that adapt.
-        layers: What `linear_layers` found.
-        support: B tasks.
-        steps: Of the inner loop.
-        shared: Tensors of the net that do not adapt.
-        options: More arguments of `unroll_path`.
-
-    Raises:
-        NotFactorable: If the net uses its layers otherwise than on rows of zeros, and factors are required. Where they
-            are not, its weights are formed.
-    """
-    check_support(learner, support)
-    chosen = layers.choose(support.n_rows, steps) if layers else {}
-    # A compiled graph of factors is faster still than a kernel; their operators one by one are not.
-    if not chosen or (layers and not layers.required and not torch.compiler.is_compiling()):
-        found = _by_kernels(learner.spec, net, adapted, support, steps=steps, shared=shared, **options)
-        if found is not None:
-            return found
-    run = partial(
-        unroll_path, support_loss(learner.spec, net, {}), adapted_tensors(net, adapted),
-        (support.x, support.y, support.mask), steps=steps, shared=shared, **options,
-    )  # fmt: skip
-    if not layers or layers.required:
-        return run(layers=chosen)
-    try:
-        return run(layers=chosen)
-    except NotFactorable:
-        return run()
-
-
-def _by_kernels(
-    spec: TaskSpec,
-    net: nn.Module,
-    adapted: Collection[str],
-    support: Examples,
-    *,
-    checkpoint: bool | int = False,
-    stepwise: Collection[str] = (),
-    **options: Any,
-) -> list[dict[str, Weight]] | None:
-    """The same by a kernel, where there is one; see `metaicl.inner_loop.perceptrons`."""
-    if stepwise or checkpoint not in (False, True):  # a kernel keeps the weights of every step, and no activations
-        return None
-    data = (support.x, support.y, support.mask)
-
-    def by_torch(params: Params, optimizer: InnerOptimizer) -> list[dict[str, Tensor]]:
-        start = {name: value for name, value in params.items() if name in adapted}
-        rest = {name: value for name, value in params.items() if name not in adapted}
-        settings = {**options, "optimizer": optimizer, "shared": {**options["shared"], **rest}}
-        return unroll_path(support_loss(spec, net, {}), start, data, **settings)
-
-    settings = {name: value for name, value in options.items() if name != "shared"}
-    return descend(net, adapted, data, outputs=spec.output_size, by_torch=by_torch, **settings)
