@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaicl.checks import check_choice, check_count
+from metaicl.native.gather import scaled_rows
 from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, Split
 from metaicl.tasks.classes import ClassEpisodes, check_ways
@@ -136,9 +137,12 @@ class ImageClasses(ClassEpisodes):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Images (..., channels, height, width), float32 in [0, 1], of the source rows `ids` (...,)."""
-        images = self._pixels.index_select(0, ids.flatten()).view(*ids.shape, *self._shape)
-        # the product is twice as fast as the quotient, and 255 still becomes exactly 1
-        return images.to(torch.float32).mul_(1 / 255) if images.dtype == torch.uint8 else images
+        flat = ids.flatten()
+        if self._pixels.dtype == torch.uint8:
+            images = scaled_rows(self._pixels, flat, 1 / 255)  # as fast as quotients are not, and 255 is exactly 1
+        else:
+            images = self._pixels.index_select(0, flat)
+        return images.view(*ids.shape, *self._shape)
 
 
 def _checked_pixels(images: Tensor | np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaicl.checks import check_count
+from metaicl.native.gather import scaled_rows
 from metaicl.spec import TaskSpec
 from metaicl.tasks.classes import ClassEpisodes
 from metaicl.tasks.published import Published
@@ -67,7 +68,7 @@ class MNIST(ClassEpisodes):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Images (..., 1, 28, 28), float32 in [0, 1], of the source rows `ids` (...,)."""
-        return self._pixels[ids].unsqueeze(-3).to(torch.float32).mul_(1 / 255)
+        return scaled_rows(self._pixels, ids.flatten(), 1 / 255).view(*ids.shape, 1, *self._pixels.shape[1:])
 
 
 def _read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
