@@ -78,9 +78,7 @@ def find_problem(
         return None  # torch knows what to say
     wanted = tuple(name in adapted for name in found.names)
     rates = _rates(optimizer, found, wanted, steps)
-    if (
-        rates.dtype != x.dtype or rates.device != x.device
-    ):  # the net was converted without its rates, or they without it
+    if rates.dtype != x.dtype or rates.device != x.device:  # either was converted without the other
         return None
     descent = Descent(
         _rows(found, x), y.contiguous(), _importance(mask, x), _order(first_order), steps,

@@ -49,7 +49,8 @@ class MAML(Learner[dict[str, Weight]]):
             loops; True is 1. See `metaicl.inner_loop.unroll_tasks`.
         factored: Keep the fast weights of linear layers as W_0 plus factors and never form them, which is exact.
             None: where that is cheaper, which is in layers wider than rows of the support times inner steps. A net
-            that a kernel serves (`metaicl.inner_loop.perceptrons`) is factored in compiled steps only.
+            that a kernel serves (`metaicl.inner_loop.perceptrons`) is factored in compiled steps only, and there if
+            its matrices have more than 2,048 numbers.
 
     Raises:
         TypeError: If a count is no int or `optimizer` is no InnerOptimizer.

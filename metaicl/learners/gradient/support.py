@@ -114,11 +114,10 @@ def answer_at_once(
 
 def _prefers_kernel(layers: LinearLayers, support: Examples, steps: int) -> bool:
     """Whether a kernel that adapts and answers at once is faster than factors."""
-    chosen = layers.choose(support.n_rows, steps)
-    if not torch.compiler.is_compiling():
-        return not chosen or not layers.required
+    if not layers.choose(support.n_rows, steps):
+        return True
     # One graph of factors is as fast from 64 hidden units on, and twice as fast with 180.
-    return not chosen or (not layers.required and layers.weights <= _SMALL)
+    return not layers.required and (layers.weights <= _SMALL or not torch.compiler.is_compiling())
 
 
 class _Kernel(NamedTuple):
