@@ -9,17 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
 
 from metaicl.inner_loop.tracing import is_traced
+from metaicl.native.guards import all_modules_are_hooked, is_as_made, is_plain, nobody_watches
 from metaicl.native.operators import ACTIVATIONS, MOST_LAYERS, is_available, pays
 from metaicl.native.perceptron import Layers
-from metaicl.transforms import in_a_transform
 
 _MOST_WEIGHTS = 1 << 15  # of a layer: torch is as fast with larger ones, which leave a core's caches
 _CHAIN = {name: getattr(nn.Sequential, name) for name in ("__call__", "__iter__", "forward")}  # what makes it one
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Perceptron(NamedTuple):
@@ -40,7 +37,7 @@ class Perceptron(NamedTuple):
 
 def as_perceptron(net: nn.Module) -> Perceptron | None:
     """`net` as a perceptron; None if it is another net, or does more than its layers say."""
-    if module_hooks._has_any_global_hook():  # type: ignore[attr-defined]
+    if all_modules_are_hooked():
         return None
     places = _flat("", net, [])
     flattens = bool(places) and _is_flatten(places[0][1])
@@ -72,15 +69,9 @@ def as_perceptron(net: nn.Module) -> Perceptron | None:
 
 def torch_may_be_passed_by() -> bool:
     """Whether nobody watches what torch does, or changes it."""
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return torch.compiler.is_compiling() or not (
-        in_a_transform()
-        or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        or forward_ad._current_level >= 0
-        or is_traced()
-    )
+    if torch.compiler.is_compiling():
+        return not torch.is_autocast_enabled("cpu")
+    return nobody_watches() and not is_traced()
 
 
 def serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
@@ -91,7 +82,7 @@ def serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
         and x.shape[2:].numel() == perceptron.layers.sizes[0]
         and x.numel() > 0
         and not x.requires_grad
-        and all(_is_plain_tensor(value) and value.dtype == x.dtype for value in (x, *parts))
+        and all(is_plain(value) and value.dtype == x.dtype for value in (x, *parts))
         and pays(x.shape[0], x.shape[1], perceptron.layers.weights)
         and is_available(x.dtype)
     )
@@ -99,8 +90,7 @@ def serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:
 
 def _flat(prefix: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Add to `places` the layers of nested Sequentials in order, with the prefix of their parameters' names."""
-    own = module.__dict__
-    if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+    if not is_as_made(module):
         places.append((prefix, nn.Module()))  # no layer that anyone knows
     elif isinstance(module, nn.Sequential) and all(
         getattr(type(module), name) is rule for name, rule in _CHAIN.items()
@@ -115,9 +105,3 @@ def _flat(prefix: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -
 
 def _is_flatten(layer: nn.Module) -> bool:
     return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-
-
-def _is_plain_tensor(value: Tensor) -> bool:
-    plain = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.layout is torch.strided
-    # A kernel reads memory as it stands; compiled graphs make no such views, and cannot ask.
-    return plain and (torch.compiler.is_compiling() or not value.is_neg())

@@ -1,6 +1,6 @@
 """Gradient descent of perceptrons on the supports of many tasks, and what they answer, by kernels in C."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from metaicl.native.operators import operator
-
-ByTorch = Callable[..., tuple[Tensor, ...]]
+from metaicl.native.way_back import ByTorch, with_way_back
 
 
 class Layers(NamedTuple):
@@ -97,7 +96,7 @@ def descend(
         return found if learned else [None, *found]
 
     inputs = (rates.contiguous(), *(part.contiguous() for part in start))
-    return _apply(run, pull, by_torch, *inputs)[:-1]
+    return with_way_back(run, pull, by_torch, *inputs)[:-1]
 
 
 def adapt_and_answer(
@@ -129,7 +128,7 @@ def adapt_and_answer(
         return found if learned else [None, *found]
 
     inputs = (rates.contiguous(), *(part.contiguous() for part in start))
-    return _apply(run, pull, by_torch, *inputs)[0]
+    return with_way_back(run, pull, by_torch, *inputs)[0]
 
 
 def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch) -> Tensor:
@@ -149,66 +148,7 @@ def answer(layers: Layers, x: Tensor, parts: Sequence[Tensor], by_torch: ByTorch
     def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return operator("answer_backward")(saved[:-1], slopes[0], x, sizes, activation)
 
-    return _apply(run, pull, by_torch, *(part.contiguous() for part in parts))[0]
-
-
-class _WayBack(torch.autograd.Function):
-    """Backward of a kernel whose last result was kept for it, and the same by torch for derivatives of that."""
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> Any:
-        saved = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # somebody will differentiate the gradient
-            return None, None, None, *_by_torch(ctx.by_torch, saved[:-1], ctx.needs_input_grad[3:], slopes[:-1])
-        return None, None, None, *ctx.pull(saved, slopes)
-
-
-class _Kernel(_WayBack):
-    """For eager steps, in the old style.
-
-    With `setup_context` every call reads the signature of `forward`, which takes longer than a small kernel. Only
-    torch.func needs it, and that is served by torch.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        found = run(*inputs)
-        _TracedKernel.setup_context(ctx, (run, pull, by_torch, *inputs), found)
-        return found
-
-
-class _TracedKernel(_WayBack):
-    """For compiled graphs, whose gradients are those of torch.func."""
-
-    @staticmethod
-    def forward(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return run(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.pull, ctx.by_torch, *tensors = inputs
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[-1])
-
-
-def _apply(run: ByTorch, pull: Callable[..., Any], by_torch: ByTorch, *inputs: Tensor) -> tuple[Tensor, ...]:
-    kernel = _TracedKernel if torch.compiler.is_compiling() else _Kernel
-    found: tuple[Tensor, ...] = kernel.apply(run, pull, by_torch, *inputs)
-    return found
-
-
-def _by_torch(
-    function: ByTorch, inputs: Sequence[Tensor], needed: Sequence[bool], slopes: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of `inputs` with a graph of their own."""
-    given = [(value, slope) for value, slope in zip(function(*inputs), slopes, strict=True) if slope is not None]
-    wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
-    values, outer = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(values, wanted, outer, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    return with_way_back(run, pull, by_torch, *(part.contiguous() for part in parts))[0]
 
 
 def _wants_gradient(tensors: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from metaicl.checks import check_count
 from metaicl.functional import unit_rows
 from metaicl.nets.layout import channels_last
+from metaicl.nets.norm_pool import run_layers
 from metaicl.spec import TaskSpec
 
 
@@ -88,7 +89,7 @@ class Conv4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (rows, channels, height, width) as (rows, D), or as maps."""
-        maps = self.blocks(channels_last(x))
+        maps = run_layers(self.blocks, channels_last(x, self))
         return maps.flatten(1) if self.flatten else maps
 
 

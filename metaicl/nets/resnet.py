@@ -112,4 +112,4 @@ class ResNet12(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (rows, channels, height, width) as (rows, D)."""
-        return self.blocks(channels_last(x)).mean((-2, -1))
+        return self.blocks(channels_last(x, self)).mean((-2, -1))

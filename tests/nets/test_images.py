@@ -74,15 +74,31 @@ def test_vmap_and_a_loop_agree_in_second_derivatives(make):
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 5, 4), (1, 1, 1, 1), (0, 1, 4, 4)])
 def test_the_layout_changes_and_the_values_do_not(shape):
     x = images(*shape, dtype=torch.float32)
-    turned = channels_last(x)
+    turned = channels_last(x, nn.Identity())
     assert torch.equal(turned, x)
     assert turned.stride(1) == 1
-    assert torch.equal(channels_last(x.transpose(-1, -2)), x.transpose(-1, -2))
+    assert torch.equal(channels_last(x.transpose(-1, -2), nn.Identity()), x.transpose(-1, -2))
 
 
 def test_convolutions_keep_the_layout_of_a_single_channel():
     first = nn.Conv2d(1, 4, 3, padding=1)
-    assert first(channels_last(images(2, 1, 8, 8, dtype=torch.float32))).stride(1) == 1
+    assert first(channels_last(images(2, 1, 8, 8, dtype=torch.float32), first)).stride(1) == 1
+
+
+@pytest.mark.parametrize("trained", ["a vector", "vectors", "the last", "the input"])
+@pytest.mark.parametrize("make", [lambda: Conv4(channels=8), lambda: ResNet12(1, channels=SMALL)])
+def test_parts_may_be_frozen(make, trained):
+    torch.manual_seed(0)
+    net, x = make(), images(2, 1, 8, 8, dtype=torch.float32).requires_grad_()
+    inputs = {"x": x, **dict(net.named_parameters())}
+    everything = dict(zip(inputs, torch.autograd.grad(net(x).sum(), list(inputs.values())), strict=True))
+    vectors = [name for name, value in net.named_parameters() if value.ndim == 1]
+    wanted = {"a vector": vectors[:1], "vectors": vectors, "the last": [[*inputs][-1]], "the input": ["x"]}[trained]
+    for name, value in inputs.items():
+        value.requires_grad_(name in wanted)
+    found = torch.autograd.grad(net(x).sum(), [inputs[name] for name in wanted])
+    for name, slope in zip(wanted, found, strict=True):
+        torch.testing.assert_close(slope, everything[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
