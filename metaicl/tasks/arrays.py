@@ -11,6 +11,7 @@ from torch import Tensor
 from metaicl.checks import check_choice, check_count
 from metaicl.spec import TaskSpec
 from metaicl.task import Split
+from metaicl.tasks.cells import refuse_nameless
 from metaicl.tasks.classes import check_ways
 from metaicl.tasks.columns import (
     Column,
@@ -20,6 +21,7 @@ from metaicl.tasks.columns import (
     names_given,
     read_csv,
     take_column,
+    take_complete,
     take_labels,
 )
 from metaicl.tasks.labels import index_labels, row_splits, splits_by_name
@@ -161,7 +163,8 @@ def tasks_from_csv(
         As `tasks_from_arrays`.
 
     Raises:
-        ValueError: If the file is malformed, or a column is not there or is named twice; else as `tasks_from_arrays`.
+        ValueError: If the file is malformed, a column is not there or is named twice, or has no name where all others
+            are features (an index that `DataFrame.to_csv` wrote); else as `tasks_from_arrays`.
     """
     targets, features = names_given(target), None if features is None else names_given(features)
     if text is not None:
@@ -169,6 +172,8 @@ def tasks_from_csv(
         return _from_texts(columns, targets, text=text, refused=(groups, features), where=str(path), **options)
     labels = [groups] if groups is not None else [] if options.get("kind") == "regression" else targets
     columns = read_csv(path, labels=labels)
+    if features is None:
+        refuse_nameless(columns.keys() - {*targets, groups}, path)
     return _from_columns(columns, targets, groups=groups, features=features, where=str(path), **options)
 
 
@@ -178,7 +183,7 @@ def _from_texts(
     if len(targets) != 1 or any(given is not None for given in refused):
         raise ValueError("text goes with one target and with neither groups nor features")
     check_named_once(target=targets, text=[text])
-    texts = take_column(columns, text, where)
+    texts = take_complete(columns, text, where)
     return TextClasses(texts.tolist(), take_labels(columns, targets[0], where), **options)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaicl.checks import check_choice, check_count, check_seed
+from metaicl.checks import check_choice, check_count, check_seed, is_finite_number
 from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
-from metaicl.task import SPLITS, Split, TaskDistribution
+from metaicl.task import SPLITS, Split, TaskDistribution, derive_seed
 
 _FEW_KEYS = 1024
 
@@ -175,23 +175,33 @@ def split_classes(
 
     Args:
         n_classes: How many there are.
-        fractions: A share for each split; they must sum to one.
+        fractions: A share for each split; they must sum to one. The order of the keys does not matter.
         seed: Of the shuffle.
 
     Raises:
-        ValueError: If the shares do not sum to one or a split comes out empty.
+        ValueError: If the shares are no positive numbers that sum to one, or a split comes out empty.
     """
-    shares = dict(fractions) if fractions is not None else {"train": 0.64, "validation": 0.16, "test": 0.2}
-    n_classes = check_count("n_classes", n_classes, minimum=len(shares))
-    if set(shares) != set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
-        raise ValueError(f"fractions must give {list(SPLITS)} positive shares that sum to 1; got {shares}")
-    order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(check_seed(seed))).tolist()
+    shares = _check_shares({"train": 0.64, "validation": 0.16, "test": 0.2} if fractions is None else fractions)
+    n_classes, seed = check_count("n_classes", n_classes, minimum=len(shares)), check_seed(seed)
+    # torch reads the lower 32 bits of a seed: larger ones are hashed, so that they too differ
+    generator = torch.Generator().manual_seed(seed if seed < 2**32 else derive_seed("split of classes", seed))
+    order = torch.randperm(n_classes, generator=generator).tolist()
     edges = [0, *(round(n_classes * sum(list(shares.values())[: i + 1])) for i in range(len(shares)))]
     parts = {name: sorted(order[a:b]) for name, a, b in zip(shares, edges, edges[1:], strict=False)}
     empty = [name for name, part in parts.items() if not part]
     if empty:
         raise ValueError(f"{n_classes} classes split by {shares} leave {empty} empty; give larger shares")
     return parts  # type: ignore[return-value]  # the keys were checked against SPLITS above
+
+
+def _check_shares(fractions: Mapping[Split, float]) -> dict[Split, float]:
+    """The shares in the order of `SPLITS`: equal mappings split alike, whatever the order of their keys."""
+    numbers = all(map(is_finite_number, fractions.values()))
+    if not numbers or set(fractions) != set(SPLITS) or min(fractions.values()) <= 0:
+        raise ValueError(f"fractions must give {list(SPLITS)} positive shares that sum to 1; got {dict(fractions)}")
+    if abs(sum(fractions.values()) - 1) > 1e-9:
+        raise ValueError(f"fractions must sum to 1; got {dict(fractions)}, whose sum is {sum(fractions.values()):g}")
+    return {split: fractions[split] for split in SPLITS}
 
 
 def check_ways(n_way: int, class_splits: Mapping[Split, Sized], *, drawn: bool) -> None:

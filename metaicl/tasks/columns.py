@@ -1,15 +1,14 @@
 """Columns of files and data frames, read without a loss: numbers, labels and text."""
 
-import csv
 import re
-import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from metaicl.tasks.cells import read_cells
 
 Column = np.ndarray
 """(rows,) integers, float64 with NaN = missing, or strings of dtype object with None = missing."""
@@ -18,7 +17,6 @@ _EMPTY = {"", "?"}  # missing in every column
 _MISSING = {*_EMPTY, "na", "n/a", "nan", "null", "none"}  # in columns of numbers; in others these may be words
 _FEW = 20  # categories that are always taken for such
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)(\.0*)?")
-_LIMIT = threading.Lock()
 _EXACT = 2.0**53  # from here on a float64 stands for several whole numbers
 
 
@@ -35,31 +33,10 @@ def read_csv(path: str | Path, *, labels: Collection[str] = (), texts: Collectio
         texts: Columns that are text whatever they hold; only empty cells are missing there.
 
     Raises:
-        ValueError: If the file is not UTF-8, there is no row, a column name repeats, or a line has too many or too few
-            cells.
+        ValueError: If the file is not UTF-8, a quote is not closed, there is no row, a column name repeats, or a line
+            has too many or too few cells.
     """
     return columns_of(read_cells(path), labels=labels, texts=texts)
-
-
-def read_cells(path: str | Path) -> dict[str, list[str]]:
-    """The cells of each column of a comma-separated file, as they are written; raises as `read_csv`."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file, _cells_of_any_length():
-            lines = [line for line in csv.reader(file) if line]
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path} must be UTF-8, and byte 0x{byte:02x} in it is not; save it as UTF-8") from error
-    if len(lines) < 2:
-        raise ValueError(f"{path} must hold a header and at least one row; got {len(lines)} lines")
-    header = [name.strip() for name in lines[0]]
-    if len(set(header)) < len(header):
-        raise ValueError(f"{path} must name its columns differently; got {header}")
-    for i, line in enumerate(lines[1:]):
-        if len(line) != len(header):
-            raise ValueError(
-                f"{path}: every row must have {len(header)} cells like the header; row {i} has {len(line)}"
-            )
-    return {name: [line[i].strip() for line in lines[1:]] for i, name in enumerate(header)}
 
 
 def columns_of(
@@ -145,20 +122,29 @@ def take_column(columns: dict[str, Column], name: str, where: str) -> Column:
     return columns.pop(name)
 
 
+def take_complete(columns: dict[str, Column], name: str, where: str) -> Column:
+    """Take a column out of `columns` that must have a value in every row.
+
+    Raises:
+        ValueError: If it is not there, or a value is missing.
+    """
+    column = take_column(columns, name, where)
+    gone = _missing(column)
+    if gone.any():
+        raise ValueError(
+            f"{where}: column {name!r} must not be missing; it is in {int(gone.sum())} of {len(gone)} rows, the first "
+            f"is row {int(gone.argmax())}"
+        )
+    return column
+
+
 def take_labels(columns: dict[str, Column], name: str, where: str) -> Column:
     """Take a column of class labels or group ids out of `columns`; integers, if all its values are whole numbers.
 
     Raises:
         ValueError: If it is not there, a value is missing, or numbers are too large to be told apart.
     """
-    column = take_column(columns, name, where)
-    gone = _missing(column)
-    if gone.any():
-        raise ValueError(
-            f"column {name!r} must not be missing; it is in {int(gone.sum())} of {len(gone)} rows, the first is row "
-            f"{int(gone.argmax())}"
-        )
-    return whole_numbers(column)
+    return whole_numbers(take_complete(columns, name, where))
 
 
 def check_features(columns: Mapping[str, Column]) -> None:
@@ -218,17 +204,6 @@ def to_matrix(columns: Mapping[str, Column], fit_rows: np.ndarray | None = None)
     return np.stack([_codes(column, fit_rows) for column in columns.values()], 1)
 
 
-@contextmanager
-def _cells_of_any_length() -> Iterator[None]:
-    """Texts may be long. The limit is one for the whole process: it is put back, and no two of us change it at once."""
-    with _LIMIT:
-        before = csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere
-        try:
-            yield
-        finally:
-            csv.field_size_limit(before)
-
-
 def _missing(column: Column) -> np.ndarray:
     """Bool (rows,)."""
     return np.array([value is None for value in column]) if column.dtype == object else np.isnan(column)
@@ -244,9 +219,15 @@ def _codes(column: Column, fit_rows: np.ndarray | None) -> np.ndarray:
 
 def _column(cells: Sequence[str]) -> Column:
     try:
-        return np.array([np.nan if cell.lower() in _MISSING else float(cell) for cell in cells])
+        return np.array([np.nan if cell.lower() in _MISSING else _number(cell) for cell in cells])
     except ValueError:
         return _words(cells, _EMPTY)
+
+
+def _number(cell: str) -> float:
+    if "_" in cell:  # a code such as "1_1", which Python would read as 11
+        raise ValueError(f"no number: {cell!r}")
+    return float(cell)
 
 
 def _labels(cells: Sequence[str]) -> Column:

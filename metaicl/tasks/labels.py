@@ -26,19 +26,21 @@ def index_labels(labels: Any, name: str = "labels") -> tuple[Tensor, list[Hashab
         Indices, long (rows,), and one name per index.
 
     Raises:
-        TypeError: If they are floating point or of mixed types.
-        ValueError: If they are empty, one-hot or missing (masked) somewhere.
+        TypeError: If they are floating point, dates or of mixed types.
+        ValueError: If they are empty, one-hot, missing (masked) somewhere, or beyond 64 bits.
     """
     array = _as_array(labels, name)
     if array.ndim != 1:
         hint = "; one-hot rows become indices by .argmax(-1)" if array.ndim == 2 else ""
+        hint = "; one column becomes that by .reshape(-1)" if array.shape[1:] == (1,) else hint
         raise ValueError(f"{name} must be (rows,), one per row; got shape {array.shape}{hint}")
     if array.size == 0:
         raise ValueError(f"{name} must name at least one row; got none")
-    if array.dtype.kind == "O":
-        array = _one_type(array, name)
-    if array.dtype.kind not in "biuUSTM":
-        raise TypeError(f"{name} must be integers or strings; got {array.dtype}. Integer codes: {name}.astype(int)")
+    if array.dtype.kind == "O" or hasattr(array.dtype, "na_object"):  # the latter are strings that may be missing
+        array = _one_type(array.astype(object), name)
+    if array.dtype.kind not in "biuUST":
+        hint = f"Dates as text: {name}.astype(str)" if array.dtype.kind == "M" else f"Integer codes: {name}.astype(int)"
+        raise TypeError(f"{name} must be integers or strings; got {array.dtype}. {hint}")
     values, index = np.unique(array, return_inverse=True)
     return torch.from_numpy(index.astype(np.int64).reshape(-1)), values.tolist()
 
@@ -106,7 +108,9 @@ def _listed(values: Any) -> list[Hashable]:
 def _as_array(labels: Any, name: str) -> np.ndarray:
     refuse_masked(labels, name)
     if isinstance(labels, Tensor):
-        return labels.detach().cpu().numpy()
+        if labels.is_floating_point() and labels.ndim == 1:  # of a kind, perhaps, that NumPy does not know
+            raise TypeError(f"{name} must be integers or strings; got {labels.dtype}. Integer codes: {name}.long()")
+        return (labels.double() if labels.is_floating_point() else labels).detach().cpu().numpy()
     if isinstance(labels, (list, tuple)) and len({type(label) for label in labels}) > 1:
         return _one_type(np.array([*labels, None], dtype=object)[:-1], name)
     try:
@@ -119,7 +123,12 @@ def _one_type(array: np.ndarray, name: str) -> np.ndarray:
     """An object array as one of strings or integers; NumPy alone would make 1 and "1" the same label."""
     for kind in (str, (int, np.integer)):
         if all(isinstance(value, kind) for value in array):
-            return np.array(array.tolist(), dtype=str if kind is str else np.int64)
+            try:
+                return np.array(array.tolist(), dtype=str if kind is str else np.int64)
+            except OverflowError as error:
+                raise ValueError(
+                    f"{name} must fit into 64 bits where they are integers; as text they need not"
+                ) from error
     for i, value in enumerate(array):
         if value is None or type(value).__name__ in ("NAType", "NaTType") or value != value:
             raise ValueError(f"{name} must not be missing; row {i} is {value!r}")

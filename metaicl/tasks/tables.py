@@ -9,7 +9,8 @@ import numpy as np
 
 from metaicl.spec import Kind
 from metaicl.task import Split
-from metaicl.tasks.columns import columns_of, read_cells, take_column, to_matrix, whole_numbers
+from metaicl.tasks.cells import read_cells, refuse_nameless
+from metaicl.tasks.columns import columns_of, take_complete, take_labels, to_matrix
 from metaicl.tasks.labels import index_labels
 from metaicl.tasks.values import refuse_masked
 
@@ -20,9 +21,9 @@ BUNDLED_SPLITS: dict[Kind, dict[Split, tuple[str, ...]]] = {
 """Which of scikit-learn's own data sets stands in which split when no tables are given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """One data set: a pool of rows from which tasks are drawn.
+    """One data set: a pool of rows from which tasks are drawn. A table equals itself alone.
 
     Args:
         name: Unique in a pool.
@@ -31,7 +32,8 @@ class Table:
         family: Tables of one family are near-duplicates and never stand in different splits; by default the name.
 
     Raises:
-        ValueError: If the sizes differ, there are fewer than two rows or no feature, or a value is infinite.
+        ValueError: If the sizes differ, there are fewer than two rows or no feature, x holds text or an infinite value,
+            or y is not finite.
     """
 
     name: str
@@ -42,7 +44,11 @@ class Table:
     def __post_init__(self) -> None:
         """Check the sizes and the values."""
         refuse_masked(self.y, f"table {self.name!r}: y")
-        object.__setattr__(self, "x", np.ma.filled(np.ma.asarray(self.x, dtype=np.float64), np.nan))
+        try:
+            x = np.ma.filled(np.ma.asarray(self.x, dtype=np.float64), np.nan)
+        except (TypeError, ValueError) as error:  # text, or rows of several lengths
+            raise type(error)(f"table {self.name!r}: x must be (rows, features) numbers; {error}") from error
+        object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", np.asarray(self.y))
         object.__setattr__(self, "family", self.family or self.name)
         if self.x.ndim != 2 or self.x.shape[0] < 2 or self.x.shape[1] < 1:
@@ -52,6 +58,9 @@ class Table:
         if np.isinf(self.x).any():
             row, column = np.argwhere(np.isinf(self.x))[0].tolist()
             raise ValueError(f"table {self.name!r}: x must be finite or NaN; row {row}, feature {column} is infinite")
+        if self.y.dtype.kind == "f" and not np.isfinite(self.y).all():
+            row = int(np.argmin(np.isfinite(self.y)))
+            raise ValueError(f"table {self.name!r}: y must be finite; row {row} is {self.y[row]}")
 
 
 def bundled_tables(kind: Kind) -> list[Table]:
@@ -120,9 +129,11 @@ def _read_table(path: Path, kind: Kind, target: str | None) -> Table:
     name = target or list(cells)[-1]
     labels = {name} if kind == "classification" else set()
     columns = columns_of(cells, labels=labels)
-    y = take_column(columns, name, str(path))
-    if kind == "classification":
-        y = index_labels(whole_numbers(y), f"column {name!r} of {path}")[0].numpy()
-    elif y.dtype == object:
+    refuse_nameless(columns.keys() - {name}, path)
+    if kind == "regression" and name in columns and columns[name].dtype == object:
         raise ValueError(f"column {name!r} of {path} must be numbers for regression; it holds text")
+    if kind == "classification":
+        y = index_labels(take_labels(columns, name, str(path)), f"column {name!r} of {path}")[0].numpy()
+    else:
+        y = take_complete(columns, name, str(path))
     return Table(path.stem, to_matrix(columns), y)

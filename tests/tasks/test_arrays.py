@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from metaicl.checks import check_episode
 from metaicl.task import SPLITS
 from metaicl.tasks.arrays import tasks_from_arrays, tasks_from_csv, tasks_from_dataframe
+from metaicl.tasks.labels import index_labels
 from metaicl.tasks.rows import ArrayClasses, GroupRegression
 from metaicl.tasks.text import TextClasses
 
@@ -249,6 +250,14 @@ def test_numbers_beyond_float32_are_standardized(size: float) -> None:
         ({"y": np.eye(60)[:, :6].astype(int)}, ValueError, r"one-hot rows become indices by .argmax\(-1\)"),
         ({"y": [None, *LABELS[1:].tolist()]}, ValueError, "y must not be missing; row 0 is None"),
         ({"y": [float("nan"), *map(str, LABELS[1:])]}, ValueError, "y must not be missing; row 0 is nan"),
+        (
+            {"y": np.array([None, *map(str, LABELS[1:])], dtype=np.dtypes.StringDType(na_object=None))},
+            ValueError,
+            "y must not be missing; row 0 is None",
+        ),
+        ({"y": np.array(["NaT", *["2020-01-01"] * 59], "M8[ns]")}, TypeError, r"got datetime64\[ns\]. Dates as text"),
+        ({"y": [2**70, *LABELS[1:].tolist()]}, ValueError, "y must fit into 64 bits where they are integers"),
+        ({"y": LABELS[:, None]}, ValueError, r"got shape \(60, 1\); one column becomes that by .reshape\(-1\)"),
         ({"n_way": 3}, ValueError, "asked for 3 ways; split 'train' has 2 classes"),
         ({"n_way": 2.0}, TypeError, "n_way must be an int >= 2"),
         ({"class_splits": {**CLASS_SPLIT, "test": [7, 42, 5]}}, ValueError, r"2 are in two, for instance \[7, 42\]"),
@@ -263,6 +272,11 @@ def test_numbers_beyond_float32_are_standardized(size: float) -> None:
 def test_bad_classification_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         classes(**change)
+
+
+def test_labels_of_a_type_that_numpy_lacks_are_named() -> None:
+    with pytest.raises(TypeError, match=r"labels must be integers or strings; got torch.bfloat16. .*labels.long\(\)"):
+        index_labels(torch.tensor(LABELS).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -433,6 +447,22 @@ def test_a_column_that_is_named_twice_is_told(change: dict[str, Any], message: s
     for make, source in ((tasks_from_dataframe, make_frame()), (tasks_from_csv, tmp_path / "frame.csv")):
         with pytest.raises(ValueError, match=message):
             make(source, **{"target": "label", **change})
+
+
+def test_an_index_without_a_name_is_no_feature(tmp_path: Path) -> None:
+    path = tmp_path / "frame.csv"
+    make_frame().drop(columns="note").to_csv(path)
+    with pytest.raises(ValueError, match=r"frame\.csv must name its columns; .*to_csv\(index=False\)"):
+        tasks_from_csv(path, target="label", n_way=2, class_splits=CLASS_SPLIT)
+    chosen = tasks_from_csv(path, target="label", features=["", "a"], n_way=2, class_splits=CLASS_SPLIT)
+    assert chosen.spec.x_shape == (2,)
+
+
+def test_a_missing_text_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("t,y\none,1\n,2\n")
+    with pytest.raises(ValueError, match=r"column 't' must not be missing; it is in 1 of 2 rows, the first is row 1"):
+        tasks_from_csv(path, target="y", text="t")
 
 
 def test_a_tuple_may_be_one_column_of_a_multi_index() -> None:

@@ -1,5 +1,8 @@
 """The N-way sampler: disjoint splits, uniform draws, no row twice, and errors that name the matter."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,6 +187,27 @@ def test_a_random_split_is_a_partition(n_classes, seed):
     assert sorted(c for part in parts.values() for c in part) == list(range(n_classes))
     assert abs(len(parts["train"]) - 0.64 * n_classes) <= 1
     assert parts == split_classes(n_classes, seed=seed)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(SPLITS)))
+def test_equal_fractions_split_alike(order):
+    shares = {"train": 0.5, "validation": 0.25, "test": 0.25}
+    expected = split_classes(20, fractions=shares, seed=3)
+    assert split_classes(20, fractions={split: shares[split] for split in order}, seed=3) == expected
+    assert [len(expected[split]) for split in SPLITS] == [10, 5, 5]
+
+
+def test_large_seeds_split_apart_and_small_ones_as_ever():
+    parts = [tuple(split_classes(40, seed=seed)["train"]) for seed in (5, 2**32 + 5, 2**33 + 5)]
+    assert len(set(parts)) == 3
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(5)).tolist()
+    assert list(parts[0]) == sorted(order[:26])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, "0.2", math.inf, None])
+def test_fractions_that_are_no_shares(wrong):
+    with pytest.raises(ValueError, match=r"fractions must give .* positive shares that sum to 1; got"):
+        split_classes(10, fractions={"train": 0.6, "validation": 0.2, "test": wrong})
 
 
 def test_bad_fractions():

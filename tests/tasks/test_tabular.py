@@ -196,10 +196,34 @@ def test_malformed_csv_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     with pytest.raises(FileNotFoundError, match=r"holds no \*.csv file"):
         read_folder(tmp_path, kind="regression")
-    for content, message in (("a,b\n", "got 1 lines"), ("a,a\n1,2\n", "differently"), ("a,b\n1,2\n3\n", "row 1 has 1")):
+    for content, message in (
+        ("a,b\n", "got 1 lines"),
+        ("a,a\n1,2\n", "differently"),
+        ("a,b\n1,2\n3\n", "row 1 has 1"),
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', r"x\.csv must be comma-separated; the row from line 3 on is not: .*end of data"),
+        ('a,b\n1,"2"3\n', "line 2 on is not"),
+    ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_csv(path)
+
+
+def test_an_index_and_missing_targets_of_a_folder_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(",a,y\n0,1,u\n1,2,v\n")
+    with pytest.raises(ValueError, match=r"x\.csv must name its columns; .*to_csv\(index=False\)"):
+        read_folder(tmp_path, kind="classification")
+    path.write_text("a,y\n1,2\n2,\n3,4\n")
+    for kind in ("classification", "regression"):
+        with pytest.raises(ValueError, match=r"x\.csv: column 'y' must not be missing; it is in 1 of 3 rows, .* row 1"):
+            read_folder(tmp_path, kind=kind)
+
+
+def test_codes_with_an_underscore_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("code,y\n1_1,1_1\n11,11\n")
+    columns = read_csv(path, labels=["y"])
+    assert [columns[name].tolist() for name in ("code", "y")] == [["1_1", "11"]] * 2
 
 
 def test_a_word_for_missing_is_missing_in_numbers_and_a_word_elsewhere(tmp_path: Path) -> None:
@@ -286,10 +310,15 @@ def test_bad_tables_and_too_many_rows_are_named() -> None:
         (x[:, 0], y, "features >= 1"),
         (x, y[:3], r"y must be \(rows,\) = \(4,\); got \(3,\)"),
         (np.where(np.eye(4, 2) > 0, np.inf, x), y, "row 0, feature 0 is infinite"),
+        (x, np.array([0, 1, np.nan, 3]), "table 't': y must be finite; row 2 is nan"),
+        ([["a", "b"]] * 4, y, r"table 't': x must be \(rows, features\) numbers; could not convert"),
+        ([[1.0, 2.0], [3.0]], y, r"table 't': x must be \(rows, features\) numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             Table("t", bad_x, bad_y)
-    for bad_y, message in ((np.full(4, 2.0), "y must vary"), (np.array([0, 1, 2, np.nan]), "finite numbers")):
+    assert Table("t", x, y) != Table("t", x, y)
+    assert len({Table("t", x, y), Table("t", x, y)}) == 2
+    for bad_y, message in ((np.full(4, 2.0), "y must vary"), (np.array(list("abcd")), "finite numbers")):
         with pytest.raises(ValueError, match=message):
             TabularRegression([Table(n, x, bad_y) for n in "abcd"], splits=SPLIT)
     with pytest.raises(
