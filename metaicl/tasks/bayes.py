@@ -14,10 +14,12 @@ from metaicl.learner import Learner, Traits
 from metaicl.mixtures import marginal
 from metaicl.nets.moments import Moments, prefix_moments, row_moments
 from metaicl.spec import TaskSpec
+from metaicl.tasks.thin_waves import Window, thin_cells, thinnest
 
 # Of the plane of waves: cells along the axis that the rows leave more open and along the other, points in each along
 # both, which weigh it, and how many standard deviations all of them reach.
 _CELLS, _FINE, _REACH = (64, 24), 4, 5.0
+_THIN = 8  # points across the prior, below which its cells are laid in a and p
 
 
 class LinearPosterior(NamedTuple):
@@ -96,7 +98,7 @@ class WavePosterior(NamedTuple):
     Attributes:
         waves: The mean of each cell (B, S, 2).
         log_weights: Logarithm of its posterior probability (B, S).
-        cell: Covariance (B, 2, 2) of a point drawn from a cell.
+        cell: Covariance (B, 1, 2, 2) of a point drawn from a cell, or (B, S, 2, 2) where cells differ.
     """
 
     waves: Tensor
@@ -109,7 +111,8 @@ class SinusoidPosterior(Learner[WavePosterior]):
 
     A wave is linear in u = (a cos p, a sin p), so the likelihood of u is a Gaussian: along the two axes of its
     precision, cells are laid over the part of the plane that the rows leave open, weighted by the likelihood and by the
-    prior, which is uniform in a and p and so 1 / a in the plane. The answer is a mixture over the cells.
+    prior, which is uniform in a and p and so 1 / a in the plane. The answer is a mixture over the cells. Where they are
+    wide beside a narrow range of a or p, cells are laid in a and p instead (`thin_waves`).
 
     Args:
         spec: One input, one output.
@@ -132,11 +135,19 @@ class SinusoidPosterior(Learner[WavePosterior]):
         basis, y = _sine_basis(support.x), support.y.double()
         basis, y = basis * support.real[..., None], y * support.real[..., None]
         precision, axes = torch.linalg.eigh(basis.mT @ basis)  # (B, 2) in rising order, and (B, 2, 2)
-        precision = precision.clamp(min=1e-12)
+        precision = precision.clamp(min=1e-12)  # along the axes
         center = (axes.mT @ (basis.mT @ y))[..., 0] / precision
         reach = _REACH * self.noise / precision.sqrt()
         largest = max(map(abs, self.amplitude))
         low, high = ((center + sign * reach).clamp(-largest, largest) for sign in (-1, 1))
+        plane = self._plane(center, precision, axes, low, high)
+        spacing = ((high - low) / (torch.tensor(_CELLS).to(center) * _FINE)).amax(-1)
+        width = thinnest(self.amplitude, self.phase)
+        if width >= _THIN * largest * 2 / (min(_CELLS) * _FINE):  # however wide the cells are
+            return plane
+        return self._thin_or(plane, width < _THIN * spacing, (center, precision), Window(axes, low, high))
+
+    def _plane(self, center: Tensor, precision: Tensor, axes: Tensor, low: Tensor, high: Tensor) -> WavePosterior:
         points = low[:, None] + (high - low)[:, None] * _unit_cells().to(center)  # (B, S F, 2), along the axes
         fit = -0.5 * (precision[:, None] * (points - center[:, None]).square()).sum(-1) / self.noise**2
         prior = self._log_prior(points @ axes.mT)
@@ -147,13 +158,29 @@ class SinusoidPosterior(Learner[WavePosterior]):
         within = (shares - log_weights[..., None]).exp().nan_to_num(nan=_FINE**-2.0)  # cells without any weight
         means = (within[..., None] * points.unflatten(1, (-1, _FINE**2))).sum(-2)
         cell = axes @ (((high - low) / torch.tensor(_CELLS).to(center)).square() / 12).diag_embed() @ axes.mT
-        return WavePosterior(means @ axes.mT, log_weights.log_softmax(-1), cell)
+        return WavePosterior(means @ axes.mT, log_weights.log_softmax(-1), cell[:, None])
+
+    def _thin_or(
+        self, plane: WavePosterior, thin: Tensor, likelihood: tuple[Tensor, Tensor], window: Window
+    ) -> WavePosterior:
+        """The cells in a and p for the tasks (B,) that need them, those of the plane for the others."""
+        center, precision = likelihood
+        found = thin_cells(window, self.amplitude, self.phase)
+        along = found.waves @ window.axes
+        fit = -0.5 * (precision[:, None] * (along - center[:, None]).square()).sum(-1) / self.noise**2
+        scores = fit + found.log_prior
+        thin = (thin & scores.isfinite().any(-1))[:, None]
+        own = torch.where(thin, scores, 0).log_softmax(-1).masked_fill(~thin, -math.inf)
+        log_weights = torch.cat([plane.log_weights.masked_fill(thin, -math.inf), own], 1)
+        cell = torch.cat([plane.cell.expand(-1, plane.waves.shape[1], 2, 2), found.cell], 1)
+        return WavePosterior(torch.cat([plane.waves, found.waves], 1), log_weights, cell)
 
     def predict(self, state: WavePosterior, x: Tensor) -> Distribution:
         """A mixture over waves, each with the noise and with what is open within its cell."""
         basis = _sine_basis(x)
         means = (basis @ state.waves.mT)[..., None]  # (B, Q, S, 1)
-        scale = (((basis @ state.cell) * basis).sum(-1) + self.noise**2).sqrt()[..., None, None]
+        squares = (basis[..., None] * basis[..., None, :]).flatten(-2)  # (B, Q, 4)
+        scale = (squares @ state.cell.flatten(-2).mT + self.noise**2).sqrt()[..., None]  # (B, Q, S or 1, 1)
         return marginal(gaussian(means.to(x.dtype), scale.to(x.dtype)), state.log_weights[:, None].to(x.dtype))
 
     def _log_prior(self, waves: Tensor) -> Tensor:

@@ -45,8 +45,10 @@ class Sinusoid(TaskDistribution):
     ) -> None:
         """Keep the ranges."""
         for name, (low, high) in (("amplitude", amplitude), ("phase", phase)):
-            if not low < high:
-                raise ValueError(f"{name} must be a pair (low, high) with low < high; got ({low}, {high})")
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(
+                    f"{name} must be a pair (low, high) of finite numbers with low < high; got ({low}, {high})"
+                )
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation >= 0; got {noise}")
         self.spec = TaskSpec("regression", (1,), y_dim=1)

@@ -10,7 +10,7 @@ import torch
 from metaicl.episode import Examples
 from metaicl.evaluation import evaluate
 from metaicl.task import EVAL_SEED, EpisodeStream
-from metaicl.tasks.bayes import BayesianLinearRegression, gaussian_nll_floor
+from metaicl.tasks.bayes import BayesianLinearRegression, SinusoidPosterior, gaussian_nll_floor
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 
@@ -58,7 +58,15 @@ def test_linear_posterior_equals_the_textbook_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amplitude", "phase"), [((0.1, 5.0), (0.0, math.pi)), ((-2.0, 3.0), (-1.0, 2.0)), ((1.0, 2.0), (0.0, 9.0))]
+    ("amplitude", "phase"),
+    [
+        ((0.1, 5.0), (0.0, math.pi)),
+        ((-2.0, 3.0), (-1.0, 2.0)),
+        ((1.0, 2.0), (0.0, 9.0)),
+        ((0.9999, 1.0001), (0.0, math.pi)),
+        ((4.999, 5.001), (0.0, 9.0)),
+        ((-1.1, -1.0), (-1.0, 2.0)),
+    ],
 )
 @pytest.mark.parametrize(("n_shot", "noise"), [(1, 0.3), (2, 0.3), (3, 1.0), (8, 0.1)])
 def test_sinusoid_posterior_equals_brute_force(n_shot: int, noise: float, amplitude: Any, phase: Any) -> None:
@@ -77,6 +85,31 @@ def test_sinusoid_posterior_equals_brute_force(n_shot: int, noise: float, amplit
         assert float(mean) == pytest.approx((weight * waves).sum(), abs=0.01 * noise)
         density = (weight * np.exp(-0.5 * ((y - waves) / noise) ** 2)).sum() / (noise * math.sqrt(2 * math.pi))
         assert float(log_prob) == pytest.approx(math.log(density), abs=0.02)
+
+
+@pytest.mark.parametrize("amplitude", [(0.1, 5.0), (-2.0, 3.0)])
+@pytest.mark.parametrize(("n_shot", "noise"), [(1, 0.05), (2, 0.3)])
+def test_a_nearly_fixed_phase(n_shot: int, noise: float, amplitude: tuple[float, float]) -> None:
+    """One wedge of the plane of waves holds the prior, thinner than the grid over the plane is fine."""
+    tasks, phase = Sinusoid(amplitude=amplitude, phase=(1.0, 1.01), noise=noise), (0.99, 1.02)
+    learner = SinusoidPosterior(tasks.spec, amplitude=amplitude, phase=phase, noise=noise)
+    episode = EpisodeStream(tasks, seed=0, split="test", n_shot=n_shot, n_query=3, chunk_size=2)[0]
+    a, p = (
+        low + (high - low) * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        for (low, high), count in ((amplitude, 4000), (phase, 100))
+    )
+    a = a[:, None]
+    support, query = episode.support, episode.query
+    waves = a * (support.x[..., None].double() + p).sin()  # (B, N, a, p)
+    weight = (-0.5 * ((support.y[..., None] - waves) / noise).square()).sum(1).flatten(1).log_softmax(-1)
+    waves = (a * (query.x[..., None].double() + p).sin()).flatten(2)
+    fit = torch.distributions.Normal(waves, noise).log_prob(query.y.double())
+    found = learner(support, query.x)
+    torch.testing.assert_close(
+        found.log_prob(query.y).double(), (weight[:, None] + fit).logsumexp(-1), atol=0.02, rtol=0
+    )
+    mean = (weight.exp()[:, None] * waves).sum(-1)
+    torch.testing.assert_close(found.mean[..., 0].double(), mean, atol=0.02 * noise, rtol=0)
 
 
 @pytest.mark.parametrize("n_shot", [2, 3, 10])

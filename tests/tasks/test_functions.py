@@ -1,5 +1,7 @@
 """Sine waves, linear maps and Gaussian classes: what they promise about their draws."""
 
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,13 @@ def test_every_split_owns_its_tasks_and_covers_the_range(split) -> None:
     assert bool((owner(weights, cell=2.0**-9) == index).all())
     means = draw(GaussianClasses(dim=2, radius=1.0), split=split).latents["means"][..., 0]
     assert bool((owner(means, cell=2.0**-9) == index).all())
+
+
+@pytest.mark.parametrize("name", ["amplitude", "phase"])
+@pytest.mark.parametrize("wrong", [(0.1, math.inf), (-math.inf, 0.1), (1.0, 1.0), (0.0, math.nan)])
+def test_ranges_of_a_sinusoid_are_finite(name, wrong) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a pair .* of finite numbers"):
+        Sinusoid(**{name: wrong})
 
 
 def test_hold_out_keeps_the_distribution() -> None:
