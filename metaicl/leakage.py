@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metaicl.checks import check_count
 from metaicl.episode import Episode, Examples
-from metaicl.spec import TaskSpec
 from metaicl.task import EVAL_SEED, SPLITS, EpisodeStream, Split, TaskDistribution
 
 _LISTED = 5
@@ -28,12 +27,14 @@ class LeakageReport:
         counts: How many of them leak; 0 is what one wants. The keys are those of `looked_at`.
         examples: Up to five of the leaking values each.
         n_episodes: Tasks looked at in each split.
+        left_out: Splits that were not looked at, as they have fewer classes than a task.
     """
 
     looked_at: Mapping[str, int]
     counts: Mapping[str, int]
     examples: Mapping[str, tuple[str, ...]]
     n_episodes: int
+    left_out: tuple[Split, ...] = ()
 
     @property
     def leaky(self) -> bool:
@@ -42,7 +43,8 @@ class LeakageReport:
 
     def __str__(self) -> str:
         """One line for each thing that was looked at."""
-        lines = [f"leakage in {self.n_episodes} tasks of each split:"]
+        but = f" but {', '.join(self.left_out)}, which have too few classes" if self.left_out else ""
+        lines = [f"leakage in {self.n_episodes} tasks of each split{but}:"]
         for name, count in self.counts.items():
             shown = f", for instance {', '.join(self.examples[name])}" if count else ""
             lines.append(f"  {name}: {count} of {self.looked_at[name]}{shown}")
@@ -69,9 +71,10 @@ def audit_leakage(
     """Sample every split and look for what occurs in two of them, and for query rows in their own support.
 
     Looked at across splits: the latents named in `tasks.identity`, source rows (`ids`), their classes
-    (`tasks.source_classes`) and the content of rows. Where inputs are discrete (tokens, vectors of integers) the
-    same content occurs by right, and only `ids` count. In a classification family, a latent (B, C, ...) with
-    C = n_way holds one identity per class, any other latent one per task.
+    (`tasks.source_classes`) and the content of rows. Where inputs are discrete (tokens, vectors of integers, and
+    `tasks.discrete`) the same content occurs by right, and only `ids` count. In a classification family, a latent
+    (B, C, ...) with C = n_way holds one identity per class, any other latent one per task. Splits with fewer classes
+    than that have no tasks and are left out.
 
     Args:
         tasks: The distribution.
@@ -89,20 +92,28 @@ def audit_leakage(
     n_episodes = check_count("n_episodes", n_episodes)
     found: dict[str, dict[Split, Values]] = {}
     overlap: dict[str, tuple[int, Values]] = {}
-    for split in SPLITS:
+    without = _without_tasks(tasks)
+    for split in (split for split in SPLITS if split not in without):
         stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query, chunk_size=_CHUNK)
         for episode in stream.batches(0, n_episodes, batch_size=_CHUNK):
             for name, values in _values(tasks, episode):
                 found.setdefault(name, {each: {} for each in SPLITS})[split].update(values)
-            for name, n_rows, values in _overlaps(tasks.spec, episode):
+            for name, n_rows, values in _overlaps(tasks, episode):
                 seen, known = overlap.get(name, (0, {}))
                 overlap[name] = (seen + n_rows, {**known, **{f"{split} {k!r}".encode(): v for k, v in values.items()}})
-    return _report(found, overlap, n_episodes)
+    return _report(found, overlap, n_episodes, without)
 
 
-def discrete_inputs(x: Tensor, spec: TaskSpec) -> bool:
-    """Whether equal inputs occur by right: tokens, and vectors of whole numbers."""
-    return spec.x_kind == "tokens" or (spec.x_kind == "vector" and bool((x == x.round()).all()))
+def discrete_inputs(x: Tensor, tasks: TaskDistribution) -> bool:
+    """Whether equal inputs occur by right: tokens, vectors of whole numbers, and rows that were such before scaling."""
+    kind = tasks.spec.x_kind
+    return tasks.discrete or kind == "tokens" or (kind == "vector" and bool((x == x.round()).all()))
+
+
+def _without_tasks(tasks: TaskDistribution) -> tuple[Split, ...]:
+    n_way = getattr(getattr(tasks, "spec", None), "n_way", None)  # what no task distribution is, the stream says
+    owned = getattr(tasks, "class_splits", None)
+    return tuple(split for split in SPLITS if n_way and owned and split in owned and len(owned[split]) < n_way)
 
 
 def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Values]]:
@@ -122,11 +133,11 @@ def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Va
             yield "source rows", _fingerprints(ids)
             if tasks.source_classes is not None:
                 yield "classes", _fingerprints(tasks.source_classes[ids])
-        if not discrete_inputs(part.x, tasks.spec):
+        if not discrete_inputs(part.x, tasks):
             yield "row content", _fingerprints(part.x[part.real])
 
 
-def _overlaps(spec: TaskSpec, episode: Episode) -> Iterator[tuple[str, int, Values]]:
+def _overlaps(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, int, Values]]:
     """Query rows that occur in the support of their own task, by source row and by content."""
     support, query = episode.support, episode.query
     n_rows = int(query.real.sum())
@@ -135,7 +146,7 @@ def _overlaps(spec: TaskSpec, episode: Episode) -> Iterator[tuple[str, int, Valu
             _real_pairs(support, query) & (query.ids[:, :, None] == support.ids[:, None]) & (query.ids >= 0)[..., None]
         )
         yield "query rows in the support, by source row", n_rows, _places(both.any(2), episode)
-    if not discrete_inputs(query.x, spec):
+    if not discrete_inputs(query.x, tasks):
         both = _real_pairs(support, query) & (_keys(query)[:, :, None] == _keys(support)[:, None])
         yield "query rows in the support, by content", n_rows, _places(both.any(2), episode)
 
@@ -164,7 +175,8 @@ def _fingerprints(values: Tensor) -> Values:
 
 
 def _digest(value: Tensor) -> bytes:
-    return hashlib.blake2b(value.detach().cpu().contiguous().numpy().tobytes(), digest_size=8).digest()
+    content = value.detach().cpu().reshape(-1).view(torch.uint8)  # NumPy does not know every type
+    return hashlib.blake2b(content.numpy().tobytes(), digest_size=8).digest()
 
 
 def _show(value: Tensor) -> str:
@@ -174,7 +186,10 @@ def _show(value: Tensor) -> str:
 
 
 def _report(
-    found: Mapping[str, Mapping[Split, Values]], overlap: Mapping[str, tuple[int, Values]], n_episodes: int
+    found: Mapping[str, Mapping[Split, Values]],
+    overlap: Mapping[str, tuple[int, Values]],
+    n_episodes: int,
+    left_out: tuple[Split, ...],
 ) -> LeakageReport:
     looked_at, leaks = {}, {}
     for name, splits in found.items():
@@ -184,7 +199,7 @@ def _report(
         looked_at[name], leaks[name] = n_rows, list(values.values())
     counts = {name: len(values) for name, values in leaks.items()}
     examples = {name: tuple(values[:_LISTED]) for name, values in leaks.items()}
-    return LeakageReport(looked_at, counts, examples, n_episodes)
+    return LeakageReport(looked_at, counts, examples, n_episodes, left_out)
 
 
 def _shared(splits: Mapping[Split, Values]) -> list[str]:

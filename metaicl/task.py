@@ -39,11 +39,14 @@ class TaskDistribution(ABC):
             rows are made afresh. Memory banks use it to keep a task's own classes out.
         class_splits: A subclass with source classes may set it: for each split the classes that it owns, long
             (any,). Learners that give every meta-training class an output read it, and else look into drawn tasks.
+        discrete: Whether equal rows occur by right although inputs are no whole numbers (they were, before they were
+            scaled). The leakage audit tells such rows apart by their ids alone.
     """
 
     spec: TaskSpec
     identity: ClassVar[tuple[str, ...]] = ()
     source_classes: Tensor | None = None
+    discrete: bool = False
 
     @abstractmethod
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:

@@ -1,11 +1,14 @@
+import numpy as np
 import pytest
 import torch
 from class_pool import OWNED, PER_CLASS, Pool
 
 from metaicl.episode import Examples
 from metaicl.leakage import audit_leakage
+from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.testing import check_tasks
 
 
 @pytest.mark.parametrize("tasks", [Sinusoid(), LinearRegression(dim=3), GaussianClasses(n_way=3, dim=4), Pool()])
@@ -47,6 +50,33 @@ def test_discrete_inputs_are_told_apart_by_ids_only():
     report = audit_leakage(Pool(integers=True), n_episodes=50)
     assert "row content in two splits" not in report.counts
     assert not report.leaky
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_discrete_columns_are_told_apart_by_ids_however_they_are_scaled(standardize):
+    x = np.random.default_rng(0).integers(0, 3, (600, 4))
+    tasks = tasks_from_arrays(x, np.repeat(np.arange(30), 20), n_way=3, standardize=standardize)
+    report = audit_leakage(tasks, n_episodes=50)
+    assert "row content in two splits" not in report.counts
+    assert not report.leaky
+    check_tasks(tasks, checks=["splits_disjoint", "rows_disjoint"])
+    groups = np.repeat(np.arange(30), 20)
+    assert not audit_leakage(tasks_from_arrays(x, x[:, 0], groups=groups, standardize=standardize)).leaky
+
+
+def test_repeated_rows_of_numbers_are_found_however_they_are_scaled():
+    x = np.random.default_rng(0).normal(size=(600, 4))
+    x[300:] = x[:300]
+    report = audit_leakage(tasks_from_arrays(x, np.repeat(np.arange(30), 20), n_way=3), n_episodes=50)
+    assert report.counts["row content in two splits"] > 50
+
+
+def test_bfloat16_inputs_are_audited():
+    class Half(Pool):
+        def part(self, ids, generator):
+            return super().part(ids, generator).to(dtype=torch.bfloat16)
+
+    assert audit_leakage(Half({**OWNED, "test": [9, 10, 3]}), n_episodes=50).counts["row content in two splits"] > 0
 
 
 def test_masked_rows_do_not_count():

@@ -114,7 +114,7 @@ def check_rows_disjoint(case: TaskCase) -> None:
     """No query row occurs in the support of its task, nor any row twice; `ids` decide, content where there are none."""
     episode = case.sample("rows", n_tasks=25)
     for name, part in (("support", episode.support), ("query", episode.query)):
-        if discrete_inputs(part.x, case.tasks.spec) and part.ids is None:
+        if discrete_inputs(part.x, case.tasks) and part.ids is None:
             continue
         repeated = sum(_repeated(part, task) for task in range(len(part)))
         if repeated:

@@ -54,7 +54,8 @@ def tasks_from_arrays(
 
     Args:
         x: (rows, D) numbers, or (rows, channels, height, width) images, as an array, tensor, data frame or list;
-            uint8 images are divided by 255, floating point ones must lie in [0, 1].
+            uint8 images become [0, 1] and take one byte a pixel in memory, floating point ones must lie in [0, 1] and
+            take four.
         y: (rows,) labels: integers, which need not be contiguous, or strings.
             For regression (rows,) or (rows, y_dim) numbers.
         kind: "classification" or "regression"; by default regression if `groups` are given.
@@ -94,9 +95,9 @@ def tasks_from_arrays(
     _check_length(shape[0], len(labels), "y")
     splits = _splits(labels, names, class_splits, fractions=fractions, min_rows=min_rows, seed=seed, what="class")
     check_ways(check_count("n_way", n_way, minimum=2), splits, drawn=class_splits is None)
-    rows = torch.from_numpy(_scaled(inputs, labels, splits, standardize and len(shape) == 2))
+    rows, discrete = _scaled(inputs, labels, splits, standardize and len(shape) == 2)
     spec = TaskSpec("classification", shape[1:], "image" if len(shape) == 4 else "vector", n_way=n_way)
-    return ArrayClasses(spec, rows, labels=labels, class_splits=splits, class_names=names)
+    return ArrayClasses(spec, rows, labels=labels, class_splits=splits, class_names=names, discrete=discrete)
 
 
 def tasks_from_dataframe(
@@ -268,19 +269,19 @@ def _build_groups(
         raise ValueError(f"y must be (rows,) or (rows, y_dim) for regression; got shape {targets.shape}")
     train = row_splits(groups, splits)["train"].numpy()
     fitted = Standardization.fit(targets[train]) if standardize else Standardization.identity(targets.shape[1])
-    x = torch.from_numpy(_scaled(inputs, groups, splits, standardize))
+    x, discrete = _scaled(inputs, groups, splits, standardize)
     scaled = torch.from_numpy(fitted.apply(targets, "y"))
     spec = TaskSpec("regression", tuple(x.shape[1:]), y_dim=targets.shape[1])
     mean, scale = map(torch.from_numpy, fitted.moments)
-    units = (mean, scale)
-    return GroupRegression(spec, x, scaled, groups=groups, group_splits=splits, group_names=names, units=units)
+    named = {"groups": groups, "group_splits": splits, "group_names": names}
+    return GroupRegression(spec, x, scaled, **named, units=(mean, scale), discrete=discrete)
 
 
-def _scaled(inputs: Inputs, ids: Tensor, splits: dict[Split, list[int]], standardize: bool) -> np.ndarray:
-    """Float32 rows, standardized by the meta-train rows alone."""
+def _scaled(inputs: Inputs, ids: Tensor, splits: dict[Split, list[int]], standardize: bool) -> tuple[Tensor, bool]:
+    """Float32 rows, standardized by the meta-train rows alone, or pixels; and whether they were whole numbers."""
     train = row_splits(ids, splits)["train"].numpy()
     rows = inputs.rows(train)
     if rows.ndim > 2:
-        return rows.astype(np.float32)  # pixels
+        return torch.from_numpy(rows), False  # pixels
     fitted = Standardization.fit(rows[train]) if standardize else Standardization.identity(rows.shape[1])
-    return fitted.apply(rows, "x", inputs.columns)
+    return torch.from_numpy(fitted.apply(rows, "x", inputs.columns)), bool((rows == np.round(rows)).all())

@@ -17,10 +17,11 @@ class ArrayClasses(ClassEpisodes):
 
     Args:
         spec: A classification spec with the shape of one row.
-        x: float (rows, *x_shape).
+        x: float (rows, *x_shape), or uint8 images: only the rows of an episode are divided by 255.
         labels: long (rows,), indices into `class_names`.
         class_splits: For each split the class indices it owns.
         class_names: One per class.
+        discrete: Whether x held whole numbers before it was scaled, so that equal rows occur by right.
 
     Raises:
         ValueError: If every split has fewer classes than the spec has ways, or splits or labels do not fit.
@@ -34,14 +35,16 @@ class ArrayClasses(ClassEpisodes):
         labels: Tensor,
         class_splits: Mapping[Split, Sequence[int]],
         class_names: Sequence[Hashable],
+        discrete: bool = False,
     ) -> None:
         """Keep the rows."""
         super().__init__(spec, labels=labels, class_splits=class_splits, class_names=class_names)
-        self._x = x
+        self._x, self.discrete = x, discrete
 
     def rows(self, ids: Tensor) -> Tensor:
         """Inputs (..., *x_shape) of the source rows `ids` (...,)."""
-        return self._x[ids]
+        x = self._x[ids]
+        return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
 
 
 class GroupRegression(TaskDistribution):
@@ -57,6 +60,7 @@ class GroupRegression(TaskDistribution):
         group_splits: For each split the groups it owns.
         group_names: One per group.
         units: Mean and scale (y_dim,) that y was standardized with, for `to_units`; None if it was not.
+        discrete: See `ArrayClasses`.
 
     Attributes:
         source_classes: long (rows,), the group of each row.
@@ -74,12 +78,13 @@ class GroupRegression(TaskDistribution):
         group_splits: Mapping[Split, Sequence[int]],
         group_names: Sequence[Hashable],
         units: tuple[Tensor, Tensor] | None = None,
+        discrete: bool = False,
     ) -> None:
         """Sort the rows by group once, so that sampling is index arithmetic."""
         self.spec = spec
         self.group_names = list(group_names)
         self.group_splits = {split: torch.tensor(list(ids)) for split, ids in group_splits.items()}
-        self.source_classes = groups
+        self.source_classes, self.discrete = groups, discrete
         self._x, self._y, self._units = x, y, units
         self._order = torch.argsort(groups, stable=True)
         self._sizes = torch.bincount(groups, minlength=len(self.group_names))

@@ -16,7 +16,8 @@ class Inputs(NamedTuple):
     Attributes:
         shape: (rows, D), or (rows, channels, height, width) of images.
         columns: What a message calls each of the D columns; nothing for images.
-        rows: Finite inputs (rows, ...), float64, given the bool (rows,) of those whose statistics may be used.
+        rows: Finite inputs (rows, ...), given the bool (rows,) of those whose statistics may be used: float64, or
+            images as uint8 or float32.
     """
 
     shape: tuple[int, ...]
@@ -25,7 +26,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(x: Any) -> Inputs:
-    """Read anything that holds numbers; uint8 images are divided by 255.
+    """Read anything that holds numbers; uint8 images stay what they are.
 
     Raises:
         TypeError: If it is no array of numbers, or holds images that are neither uint8 nor floating point.
@@ -120,19 +121,18 @@ def _as_array(values: Any, name: str) -> np.ndarray:
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:
-    """Images in [0, 1], float64; what is accepted is what `ImageClasses` accepts."""
+    """Images, a copy: uint8, or float32 in [0, 1]; what is accepted is what `ImageClasses` accepts."""
     if array.dtype == np.uint8:
-        return array / 255
+        return array.copy()
     if array.dtype.kind in "iu":
         raise TypeError(
             f"{name} must be uint8 or floating point where it holds images; got {array.dtype}. "
             f"Values 0 .. 255: np.asarray({name}).astype(np.uint8); others: divide them by the largest possible one"
         )
-    pixels = finite(array.astype(np.float64), name)
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = float(finite(array, name).min()), float(array.max())
     if low < 0 or high > 1:
         raise ValueError(
             f"{name} must lie in [0, 1] where it holds floating point images; got values in [{low:g}, {high:g}]. "
             "Divide by 255, or pass uint8; standardize inside the network"
         )
-    return pixels
+    return array.astype(np.float32)

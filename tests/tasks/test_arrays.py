@@ -1,5 +1,6 @@
 """Your own data in one call: what is accepted, what is fitted, and the early errors."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,21 @@ def test_integer_images_are_scaled_and_others_left_alone() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, size=(60, 1, 4, 5), dtype=np.uint8)
     tasks = classes(pixels)
     assert (tasks.spec.x_kind, tasks.spec.x_shape) == ("image", (1, 4, 5))
-    torch.testing.assert_close(tasks._x, torch.tensor(pixels) / 255)
-    torch.testing.assert_close(classes(pixels / 255)._x, tasks._x)
+    rows = tasks.rows(torch.arange(60))
+    torch.testing.assert_close(rows, torch.tensor(pixels) / 255)
+    assert torch.equal(classes(pixels / 255).rows(torch.arange(60)), rows)
+
+
+def test_integer_images_take_a_byte_a_pixel() -> None:
+    pixels = np.zeros((60, 1, 100, 100), dtype=np.uint8)
+    tracemalloc.start()
+    kept = classes(pixels)._x
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept.dtype == torch.uint8
+    assert peak < 2 * pixels.nbytes
+    pixels += 1
+    assert not kept.any()  # a copy
 
 
 def test_black_and_white_images_are_zero_and_one() -> None:

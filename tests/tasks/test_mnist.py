@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metaicl.leakage import audit_leakage
 from metaicl.task import EpisodeStream, derive_generator
 from metaicl.tasks import mnist
 from metaicl.tasks.mnist import MNIST
@@ -36,6 +37,13 @@ def test_episodes_are_rows_of_the_file(digits, shared_data):
     assert torch.equal(digit, labels[support.ids].long())
     assert not (set(support.ids[0].tolist()) & set(episode.query.ids[0].tolist()))
     assert digits.class_names[7] == "7"
+
+
+def test_the_leakage_audit_leaves_splits_without_classes_out(digits):
+    report = audit_leakage(digits, n_episodes=10)
+    assert report.left_out == ("train", "validation")
+    assert str(report).startswith("leakage in 10 tasks of each split but train, validation, which have too few classes")
+    assert not report.leaky
 
 
 def test_labels_belong_to_their_images(digits):
