@@ -15,10 +15,11 @@ def collate(episodes: Sequence[Episode]) -> Episode:
         episodes: At least one; row shapes and latent names must agree.
 
     Returns:
-        One episode with B = the sum of theirs. Latents whose shapes differ beyond the task axis are left out.
+        One episode with B = the sum of theirs. Latents whose shapes differ beyond the task axis are left out. Where
+        some parts have ids, the rows of the others get -1, no source row.
 
     Raises:
-        ValueError: If there is nothing to join or the row shapes differ.
+        ValueError: If there is nothing to join, or the shapes or dtypes of rows or targets differ.
     """
     if not episodes:
         raise ValueError("collate needs at least one episode; got an empty sequence")
@@ -33,9 +34,19 @@ def collate(episodes: Sequence[Episode]) -> Episode:
 
 
 def concatenate(first: Examples, second: Examples) -> Examples:
-    """Rows of `second` appended to those of `first` (both with the same B)."""
+    """Rows of `second` appended to those of `first` (both with the same B); the rows of one without ids get -1.
+
+    Raises:
+        ValueError: If B or the shapes of rows or targets differ.
+    """
+    for name in ("x", "y"):
+        one, other = (getattr(part, name).shape for part in (first, second))
+        if (one[0], *one[2:]) != (other[0], *other[2:]):
+            raise ValueError(
+                f"concatenate needs {name} of one shape but for the rows; got {tuple(one)}, {tuple(other)}"
+            )
     mask = None if first.mask is None and second.mask is None else torch.cat([first.real, second.real], 1)
-    ids = None if first.ids is None or second.ids is None else torch.cat([first.ids, second.ids], 1)
+    ids = None if first.ids is None and second.ids is None else torch.cat([_ids(first), _ids(second)], 1)
     return Examples(torch.cat([first.x, second.x], 1), torch.cat([first.y, second.y], 1), mask, ids)
 
 
@@ -49,19 +60,20 @@ def join_tasks(parts: Sequence[Examples]) -> Examples:
     """Tasks of all parts, axis B, padded to the longest with masked rows.
 
     Raises:
-        ValueError: If the row shapes differ.
+        ValueError: If the shapes or dtypes of rows or targets differ.
     """
-    shapes = {tuple(part.x.shape[2:]) for part in parts}
-    if len(shapes) > 1:
-        raise ValueError(f"collate needs rows of one shape; got {sorted(shapes)}")
+    for name in ("x", "y"):
+        kinds = {f"{tuple(leaf.shape[2:])} {leaf.dtype}" for leaf in (getattr(part, name) for part in parts)}
+        if len(kinds) > 1:
+            raise ValueError(f"collate needs {name} of rows of one shape and dtype; got {sorted(kinds)}")
     n_rows = max(part.n_rows for part in parts)
     if any(part.mask is not None or part.n_rows != n_rows for part in parts):
         parts = [part.pad(n_rows) for part in parts]
-    ids = None if any(part.ids is None for part in parts) else torch.cat([_leaf(part.ids) for part in parts])
-    mask = None if parts[0].mask is None else torch.cat([_leaf(part.mask) for part in parts])
+    ids = None if all(part.ids is None for part in parts) else torch.cat([_ids(part) for part in parts])
+    mask = None if parts[0].mask is None else torch.cat([part.real for part in parts])
     return Examples(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask, ids)
 
 
-def _leaf(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
+def _ids(part: Examples) -> Tensor:
+    """Long (B, N), -1 where rows have no source row that is known."""
+    return torch.full_like(part.real, -1, dtype=torch.long) if part.ids is None else part.ids

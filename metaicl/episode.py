@@ -2,6 +2,7 @@
 
 Both classes are frozen dataclasses and pytrees, so `torch.func.vmap` and
 `torch.compile` see through them. The task axis B is always present: one task is B = 1.
+An object equals itself alone; equal contents have equal fingerprints.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from torch import Tensor
 _EXAMPLES_FIELDS = ("x", "y", "mask", "ids")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """Labelled rows of B tasks.
 
@@ -120,7 +121,7 @@ class Examples:
         return Examples(function(self.x), function(self.y), mask, ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Episode:
     """B tasks, each with a support to learn from and a query to be judged on.
 
@@ -129,6 +130,10 @@ class Episode:
         query: What it is judged on. A learner is given `query.x` only.
         latents: The sampler's secrets (weights, class ids, noise), tensors with leading axis B.
             Analysis and tests read them, learners never.
+
+    Raises:
+        TypeError: If a latent is no tensor.
+        ValueError: If numbers of tasks or the shapes of rows differ.
     """
 
     support: Examples
@@ -146,6 +151,8 @@ class Episode:
             expected, got = tuple(support.x.shape[2:]), tuple(query.x.shape[2:])
             raise ValueError(f"Episode.query.x must have rows of the support's shape {expected}; got {got}")
         for name, value in self.latents.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Episode.latents[{name!r}] must be a tensor; got {type(value).__name__}")
             if value.ndim == 0 or value.shape[0] != support.n_tasks:
                 got = tuple(value.shape)
                 raise ValueError(

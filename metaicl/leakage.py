@@ -93,7 +93,9 @@ def audit_leakage(
     found: dict[str, dict[Split, Values]] = {}
     overlap: dict[str, tuple[int, Values]] = {}
     without = _without_tasks(tasks)
-    for split in (split for split in SPLITS if split not in without):
+    for split in SPLITS:
+        if split in without:
+            continue
         stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query, chunk_size=_CHUNK)
         for episode in stream.batches(0, n_episodes, batch_size=_CHUNK):
             for name, values in _values(tasks, episode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaicl.episode import Episode
 
-_ALIGNMENT = 8  # bytes; the largest dtype of an episode
+_ALIGNMENT = 16  # bytes; the largest dtype of an episode
 
 
 @dataclass(frozen=True)

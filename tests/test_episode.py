@@ -47,6 +47,47 @@ def test_ragged_parts_are_padded_and_masked(lengths: list[int]) -> None:
         assert bool((joined.support.x[i, n:] == 0).all())
 
 
+def test_ids_of_one_part_outlive_joining_with_parts_that_have_none() -> None:
+    named, nameless = rows(ids=True), rows()
+    joined = concatenate(named, nameless).ids
+    assert joined is not None
+    assert joined.tolist() == [[0, 1, 2, 3] + [-1] * 4, [4, 5, 6, 7] + [-1] * 4]
+    found = collate([episode(1, 2, ids=True), episode(1, 2)]).support.ids
+    assert found is not None
+    assert found.tolist() == [[0, 1], [-1, -1]]
+    assert concatenate(nameless, nameless).ids is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Examples(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2)), "collate needs y of rows of one shape and dtype"),
+        (Examples(torch.zeros(1, 4, 3), torch.zeros(1, 4).long()), "collate needs y of rows of one shape and dtype"),
+        (Examples(torch.zeros(1, 4, 2), torch.zeros(1, 4, 1)), "collate needs x of rows of one shape and dtype"),
+        (
+            Examples(torch.zeros(1, 4, 3).double(), torch.zeros(1, 4, 1)),
+            r"got \['\(3,\) torch.float32', '\(3,\) torch.f",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(other: Examples, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collate([episode(1), Episode(other, other)])
+    if other.x.dtype == torch.float32:
+        with pytest.raises(ValueError, match=r"concatenate needs . of one shape but for the rows"):
+            concatenate(rows(1), other)
+    with pytest.raises(ValueError, match=r"concatenate needs x of one shape .* got \(2, 4, 3\), \(1, 4, 3\)"):
+        concatenate(rows(2), rows(1))
+
+
+def test_an_episode_equals_itself_alone() -> None:
+    one = episode()
+    assert one == one
+    assert one != episode()
+    assert one.support != episode().support
+    assert len({one, episode(), one.support}) == 3
+
+
 def test_fingerprints_see_every_value_shape_and_type() -> None:
     base = episode(ids=True)
     assert base.fingerprint() == episode(ids=True).fingerprint()
@@ -136,6 +177,8 @@ X, Y = torch.zeros(2, 5, 3), torch.zeros(2, 5, 1)
         (lambda: Episode(Examples(X, Y), Examples(X[:1], Y[:1])), ValueError, "as many tasks"),
         (lambda: Episode(Examples(X, Y), Examples(torch.zeros(2, 5, 4), Y)), ValueError, r"shape \(3,\); got \(4,\)"),
         (lambda: Episode(Examples(X, Y), Examples(X, Y), {"w": torch.zeros(3)}), ValueError, "task axis B = 2"),
+        (lambda: Episode(rows(), rows(), {"a": 3.0}), TypeError, r"latents\['a'\] must be a tensor; got float"),
+        (lambda: Episode(rows(), rows(), {"a": np.ones(2)}), TypeError, "must be a tensor; got ndarray"),
         (lambda: collate([]), ValueError, "at least one episode"),
         (lambda: TaskSpec("regression", (3,)), ValueError, "needs y_dim >= 1"),
         (lambda: TaskSpec("classification", (3,), n_way=1), ValueError, "needs n_way >= 2"),

@@ -22,7 +22,9 @@ def odd_episode() -> Episode:
     mask = torch.rand(3, 5, generator=generator) < 0.7
     support = Examples(x, torch.arange(15).view(3, 5) % 3, mask, torch.arange(15).view(3, 5))
     query = Examples(torch.zeros(3, 1, 7, dtype=torch.float16), torch.ones(3, 1, dtype=torch.long))
-    return Episode(support, query, {"empty": torch.zeros(3, 0), "seed": torch.tensor([1, 2, 3], dtype=torch.int8)})
+    latents = {"empty": torch.zeros(3, 0), "seed": torch.tensor([1, 2, 3], dtype=torch.int8)}
+    latents |= {"t": torch.ones(3, 1), "waves": torch.complex(torch.ones(3).double(), torch.arange(3.0).double())}
+    return Episode(support, query, latents)
 
 
 def test_episodes_survive_packing_and_pickling() -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from numpy.random import mtrand  # the global generator itself: it is put back, never drawn from by us
 from torch import Tensor
+from torch.utils.data import Subset
 
 from metaicl.episode import Episode, Examples
 from metaicl.spec import TaskSpec
@@ -32,7 +33,8 @@ class TasksetDistribution(TaskDistribution):
 
     Raises:
         TypeError: If something without `sample()` is given.
-        ValueError: If a split is unknown, or two splits share a task set.
+        ValueError: If a split is unknown, or two splits share a task set, or classes of one data set that was filtered
+            for them. What a transform of the tasks leaves out cannot be seen: splits may share a whole data set.
     """
 
     identity: ClassVar[tuple[str, ...]] = ("class_ids",)
@@ -43,7 +45,7 @@ class TasksetDistribution(TaskDistribution):
         self.tasksets = _by_split(tasksets)
         if len({id(taskset) for taskset in self.tasksets.values()}) < len(self.tasksets):
             raise ValueError("two splits share one task set, so their tasks would not be disjoint; give each its own")
-        self._first_rows, self.source_classes, self.class_splits = _number_rows(self.tasksets)
+        self._row_numbers, self.source_classes, self.class_splits = _number_rows(self.tasksets)
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw tasks one after the other; see `TaskDistribution.sample`.
@@ -67,7 +69,7 @@ class TasksetDistribution(TaskDistribution):
         self, split: Split, n_shot: int, n_query: int, generator: torch.Generator
     ) -> tuple[Examples, Examples, Tensor | None]:
         x, y, ids = _draw(self.tasksets[split], split, int(torch.randint(2**62, (), generator=generator)))
-        ids = None if ids is None else ids + self._first_rows[split]
+        ids = None if ids is None else self._row_numbers[split][ids]
         classes = None if ids is None or self.source_classes is None else self.source_classes[ids]
         if self.spec.kind == "regression":
             members, classes = torch.arange(len(x))[None], None
@@ -130,28 +132,61 @@ def _is_taskset(taskset: Any) -> bool:
     return hasattr(taskset, "sample_task_description") and hasattr(taskset.dataset, "indices_to_labels")
 
 
-def _number_rows(tasksets: Mapping[str, Any]) -> tuple[dict[str, int], Tensor | None, dict[str, Tensor] | None]:
-    """First row id of each split, the class of every row, and the classes of each split.
+def _number_rows(tasksets: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Tensor] | None]:
+    """Row ids of each split by its own rows, the class of every row id, and the classes of each split.
 
-    Splits that share a data set share its numbers. Then only the tasks tell which classes a split has: None.
+    Rows and classes are those of the data sets below filters and unions, whichever split meets them first. Where splits
+    share classes, only the tasks tell which ones a split has: None.
     """
-    seen: dict[int, int] = {}
+    rows, classes, owners = {}, {}, {}
     source_classes: list[int] = []
-    n_classes = 0
-    first_rows, splits = {}, {}
+    row_numbers, splits = {}, {}
     for split, taskset in tasksets.items():
         if not _is_taskset(taskset):
             continue
         data = taskset.dataset
-        if id(data) not in seen:
-            seen[id(data)] = len(source_classes)
-            number = {label: n_classes + i for i, label in enumerate(data.labels)}
-            splits[split] = torch.arange(n_classes, n_classes + len(number))
-            source_classes += [number[data.indices_to_labels[i]] for i in range(len(data))]
-            n_classes += len(number)
-        first_rows[split] = seen[id(data)]
-    told = "train" in splits and len(splits) == len(first_rows)
-    return first_rows, torch.tensor(source_classes) if source_classes else None, splits if told else None
+        origins, chosen = _origins(data)
+        named = {data.indices_to_labels[i]: (base, label) for i, (base, _, label) in enumerate(origins)}
+        owned = [named.get(label, (id(data), label)) for label in data.labels]
+        _check_owners({c: owners[c] for c in owned if c in owners}, split, data, chosen)
+        if not any(c in owners for c in owned):
+            splits[split] = torch.arange(len(classes), len(classes) + len(owned))
+        for c in owned:
+            classes.setdefault(c, len(classes))
+            owners.setdefault(c, (split, data, chosen))
+        for base, row, label in origins:
+            if rows.setdefault((base, row), len(rows)) == len(source_classes):
+                source_classes.append(classes[base, label])
+        row_numbers[split] = torch.tensor([rows[base, row] for base, row, _ in origins])
+    told = "train" in splits and len(splits) == len(row_numbers)
+    return row_numbers, torch.tensor(source_classes) if source_classes else None, splits if told else None
+
+
+def _check_owners(owners: Mapping[Any, tuple[str, Any, bool]], split: str, data: Any, chosen: bool) -> None:
+    """Refuse classes of another split's data set, unless both have all classes and leave the choice to transforms."""
+    shared = [(c[1], other) for c, (other, theirs, cut) in owners.items() if theirs is not data and (chosen or cut)]
+    if shared:
+        label, other = shared[0]
+        raise ValueError(
+            f"splits must not share classes of a data set; {other!r} and {split!r} share {len(shared)}, for instance "
+            f"{label!r}. Filter other labels for each"
+        )
+
+
+def _origins(data: Any) -> tuple[list[tuple[int, int, Any]], bool]:
+    """Data set below (its id), row and label there of each row, and whether some were left out on the way."""
+    if hasattr(data, "to_true_indices"):  # FilteredMetaDataset
+        below, _ = _origins(data.dataset)
+        return [below[i] for i in data.to_true_indices], True
+    if hasattr(data, "datasets"):  # UnionMetaDataset
+        parts = [_origins(part) for part in data.datasets]
+        return [origin for part, _ in parts for origin in part], any(chosen for _, chosen in parts)
+    base, indices = getattr(data, "dataset", data), list(range(len(data)))
+    while isinstance(base, Subset):
+        base, indices = base.dataset, [base.indices[i] for i in indices]
+    labels = [data.indices_to_labels[i] for i in range(len(data))]
+    chosen = base is not getattr(data, "dataset", data)
+    return [(id(base), row, label) for row, label in zip(indices, labels, strict=True)], chosen
 
 
 def _draw(taskset: Any, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:

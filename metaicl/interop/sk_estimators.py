@@ -31,6 +31,7 @@ class _InContext(BaseEstimator):
 
     def _predict(self, X: Any) -> Distribution:
         check_is_fitted(self, "state_")
+        _check_names(self, X, reset=False)
         x = self._rows(check_array(X, allow_nd=True))
         with _evaluating(self.learner):
             return self.learner.predict(self.state_, x)
@@ -53,6 +54,8 @@ class _InContext(BaseEstimator):
                 f"X has {found} features, but {type(self).__name__} is expecting {expected} features as input: "
                 f"the learner was trained on rows of shape {spec.x_shape}"
             )
+        if spec.vocabulary is not None and not np.array_equal(X, np.round(X).clip(0, spec.vocabulary - 1)):
+            raise ValueError(f"X must hold token ids, whole numbers in [0, {spec.vocabulary}), for this learner")
         parameter = next(self.learner.parameters(), torch.empty(0))
         dtype = torch.long if spec.x_kind == "tokens" else parameter.dtype
         rows = torch.as_tensor(np.ascontiguousarray(X)).to(parameter.device, dtype).reshape(1, len(X), *spec.x_shape)
@@ -73,6 +76,7 @@ class InContextClassifier(ClassifierMixin, _InContext):
     Attributes:
         classes_: The labels found by `fit`, sorted.
         n_features_in_: Features of a row.
+        feature_names_in_: Names of the columns where `fit` was given a data frame; `predict` refuses other ones.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -90,6 +94,7 @@ class InContextClassifier(ClassifierMixin, _InContext):
             ValueError: If there are more classes than the learner's n_way, or X does not fit its spec.
         """
         spec = self._check_learner("classification")
+        _check_names(self, X, reset=True)
         X, y = check_X_y(X, y, allow_nd=True)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
@@ -126,6 +131,7 @@ class InContextRegressor(RegressorMixin, _InContext):
 
     Attributes:
         n_features_in_: Features of a row.
+        feature_names_in_: Names of the columns where `fit` was given a data frame; `predict` refuses other ones.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -143,6 +149,7 @@ class InContextRegressor(RegressorMixin, _InContext):
             ValueError: If y has another number of outputs than the learner, or X does not fit its spec.
         """
         spec = self._check_learner("regression")
+        _check_names(self, X, reset=True)
         X, y = check_X_y(X, y, allow_nd=True, multi_output=True, y_numeric=True)
         targets = y.reshape(len(y), -1)
         if targets.shape[1] != spec.output_size:
@@ -166,6 +173,16 @@ class InContextRegressor(RegressorMixin, _InContext):
         parts = [to_numpy(part[0]) for part in (distribution.mean, distribution.stddev)]
         mean, std = (part[:, 0] if self._vector else part for part in parts)
         return (mean, std) if return_std else mean
+
+
+def _check_names(estimator: Any, X: Any, *, reset: bool) -> None:
+    """Keep the names of the columns of a data frame, or compare them with those that were kept."""
+    if hasattr(estimator, "_check_feature_names"):  # scikit-learn before 1.6
+        estimator._check_feature_names(X, reset=reset)
+        return
+    from sklearn.utils.validation import validate_data
+
+    validate_data(estimator, X, reset=reset, skip_check_array=True, ensure_2d=False)
 
 
 def _check_finite(answer: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Linear maps of inputs that can take a few orthogonal values only."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class DictionaryRegression(TaskDistribution):
         probabilities: Of each feature (K,); None makes them equal.
 
     Raises:
-        ValueError: If the probabilities are not K positive numbers; they are normalized.
+        ValueError: If the probabilities are not K positive finite numbers; they are normalized.
 
     Reference:
         Huang, Cheng & Liang 2023, arXiv:2310.05249, section 2. The features are the unit vectors, which loses no
@@ -40,8 +41,8 @@ class DictionaryRegression(TaskDistribution):
     def __init__(self, *, n_features: int = 8, probabilities: Sequence[float] | None = None) -> None:
         """Normalize the probabilities."""
         given = [1.0] * check_count("n_features", n_features, 2) if probabilities is None else list(probabilities)
-        if len(given) != n_features or not all(share > 0 for share in given):
-            raise ValueError(f"probabilities must be K = {n_features} positive numbers; got {given}")
+        if len(given) != n_features or not all(0 < share < math.inf for share in given):
+            raise ValueError(f"probabilities must be K = {n_features} positive finite numbers; got {given}")
         self.probabilities = torch.tensor(given) / sum(given)
         self.spec = TaskSpec("regression", (n_features,), y_dim=1)
 

@@ -113,7 +113,8 @@ class ImageClasses(ClassEpisodes):
         Raises:
             FileNotFoundError: If there is no such folder, or no image in it or in one of its class folders.
             OSError: If files are no readable images; all are counted and the first named.
-            ValueError: If there are fewer than two classes, or the split is given twice or shares a class.
+            ValueError: If there are fewer than two classes, the split is given twice or shares a class, or folders lie
+                where images should.
         """
         size = check_count("size", size)
         classes, split = _class_folders(Path(path))
@@ -150,8 +151,9 @@ def _checked_pixels(images: Tensor | np.ndarray) -> Tensor:
         raise TypeError(f"images must be an array or a tensor; got {type(images).__name__}")
     refuse_masked(images, "images")
     if isinstance(images, np.ndarray):
-        if images.dtype.kind not in "uifb" or not images.dtype.isnative:
+        if images.dtype.kind not in "uifb":
             raise TypeError(f"images must be uint8 or floating point; got {images.dtype}")
+        images = images.astype(images.dtype.newbyteorder("="), copy=False)  # torch knows the machine's order alone
         # torch cannot share read-only memory or negative strides
         images = torch.from_numpy(images if images.flags.writeable and images.flags.c_contiguous else images.copy())
     images = images.detach().cpu()
@@ -228,6 +230,12 @@ def _class_folders(path: Path) -> tuple[list[Path], dict[Split, list[str]] | Non
         raise FileNotFoundError(f"{path} must hold one subfolder of images per class; it has none")
     if len(folders) < 2:
         raise ValueError(f"{path} must hold at least two class folders; got only {folders[0].name!r}")
+    nested = [folder for folder in folders if all(entry.is_dir() for entry in _visible(folder)) and _visible(folder)]
+    if nested:
+        raise ValueError(
+            f"class folders must hold images; {nested[0]} holds folders only. The folders above the classes are called "
+            "train, validation (or val) and test, and stand alone"
+        )
     return folders, split
 
 

@@ -147,7 +147,7 @@ class Banking77(_Intents):
         split: Which of the five class splits, "01" to "05".
         folder: Where `banking77.jsonl.gz` or the original `train.csv` and `test.csv` lie; None looks into the cache.
         download: Fetch the originals (1.1 MB) if they are not there; verified as in `CLINC150`.
-        max_tokens: Words kept of each question; 1 in 25 has more than 32.
+        max_tokens: Words kept of each question; 1 in 31 has more than 32.
         vocabulary: See `TextClasses`.
         words: See `TextClasses`.
 

@@ -182,9 +182,15 @@ def _factor(covariance: Tensor, dim: int) -> Tensor:
     covariance = torch.as_tensor(covariance, dtype=torch.float32)
     if covariance.shape != (dim, dim):
         raise ValueError(f"covariance must be (D, D) = ({dim}, {dim}); got {tuple(covariance.shape)}")
-    factor, failed = torch.linalg.cholesky_ex(covariance.double())
-    if int(failed) or not torch.equal(covariance, covariance.mT):
-        raise ValueError("covariance must be symmetric and positive definite")
+    scale = float(covariance.abs().max())
+    if not math.isfinite(scale):
+        raise ValueError("covariance must be finite; it holds NaN or infinity")
+    if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-6 * scale):  # as estimated in float32
+        apart = float((covariance - covariance.mT).abs().max())
+        raise ValueError(f"covariance must be symmetric; it differs from its transpose by up to {apart:g}")
+    factor, failed = torch.linalg.cholesky_ex(((covariance + covariance.mT) / 2).double())
+    if int(failed):
+        raise ValueError("covariance must be positive definite; an eigenvalue of it is not above 0")
     return factor.float()
 
 
@@ -194,8 +200,8 @@ def _checked_eigenvalues(eigenvalues: Tensor | str | None, dim: int) -> Tensor |
     eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float32)
     if eigenvalues.shape != (dim,):
         raise ValueError(f"eigenvalues must be (D,) = ({dim},); got {tuple(eigenvalues.shape)}")
-    if not bool((eigenvalues >= 0).all()) or not bool((eigenvalues > 0).any()):
-        raise ValueError("eigenvalues must be >= 0, and one of them above 0")
+    if not bool(((eigenvalues >= 0) & eigenvalues.isfinite()).all()) or not bool((eigenvalues > 0).any()):
+        raise ValueError(f"eigenvalues must be >= 0 and finite, and one of them above 0; got {eigenvalues.tolist()}")
     return eigenvalues
 
 

@@ -46,7 +46,7 @@ class TextClasses(ClassEpisodes):
 
     Raises:
         TypeError: If a text is no string.
-        ValueError: If lengths differ, a text has no word, a text is in two classes, or splits do not fit.
+        ValueError: If lengths differ, a text of a split has no word, a text is in two classes, or splits do not fit.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class TextClasses(ClassEpisodes):
             raise ValueError(f"texts and labels must have one entry per row; got {len(texts)} and {len(classes)}")
         splits = splits_by_name(names, class_splits, fractions=fractions, seed=seed)
         check_ways(n_way, splits, drawn=class_splits is None)
-        rows = _split_texts(texts, splitter, max_tokens)
         used = torch.stack(list(row_splits(classes, splits).values())).any(0)
+        rows = _split_texts(texts, used.tolist(), splitter, max_tokens)
         kept = self._without_duplicates(rows, classes, used, names, duplicates)
         rows, classes = [rows[i] for i in kept.tolist()], classes[kept]
         self.texts = [texts[i] for i in kept.tolist()]
@@ -116,13 +116,15 @@ class TextClasses(ClassEpisodes):
         return kept
 
 
-def _split_texts(texts: list[str], splitter: Callable[[str], list[str]], max_tokens: int) -> list[list[str]]:
+def _split_texts(
+    texts: list[str], used: list[bool], splitter: Callable[[str], list[str]], max_tokens: int
+) -> list[list[str]]:
     rows = []
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts must be strings; row {i} is {text!r} ({type(text).__name__})")
         rows.append(splitter(text)[:max_tokens])
-    empty = [i for i, row in enumerate(rows) if not row]
+    empty = [i for i, row in enumerate(rows) if used[i] and not row]
     if empty:
         shown = texts[empty[0]]
         raise ValueError(f"every text must hold a word; {len(empty)} hold none, the first is row {empty[0]}: {shown!r}")

@@ -100,6 +100,9 @@ class EmbeddedTexts(ClassEpisodes):
             _features(function, tasks.texts[start : start + batch_size])
             for start in range(0, len(tasks.texts), batch_size)
         ]
+        widths = sorted({part.shape[1] for part in parts})
+        if len(widths) > 1:
+            raise ValueError(f"function must give one D for all texts; got {widths}")
         self.features = torch.cat(parts)
         spec = replace(tasks.spec, x_shape=(self.features.shape[1],), x_kind="vector", vocabulary=None)
         splits: dict[Split, list[int]] = {split: ids.tolist() for split, ids in tasks.class_splits.items()}
@@ -113,7 +116,13 @@ class EmbeddedTexts(ClassEpisodes):
 
 def _features(function: TextFunction, texts: Sequence[str]) -> Tensor:
     with torch.no_grad():
-        found = torch.as_tensor(function(list(texts))).cpu()
+        given = function(list(texts))
+    try:
+        found = torch.as_tensor(given).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"function must give (texts, D) dense numbers; got {type(given).__name__}") from error
+    if found.layout != torch.strided or found.is_complex():
+        raise ValueError(f"function must give dense real numbers; got {found.layout}, {found.dtype}")
     if found.ndim != 2 or found.shape[0] != len(texts):
         raise ValueError(f"function must give (texts, D) with texts = {len(texts)}; got {tuple(found.shape)}")
     found = found.to(torch.get_default_dtype())

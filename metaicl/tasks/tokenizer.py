@@ -1,9 +1,12 @@
 """Words to token ids: id 0 is padding, in every scheme."""
 
 import re
+import sys
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,9 +23,20 @@ _WORD = re.compile(r"\w+(?:'\w+)*")
 def split_words(text: str) -> list[str]:
     """Lower-cased words; punctuation separates them and is dropped, an apostrophe inside a word stays.
 
+    Combining marks, such as the vowels of Hindi, belong to their word, and letters with accents are composed (NFC).
     Languages written without spaces come out as one word per phrase; give them a splitter of their own.
     """
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
+    lowered = text.lower()
+    if lowered.isascii():
+        return _WORD.findall(lowered)
+    return _word_with_marks().findall(unicodedata.normalize("NFC", lowered).replace("\u2019", "'"))
+
+
+@cache
+def _word_with_marks() -> re.Pattern[str]:
+    r"""A word of letters, digits and the marks that combine with them, which are no \w to Python."""
+    marks = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("M"))
+    return re.compile(rf"\w[\w{marks}]*(?:'\w[\w{marks}]*)*")
 
 
 def split_characters(text: str) -> list[str]:

@@ -20,6 +20,7 @@ from metaicl.interop.learn2learn import (
     import_learn2learn,
     to_taskset,
 )
+from metaicl.leakage import audit_leakage
 from metaicl.learners.gradient.maml import MAML
 from metaicl.objectives import query_loss, squared_error
 from metaicl.spec import TaskSpec
@@ -264,6 +265,40 @@ def test_a_duck_with_sample_will_do_and_so_does_regression():
     again = tasks.sample(3, split="test", n_shot=2, n_query=4, generator=derive_generator("duck"))
     assert again.fingerprint() == episode.fingerprint()
     assert len(set(episode.query.x.flatten().tolist())) == 12
+
+
+def test_splits_of_one_data_set_share_rows_and_no_classes():
+    l2l = import_learn2learn()
+    base = l2l.data.MetaDataset(rows_of(9))
+
+    def only(*labels, below=base):
+        return taskset(dataset=l2l.data.FilteredMetaDataset(below, labels))
+
+    tasks = TasksetDistribution({"train": only(5, 6, 7, 8), "validation": only(0, 1), "test": only(2, 3)}, VECTORS)
+    assert tasks.class_splits is not None
+    assert {split: ids.tolist() for split, ids in tasks.class_splits.items()} == {
+        "train": [0, 1, 2, 3],
+        "validation": [4, 5],
+        "test": [6, 7],
+    }
+    assert tasks.source_classes.tolist() == [c for c in range(8) for _ in range(7)]
+    assert not audit_leakage(tasks, n_episodes=25).leaky
+    with pytest.raises(ValueError, match=r"'train' and 'test' share 1, for instance 6\. Filter other labels"):
+        TasksetDistribution({"train": only(5, 6, 7), "test": only(6, 2)}, VECTORS)
+    union = l2l.data.UnionMetaDataset([only(7, 8).dataset, only(0, 1).dataset])
+    with pytest.raises(ValueError, match="share 2, for instance 7"):
+        TasksetDistribution({"train": taskset(dataset=union), "test": only(7, 8)}, VECTORS)
+    assert TasksetDistribution({"train": taskset(dataset=union), "test": only(5, 6)}, VECTORS).class_splits is not None
+    halves = [torch.utils.data.Subset(rows_of(4, per_class=14), list(range(first, 56, 2))) for first in (0, 1)]
+    halves[1].dataset = halves[0].dataset
+    first, second = (taskset(dataset=l2l.data.MetaDataset(half)) for half in halves)
+    with pytest.raises(ValueError, match="share 4"):
+        TasksetDistribution({"train": first, "test": second}, VECTORS)
+    again = l2l.data.MetaDataset(base.dataset)  # two whole data sets: transforms may tell the splits apart
+    whole = {"train": taskset(dataset=base), "validation": taskset(dataset=base), "test": taskset(dataset=again)}
+    shared = TasksetDistribution(whole, VECTORS)
+    assert shared.class_splits is None
+    assert audit_leakage(shared, n_episodes=25).counts["classes in two splits"] > 0
 
 
 def test_taskset_errors():

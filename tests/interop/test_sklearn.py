@@ -1,6 +1,7 @@
 """scikit-learn both ways: its estimators as learners, our learners as its estimators."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
@@ -197,6 +198,31 @@ def test_scikit_learn_conventions():
         model.fit(np.full_like(X, np.nan), y)
     with pytest.raises(ValueError, match="continuous"):
         model.fit(X, np.linspace(0, 1, len(X)))
+
+
+def test_columns_of_a_data_frame_keep_their_names():
+    X, y, X_new, _ = data()
+    frame, new = (pd.DataFrame(part, columns=list("abcd")) for part in (X, X_new))
+    learner = ProtoNet(GAUSSIANS.spec)
+    model = InContextClassifier(learner).fit(frame, y)
+    assert model.feature_names_in_.tolist() == list("abcd")
+    assert np.array_equal(model.predict(new), InContextClassifier(learner).fit(X, y).predict(X_new))
+    with pytest.raises(ValueError, match="feature names should match those that were passed during fit"):
+        model.predict(new[list("dcba")])
+    assert not hasattr(model.fit(X, y), "feature_names_in_")
+    regressor = InContextRegressor(MAML(LINEAR.spec)).fit(frame.iloc[:, : LINEAR.spec.x_shape[0]], X[:, 0])
+    with pytest.raises(ValueError, match="feature names should match"):
+        regressor.predict(frame.iloc[:, : LINEAR.spec.x_shape[0]][::-1].rename(columns={"a": "z"}))
+
+
+@pytest.mark.parametrize("wrong", [4.9, -1, 99])
+def test_token_ids_are_whole_numbers_of_the_vocabulary(wrong):
+    spec = TaskSpec("classification", (3,), "tokens", n_way=2, vocabulary=10)
+    X, y = np.array([[1, 2, 0], [3, 9, 0], [1, 4, 5], [3, 3, 3]]), np.array([0, 1, 0, 1])
+    model = InContextClassifier(ProtoNet(spec)).fit(X, y)
+    assert np.array_equal(model.predict_proba(X), model.predict_proba(X.astype(float)))
+    with pytest.raises(ValueError, match=r"X must hold token ids, whole numbers in \[0, 10\)"):
+        model.predict(np.array([[1, wrong, 0]]))
 
 
 def test_numbers_that_are_too_large_and_answers_that_are_not_finite():

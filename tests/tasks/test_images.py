@@ -185,6 +185,21 @@ def test_a_split_folder_needs_all_three(tmp_path):
         ImageClasses.from_folder(tmp_path, n_way=2)
 
 
+def test_split_folders_of_other_names_are_told(tmp_path):
+    for split in ("train", "valid", "test"):
+        for name in "ab":
+            write_images(tmp_path / split / f"{split} {name}", ["1.png"])
+    with pytest.raises(ValueError, match=r"holds folders only. The folders above the classes are called train, valid"):
+        ImageClasses.from_folder(tmp_path, n_way=2)
+
+
+def test_images_of_another_byte_order_are_read():
+    images = np.random.default_rng(0).random((12, 3, 3), dtype=np.float32)
+    both = (images, images.astype(">f4"))
+    tasks = [ImageClasses(x, np.repeat([7, 42, 99, 3, 5, 6], 2), n_way=2, class_splits=SPLIT) for x in both]
+    assert torch.equal(*(one.rows(torch.arange(12)) for one in tasks))
+
+
 def test_damaged_files_are_counted_and_named(tmp_path):
     for name in "abcd":
         write_images(tmp_path / name, ["1.png", "22.png"])

@@ -1,6 +1,7 @@
 """Variants of linear regression: what each promises about its draws, and whether its reference is right."""
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from metaicl.prefixes import predict_prefixes
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream
 from metaicl.tasks.bayes import BayesianLinearRegression
+from metaicl.tasks.dictionary import DictionaryRegression
 from metaicl.tasks.inputs import KURTOSIS, VARIANCE, random_rotations, skewed, subspace
 from metaicl.tasks.linear import LinearRegression
 from metaicl.tasks.sparse import SparseLinearPosterior
@@ -100,6 +102,21 @@ def test_covariance_by_eigenvalues() -> None:
     own = draw(3000, n_shot=200, eigenvalues="exponential").support.x.square().mean(1)
     assert float(own.mean()) == pytest.approx(1, rel=0.03)
     assert float(own.var()) == pytest.approx(1, rel=0.1)
+
+
+def test_a_covariance_may_differ_from_its_transpose_by_rounding() -> None:
+    exact = torch.tensor([[2.0, 0.3], [0.3, 1.0]])
+    rounded = exact.clone()
+    rounded[0, 1] = torch.nextafter(exact[0, 1], torch.tensor(1.0))
+    first, second = (
+        LinearRegression(dim=2, covariance=covariance).sample(
+            5, split="train", n_shot=3, n_query=1, generator=torch.Generator().manual_seed(0)
+        )
+        for covariance in (exact, rounded)
+    )
+    torch.testing.assert_close(first.support.x, second.support.x)
+    factor = torch.linalg.cholesky(exact.double()).float()
+    assert torch.equal(LinearRegression(dim=2, covariance=exact)._factor, factor)
 
 
 def test_prompts_relate_query_and_support() -> None:
@@ -218,6 +235,13 @@ def test_bayes_in_one_pass_and_in_pieces(y_dim: int) -> None:
         (partial(LinearRegression, prompt="same orthants"), "did you mean 'same orthant'"),
         (partial(LinearRegression, eigenvalues=torch.ones(3)), r"eigenvalues must be \(D,\) = \(8,\); got \(3,\)"),
         (partial(LinearRegression, eigenvalues=-torch.ones(8)), "eigenvalues must be >= 0"),
+        (
+            partial(LinearRegression, eigenvalues=torch.tensor([1, torch.inf]), dim=2),
+            "must be >= 0 and finite",
+        ),
+        (partial(LinearRegression, dim=2, covariance=torch.tensor([[1, 0.2], [0.1, 1]])), "symmetric; .* up to 0.1"),
+        (partial(LinearRegression, dim=2, covariance=torch.full((2, 2), torch.nan)), "covariance must be finite"),
+        (partial(DictionaryRegression, n_features=2, probabilities=[math.inf, 1]), "2 positive finite numbers; got"),
         (partial(LinearRegression, eigenvalues="random"), "eigenvalues must be one of"),
         (partial(LinearRegression, eigenvalues=torch.ones(8), covariance=torch.eye(8)), "cannot both be given"),
         (partial(subspace, 4, 5), r"rank must be in \[1, dim = 4\]; got 5"),

@@ -36,6 +36,16 @@ def test_split_words_lowers_and_keeps_inner_apostrophes() -> None:
     assert split_words("?! ...") == []
 
 
+def test_marks_belong_to_their_word() -> None:
+    assert split_words("\u0926\u093f\u0928 \u0926\u093e\u0928 \u0926\u0940\u0928") == [
+        "\u0926\u093f\u0928",
+        "\u0926\u093e\u0928",
+        "\u0926\u0940\u0928",
+    ]
+    assert split_words("re\u0301sume\u0301s, l'e\u0301te\u0301") == ["r\u00e9sum\u00e9s", "l'\u00e9t\u00e9"]
+    assert split_words("\u0130stanbul \u0301 x") == ["i\u0307stanbul", "x"]
+
+
 def test_hashed_ids_are_the_same_in_another_process() -> None:
     code = (
         "from metaicl.tasks.tokenizer import HashedWords as H; print([H(8192)(w) for w in ('play', 'müsik', '東京')])"
@@ -166,6 +176,13 @@ def test_chosen_splits_serve_the_ways_they_can() -> None:
             tasks.sample(1, split=split, n_shot=1, n_query=1, generator=generator())
     with pytest.raises(ValueError, match="asked for 3 ways; split 'validation' has 1 classes"):
         TextClasses(texts, labels, n_way=3, fractions={"train": 0.5, "validation": 0.17, "test": 0.33})
+
+
+def test_texts_of_no_split_need_no_word() -> None:
+    texts, labels = make_rows()
+    tasks = TextClasses([*texts, "..."], [*labels, 99], n_way=2, class_splits=SPLIT)
+    assert "..." not in tasks.texts
+    assert len(tasks.texts) == len(make_tasks().texts)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is fitted on texts reads meta-training classes only; texts as vectors keep the episodes."""
 
 import pytest
+import scipy.sparse
 import torch
 
 from metaicl.checks import check_episode
@@ -77,6 +78,17 @@ def test_bad_functions_are_named() -> None:
         EmbeddedTexts(tasks, lambda texts: torch.zeros(3))
     with pytest.raises(ValueError, match="finite features; 42 of 42 texts have NaN or Inf"):
         EmbeddedTexts(tasks, lambda texts: torch.full((len(texts), 2), torch.nan))
+    with pytest.raises(ValueError, match=r"one D for all texts; got \[2, 16\]"):
+        EmbeddedTexts(tasks, lambda texts: torch.ones(len(texts), 16 if len(texts) == 16 else 2), batch_size=16)
+    wrong = {
+        "dense numbers; got NoneType": lambda texts: None,
+        r"dense numbers; got cs._\w+": lambda texts: scipy.sparse.csr_matrix((len(texts), 2)),
+        "dense real numbers; got torch.sparse_coo": lambda texts: torch.ones(len(texts), 2).to_sparse(),
+        "dense real numbers; got torch.strided, torch.complex64": lambda texts: torch.ones(len(texts), 2) * 1j,
+    }
+    for message, function in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            EmbeddedTexts(tasks, function)
 
 
 def test_unknown_words_of_a_fitted_vocabulary_weigh_nothing() -> None:
