@@ -42,7 +42,7 @@ class DictionaryRegression(TaskDistribution):
         """Normalize the probabilities."""
         given = [1.0] * check_count("n_features", n_features, 2) if probabilities is None else list(probabilities)
         if len(given) != n_features or not all(0 < share < math.inf for share in given):
-            raise ValueError(f"probabilities must be K = {n_features} positive finite numbers; got {given}")
+            raise ValueError(f"probabilities must be K = {n_features} positive numbers, all finite; got {given}")
         self.probabilities = torch.tensor(given) / sum(given)
         self.spec = TaskSpec("regression", (n_features,), y_dim=1)
 

@@ -241,7 +241,10 @@ def test_bayes_in_one_pass_and_in_pieces(y_dim: int) -> None:
         ),
         (partial(LinearRegression, dim=2, covariance=torch.tensor([[1, 0.2], [0.1, 1]])), "symmetric; .* up to 0.1"),
         (partial(LinearRegression, dim=2, covariance=torch.full((2, 2), torch.nan)), "covariance must be finite"),
-        (partial(DictionaryRegression, n_features=2, probabilities=[math.inf, 1]), "2 positive finite numbers; got"),
+        (
+            partial(DictionaryRegression, n_features=2, probabilities=[math.inf, 1]),
+            "2 positive numbers, all finite; got",
+        ),
         (partial(LinearRegression, eigenvalues="random"), "eigenvalues must be one of"),
         (partial(LinearRegression, eigenvalues=torch.ones(8), covariance=torch.eye(8)), "cannot both be given"),
         (partial(subspace, 4, 5), r"rank must be in \[1, dim = 4\]; got 5"),
