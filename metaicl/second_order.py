@@ -11,10 +11,27 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metaicl.nets.norm import channel_norm, standardize
 from metaicl.nets.recurrence import WRITTEN_OUT
 
-_OPTIONS = ("input", "running_mean", "running_var", "weight", "bias", "statistics", "momentum", "eps")
+_FUNCTIONAL = ("input", "running_mean", "running_var", "weight", "bias")
+_TORCH = ("input", "weight", "bias", "running_mean", "running_var")
+_CHANNEL_NORMS = {
+    F.batch_norm: (*_FUNCTIONAL, "training", "momentum", "eps"),
+    torch.batch_norm: (*_TORCH, "training", "momentum", "eps"),
+    F.instance_norm: (*_FUNCTIONAL, "use_input_stats", "momentum", "eps"),
+    torch.instance_norm: (*_TORCH, "use_input_stats", "momentum", "eps"),
+}
 """Arguments of torch's batch and instance normalization, in order."""
+
+_NATIVE = {torch.native_layer_norm: "layer_norm", torch.native_batch_norm: "batch_norm"}
+"""Kernels that give their statistics too, and what to call instead."""
+
+_BAG = (
+    "input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
+    "per_sample_weights", "include_last_offset", "padding_idx",
+)  # fmt: skip
+"""Arguments of torch's embedding_bag, in order."""
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 """Arguments of torch's embedding, in order."""
@@ -60,6 +77,15 @@ _WAYS_OUT = (
     (
         ("requires_grad_()", "functorch"),
         f"The net differentiates by torch.autograd inside its forward pass: use torch.func.grad there, {_TASK_BY_TASK}",
+    ),
+    (
+        ("embedding_renorm_",),
+        "An embedding with max_norm writes into its table at every call: use max_norm=None, and scale the words that "
+        "it gives",
+    ),
+    (
+        ("SparseCPU",),
+        "Gradients of an embedding with sparse=True cannot be mapped over tasks: use sparse=False",
     ),
     (
         ("called random operation while in randomness error mode",),
@@ -148,12 +174,18 @@ class _WrittenOut(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.embedding:
             return _embedding({**dict(zip(_EMBEDDING, args, strict=False)), **kwargs})
-        if func is F.layer_norm:
+        if func is F.embedding_bag:
+            return _embedding_bag({**dict(zip(_BAG, args, strict=False)), **kwargs})
+        if func is F.layer_norm or func is torch.layer_norm:
             return _layer_norm(*args, **kwargs)
-        if func is F.batch_norm or func is F.instance_norm:
-            options = {**dict(zip(_OPTIONS, args, strict=False)), **kwargs}
-            if options.get("running_mean") is None:
-                return _channel_norm(options, over_rows=func is F.batch_norm)
+        if func in _CHANNEL_NORMS:
+            names = _CHANNEL_NORMS[func]
+            options, over_rows = {**dict(zip(names, args, strict=False)), **kwargs}, "training" in names
+            if options.get("running_mean") is None and options.get(names[5], not over_rows):
+                return _channel_norm(options, over_rows=over_rows)
+        if func in _NATIVE:
+            name = _NATIVE[func]
+            raise RuntimeError(f"torch.native_{name} has wrong second derivatives over tasks; call F.{name} instead")
         if func is _FUSED_WEIGHT_NORM:
             return _weight_norm(*args, **kwargs)
         if func in WRITTEN_OUT and not (len(args) > 3 and isinstance(args[3], Sequence)):  # a packed sequence
@@ -174,31 +206,51 @@ def _embedding(options: dict[str, Any]) -> Tensor:
     return torch.where((x == padding % weight.shape[0])[..., None], weight[padding].detach(), found)
 
 
+def _embedding_bag(options: dict[str, Any]) -> Tensor:
+    """In torch 2.13 `vmap` takes the indices that the kernel returns for floating ones."""
+    bag = {name: options.pop(name, None) for name in ("offsets", "mode", "per_sample_weights", "include_last_offset")}
+    x, padding, scale = options["input"], options.pop("padding_idx", None), bag["per_sample_weights"]
+    starts = bag["offsets"]
+    mode = bag["mode"] or "mean"
+    if x.ndim != (2 if starts is None else 1) or (scale is not None and (mode != "sum" or scale.shape != x.shape)):
+        return F.embedding_bag(**options, **{**bag, "mode": mode})  # which says what is wrong
+    found = _embedding(options)
+    found = found if scale is None else found * scale[..., None]
+    real = torch.ones_like(x, dtype=torch.bool) if padding is None else x != padding % len(options["weight"])
+    if starts is not None:
+        places = torch.arange(len(x), device=x.device)
+        ends = torch.cat([starts[1:], starts.new_full((1,), len(x))])
+        inside = (starts[:, None] <= places) & (places < ends[:, None])
+        real = real & (inside[:-1] if bag["include_last_offset"] else inside)  # a bag each, all words
+    real = real[..., None]
+    if mode == "max":
+        return torch.where(real.any(-2), found.where(real, -torch.inf).max(-2).values, 0.0)
+    total = found.where(real, 0.0).sum(-2)
+    return total / real.sum(-2).clamp(min=1) if mode == "mean" else total
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
-    out = _standardize(input, tuple(range(-len(normalized_shape), 0)), eps)
+    shape = tuple(normalized_shape)
+    for name, part in (("input", input.shape[-len(shape) :]), ("weight", weight), ("bias", bias)):
+        got = part if part is None or isinstance(part, tuple) else part.shape
+        if got is not None and got != shape:
+            expected = f"end in normalized_shape={shape}" if name == "input" else f"be of normalized_shape={shape}"
+            raise ValueError(f"layer_norm: {name} must {expected}; got {tuple(got)} with input {tuple(input.shape)}")
+    out = standardize(input, tuple(range(-len(shape), 0)), eps)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
 def _channel_norm(options: Mapping[str, Any], *, over_rows: bool) -> Tensor:
-    """Batch normalization (over rows and places) or instance normalization (over places) of (rows, channels, ...)."""
-    x, weight, bias = options["input"], options.get("weight"), options.get("bias")
-    places = tuple(range(2, x.ndim))
-    out = _standardize(x, (0, *places) if over_rows else places, options.get("eps", 1e-5))
-    shape = (-1,) + (1,) * len(places)
-    out = out if weight is None else out * weight.view(shape)
-    return out if bias is None else out + bias.view(shape)
-
-
-def _standardize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centered = x - x.mean(axes, keepdim=True)
-    return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
+    x, eps = options["input"], options.get("eps", 1e-5)
+    return channel_norm(x, options.get("weight"), options.get("bias"), over_rows=over_rows, eps=eps)
 
 
 def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:

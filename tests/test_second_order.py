@@ -46,6 +46,81 @@ def test_written_out_equals_native_to_the_second_derivative(name):
         assert float((found - expected).detach().abs().max()) < 1e-12 * max(size, 1)
 
 
+IN_TORCH = {
+    "layer_norm": lambda x, w, b: torch.layer_norm(x, (4,), w, b, 1e-5, False),
+    "batch_norm": lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+    "instance_norm": lambda x, w, b: torch.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+}
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_names_of_torch_itself_have_right_second_derivatives_over_tasks(name):
+    inputs = randn(2, *CASES[name][1]), randn(2, 4) + 1.5, randn(2, 4)
+
+    def slopes(*values):
+        return torch.func.grad(lambda *values: IN_TORCH[name](*values).sin().sum(), argnums=(0, 1, 2))(*values)
+
+    def second(*values, tasks):
+        return torch.func.grad(lambda *v: sum(s.square().sum() for s in tasks(*v)), argnums=(0, 1, 2))(*values)
+
+    loop = [second(*task, tasks=slopes) for task in zip(*inputs, strict=True)]
+    with twice_differentiable():
+        found = second(*inputs, tasks=torch.func.vmap(slopes))
+    for value, expected in zip(found, map(torch.stack, zip(*loop, strict=True)), strict=True):
+        assert float((value - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+def test_kernels_of_normalization_name_the_function_to_call():
+    x, w = randn(3, 4), randn(4)
+    with twice_differentiable():
+        with pytest.raises(RuntimeError, match=r"call F\.layer_norm instead"):
+            torch.native_layer_norm(x, (4,), w, w, 1e-5)
+        with pytest.raises(RuntimeError, match=r"call F\.batch_norm instead"):
+            torch.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (nn.LayerNorm(1), (5, 4), r"input must end in normalized_shape=\(1,\); got \(4,\)"),
+        (nn.LayerNorm((3, 4)), (4,), r"input must end in normalized_shape=\(3, 4\); got \(4,\)"),
+        (nn.BatchNorm1d(1, track_running_stats=False), (5, 4), r"weight must have one number per channel, 4 of"),
+        (nn.BatchNorm1d(4, track_running_stats=False), (1, 4), r"more than one value per channel.*got \(1, 4\)"),
+        (nn.InstanceNorm2d(4), (5, 4, 1, 1), r"more than one value per channel over places; got \(5, 4, 1, 1\)"),
+        (BatchStatNorm(1), (5, 4), r"weight must have one number per channel, 4 of an input \(5, 4\); got \(1,\)"),
+        (BatchStatNorm(4), (1, 4), r"more than one value per channel.*got \(1, 4\)"),
+    ],
+)
+def test_written_out_normalization_refuses_what_torch_refuses(layer, shape, message):
+    with twice_differentiable(), pytest.raises(ValueError, match=message):
+        layer.double()(randn(*shape))
+
+
+def test_batch_norm_without_any_statistics_is_refused_as_by_torch():
+    with twice_differentiable(), pytest.raises(RuntimeError, match="running_mean"):
+        F.batch_norm(randn(3, 4), None, None, training=False)
+
+
+BAGS = [{"mode": mode, "padding_idx": padding} for mode in ("sum", "mean", "max") for padding in (None, 1)]
+
+
+@pytest.mark.parametrize("options", BAGS)
+def test_bags_of_words_equal_native_ones_to_the_first_derivative(options):
+    table, words = randn(6, 3).requires_grad_(), torch.tensor([[1, 2, 2, 0], [1, 1, 1, 1], [5, 4, 1, 3]])
+    scale = randn(3, 4) if options["mode"] == "sum" else None
+    for x, rest in (
+        (words, {"per_sample_weights": scale}),
+        (words.flatten(), {"offsets": torch.tensor([0, 3, 3, 8])}),
+        (words.flatten(), {"offsets": torch.tensor([0, 7, 12]), "include_last_offset": True}),
+    ):
+        native = F.embedding_bag(x, table, **options, **rest)
+        with twice_differentiable():
+            found = F.embedding_bag(x, table, **options, **rest)
+        slopes = [torch.autograd.grad(out.sin().sum(), table)[0] for out in (found, native)]
+        assert float((found - native).detach().abs().max()) < 1e-14
+        assert float((slopes[0] - slopes[1]).abs().max()) < 1e-14
+
+
 LAYERS = {
     "lstm": lambda: nn.LSTM(3, 4, num_layers=2, proj_size=2, bidirectional=True),
     "lstm_plain": lambda: nn.LSTM(3, 4, bias=False, batch_first=True),

@@ -1,6 +1,7 @@
 """Normalization that is right under `vmap` and under second derivatives."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,12 @@ class BatchStatNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (rows, channels, ...) over rows and places."""
-        axes = (0, *range(2, x.ndim))
-        centered = x - x.mean(axes, keepdim=True)
-        variance = centered.square().mean(axes, keepdim=True)
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        return centered * (variance + self.eps).rsqrt() * self.weight.view(shape) + self.bias.view(shape)
+        """Normalize x (rows, channels, ...) over rows and places.
+
+        Raises:
+            ValueError: If there is but one value per channel, or another number of channels.
+        """
+        return channel_norm(x, self.weight, self.bias, over_rows=True, eps=self.eps)
 
 
 class FrozenNorm(nn.Module):
@@ -89,6 +90,43 @@ def freeze_statistics(net: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(copied.get_submodule(parent), child, frozen[layer])
     return copied
+
+
+def channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, over_rows: bool, eps: float) -> Tensor:
+    """Batch normalization (over rows and places) or instance normalization (over places), written out.
+
+    Args:
+        x: (rows, channels, ...).
+        weight: (channels,), or None.
+        bias: (channels,), or None.
+        over_rows: Whether rows share their statistics.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: If statistics are those of a single value, which gives zeros, or shapes do not fit.
+    """
+    shape, places = tuple(x.shape), tuple(range(2, x.ndim))
+    if len(shape) < 2 or math.prod((shape[0] if over_rows else 1, *shape[2:])) == 1:
+        what = "rows or places" if over_rows else "places"
+        hint = "GroupNorm and LayerNorm need one row alone" if over_rows else "LayerNorm needs none"
+        raise ValueError(
+            f"statistics of (rows, channels, ...) need more than one value per channel over {what}; got {shape}. {hint}"
+        )
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and part.shape != shape[1:2]:
+            raise ValueError(
+                f"the {name} must have one number per channel, {shape[1]} of an input {shape}; got {tuple(part.shape)}"
+            )
+    out = standardize(x, (0, *places) if over_rows else places, eps)
+    wide = (-1,) + (1,) * len(places)
+    out = out if weight is None else out * weight.view(wide)
+    return out if bias is None else out + bias.view(wide)
+
+
+def standardize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """Mean 0 and variance 1 over some axes, but for `eps`."""
+    centered = x - x.mean(axes, keepdim=True)
+    return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
 
 
 def batch_norms(net: nn.Module) -> list[str]:

@@ -199,6 +199,38 @@ def test_word_vectors_with_sparse_gradients_are_shared_between_tasks():
     assert float(gradients[0].abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("options", "message"), [({"max_norm": 1.0}, "use max_norm=None"), ({"sparse": True}, "use sparse=False")]
+)
+@pytest.mark.parametrize("words", [nn.Embedding, nn.EmbeddingBag])
+def test_word_vectors_that_cannot_adapt_come_with_a_way_out(words, options, message):
+    net = nn.Sequential(words(9, 4, **options), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.zeros(1, 2, dtype=torch.long))
+    rows = Examples(torch.arange(8).view(2, 2, 2), torch.tensor([[0, 1], [1, 0]]))
+    learner = MAML(TaskSpec("classification", (2,), "tokens", n_way=2, vocabulary=9), net=net, adapt="*")
+    with pytest.raises(RuntimeError, match=rf"(?s){message}"):
+        MetaStep(learner)(Episode(rows, rows))
+
+
+@pytest.mark.parametrize("adapt", ["*", "1.*"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_words_adapt_as_their_words(mode, adapt):
+    class Words(nn.Embedding):
+        def forward(self, x):
+            found = super().forward(x)
+            return found.max(1).values if mode == "max" else getattr(found, mode)(1)
+
+    rows = Examples(torch.arange(9).view(3, 3, 1).repeat(1, 1, 2), torch.tensor([0, 1, 2]).repeat(3, 1))
+    rows.x[..., 1] = torch.tensor([4, 2, 7])
+    spec, gradients = TaskSpec("classification", (2,), "tokens", n_way=3, vocabulary=9), []
+    for make in (Words, partial(nn.EmbeddingBag, mode=mode)):
+        net = seeded(lambda make=make: nn.Sequential(make(9, 4), nn.Linear(4, 3)).double())
+        learner = MAML(spec, net=net, adapt=adapt, inner_steps=2).double()
+        gradients.append(MetaStep(learner)(Episode(rows, rows))[1])
+    assert max(float((gradients[0][name] - value).abs().max()) for name, value in gradients[1].items()) < 1e-14
+    assert float(gradients[0]["net.0.weight"].abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(("adapt", "error"), [([], ValueError), (5, TypeError), ([None], TypeError)])
 def test_patterns_that_are_none(adapt, error):
     with pytest.raises(error, match=r"adapt (has no pattern|must be patterns of parameter names)"):

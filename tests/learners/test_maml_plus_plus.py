@@ -148,6 +148,7 @@ def test_the_exam():
         "masked_rows": "batch statistics cannot leave masked rows out",
         "full_mask": "batch statistics cannot leave masked rows out",
         "support_order": "it is asked with masked rows",
+        "sizes": "batch statistics of one query are refused, as by torch",
     })  # fmt: skip
 
 
