@@ -1,5 +1,6 @@
 """The contract of every learner: adapt to a support, then predict for new inputs."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -126,14 +127,39 @@ class Learner(nn.Module, ABC, Generic[State]):
         Raises:
             ValueError: If a label of the support is none of the spec's classes.
         """
-        if self.spec.kind == "classification" and not _is_transformed():
-            check_labels("support.y", support, self.spec.output_size)
-        return self.predict(self.adapt(support), x)
+        if not check_support_labels(self.spec, support):
+            return self.predict(self.adapt(support), x)
+        _checked.support = support
+        try:
+            state = self.adapt(support)
+        finally:
+            _checked.support = None
+        return self.predict(state, x)
 
 
-def _is_transformed() -> bool:
-    """Whether a graph is being compiled, or a transform of torch.func runs: values cannot be looked at."""
-    return torch.compiler.is_compiling() or in_a_transform()
+class _Checked(threading.local):
+    """The support whose labels `forward` has looked at, so that its `adapt` does not do it again."""
+
+    support: Examples | None = None
+
+
+_checked = _Checked()
+
+
+def check_support_labels(spec: TaskSpec, support: Examples) -> bool:
+    """Check the labels of a classification, unless `forward` just did; values cannot be looked at in transforms.
+
+    Returns:
+        Whether the labels are known to be classes.
+
+    Raises:
+        ValueError: If a label is none of the spec's classes.
+    """
+    if spec.kind != "classification" or torch.compiler.is_compiling() or in_a_transform():
+        return False
+    if _checked.support is not support:
+        check_labels("support.y", support, spec.output_size)
+    return True
 
 
 def _check_method(owner: type, name: str, value: Any) -> None:

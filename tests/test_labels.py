@@ -8,6 +8,7 @@ import torch
 from metaicl import learners
 from metaicl.episode import Examples
 from metaicl.learner import Learner
+from metaicl.native import without_kernels
 from metaicl.tasks.gaussians import GaussianClasses
 
 SPEC = GaussianClasses(n_way=3, dim=4).spec
@@ -35,6 +36,22 @@ def test_labels_that_are_no_class(wrong: int) -> None:
     for learner in asked.values():
         with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\)"):
             learner.eval()(support, support.x)
+
+
+GRADIENT = ["MAML", "MAMLPlusPlus", "MetaSGD", "IMAML", "CAVIA", "ProtoMAML", "Reptile", "AmortizedBayes"]
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_labels_are_looked_at_in_an_inner_loop_too_and_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, rows = getattr(learners, name)(SPEC), torch.randn(1, 4, 4)
+    for wrong in (-100, -1, 7):
+        with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\)"):
+            learner.adapt(Examples(rows, torch.tensor([[0, 1, 2, wrong]])))
+    looks: list[str] = []
+    monkeypatch.setattr("metaicl.learner.check_labels", lambda name, *_: looks.append(name))
+    with without_kernels():
+        learner(Examples(rows, torch.tensor([[0, 1, 2, 0]])), rows)
+    assert looks == ["support.y"]
 
 
 def test_masked_rows_may_hold_any_label() -> None:

@@ -22,16 +22,33 @@ def row_loss(spec: TaskSpec, output: Tensor, y: Tensor) -> Tensor:
         Losses (N,).
 
     Raises:
-        ValueError: If the output is of another shape: targets would be broadcast against it.
+        ValueError: If output or targets are of another shape: targets would be broadcast against outputs.
+    """
+    check_rows(spec, output, y)
+    if spec.kind == "classification":
+        return F.cross_entropy(output, y, reduction="none")
+    return (output - y).square().mean(-1)
+
+
+def check_rows(spec: TaskSpec, output: Tensor, y: Tensor) -> None:
+    """Check the shapes of what a net says to the rows of one task, and of their targets.
+
+    Args:
+        spec: The tasks.
+        output: Logits (N, C) or means (N, y_dim).
+        y: Class indices (N,) or targets (N, y_dim).
+
+    Raises:
+        ValueError: If one has another shape: targets would be broadcast against outputs.
     """
     expected = (len(y), spec.output_size)
     if not isinstance(output, Tensor) or output.shape != expected:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         what = "n_way logits" if spec.kind == "classification" else "y_dim means"
         raise ValueError(f"the net must turn {len(y)} rows into a tensor {expected} of {what} each; got {got}")
-    if spec.kind == "classification":
-        return F.cross_entropy(output, y, reduction="none")
-    return (output - y).square().mean(-1)
+    if spec.kind == "regression" and y.shape != expected:
+        hint = "; give them an axis y_dim, y[..., None]" if y.ndim == 1 else ""
+        raise ValueError(f"targets of {len(y)} rows must be {expected} as the net's means; got {tuple(y.shape)}{hint}")
 
 
 def support_loss(spec: TaskSpec, net: nn.Module, frozen: Params) -> Loss:

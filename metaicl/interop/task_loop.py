@@ -1,10 +1,10 @@
 """What the gradient learners of other libraries share: they adapt one task after the other."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -12,8 +12,9 @@ from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import answer, masked_mean, output_scale
 from metaicl.inner_loop.calling import call_net
-from metaicl.inner_loop.parameters import check_no_running_statistics, check_precision
-from metaicl.learner import Learner
+from metaicl.inner_loop.parameters import check_no_running_statistics, check_precision, frozen_tensors
+from metaicl.inner_loop.supervised import row_loss
+from metaicl.learner import Learner, check_support_labels
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
 
@@ -55,6 +56,7 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """Fast weights of every task, with leading axis B. Works under `no_grad` and `inference_mode` too."""
+        check_support_labels(self.spec, support)
         differentiable = torch.is_grad_enabled()
         tasks = []
         with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
@@ -63,26 +65,24 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
                 rows = (x, y) if support.mask is None else (x[real], y[real])
                 # A tensor of inference mode takes part in a graph only as a copy.
                 x, y = (part.clone() if part.is_inference() else part for part in rows)
-                fast = self.adapt_task(x, y, differentiable=differentiable)
+                with _copied_buffers(self.net):
+                    fast = self.adapt_task(x, y, differentiable=differentiable)
                 tasks.append(fast if differentiable else {name: value.detach() for name, value in fast.items()})
         return {name: torch.stack([fast[name] for fast in tasks]) for name in tasks[0]}
 
     def predict(self, state: dict[str, Tensor], x: Tensor) -> Distribution:
         """Answer with each task's fast weights, again task by task."""
-        shared = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         outputs = []
         with twice_differentiable():
             for i, inputs in enumerate(x):
-                weights = {**shared, **{name: value[i] for name, value in state.items()}}
+                fast = {name: value[i] for name, value in state.items()}
+                weights = {**frozen_tensors(self.net, fast), **fast}
                 outputs.append(call_net(self.net, weights, (inputs,)))
         return answer(torch.stack(outputs), self.raw_scale)
 
     def task_loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The inner loss of one task (scalar): mean cross-entropy in nats, or mean squared error."""
-        if self.spec.kind == "classification":
-            rows = F.cross_entropy(output, y, reduction="none")
-        else:
-            rows = (output - y).square().mean(-1)
+        rows = row_loss(self.spec, output, y)
         return masked_mean(rows, torch.ones_like(rows, dtype=torch.bool), 0)  # no row at all gives 0, not NaN
 
 
@@ -104,3 +104,18 @@ def all_require_grad(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.requires_grad_()
+
+
+@contextmanager
+def _copied_buffers(net: nn.Module) -> Iterator[None]:
+    """Copies in the places of all buffers, for what runs inside and may write into them."""
+    held = [(module._buffers, name) for module in net.modules() for name in module._buffers]
+    own = [buffers[name] for buffers, name in held]
+    copies = {id(value): None if value is None else value.clone() for value in own}  # one in two places stays one
+    try:
+        for (buffers, name), value in zip(held, own, strict=True):
+            buffers[name] = copies[id(value)]
+        yield
+    finally:
+        for (buffers, name), value in zip(held, own, strict=True):
+            buffers[name] = value

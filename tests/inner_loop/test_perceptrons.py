@@ -408,7 +408,7 @@ def test_perceptrons_are_recognized() -> None:
 def test_errors_are_those_of_the_engine(kernels: bool) -> None:
     learner, episode = seeded(lambda: MAML(CLASSES.spec)), draw(CLASSES)
     with nullcontext() if kernels else without_kernels():
-        with pytest.raises(RuntimeError, match="index 5 is out of bounds"):
+        with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\); got \[5, 6, 7\]"):
             learner.adapt(Examples(episode.support.x, episode.support.y + 5))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             learner.adapt(Examples(episode.support.x[..., :-1], episode.support.y))

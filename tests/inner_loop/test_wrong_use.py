@@ -1,6 +1,7 @@
 """Wrong use of gradient learners is named at construction or at the first step, or does no harm."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from metaicl.learners.gradient.meta_sgd import MetaSGD
 from metaicl.learners.gradient.proto_maml import ProtoMAML
 from metaicl.learners.gradient.reptile import Reptile
 from metaicl.meta_step import MetaStep
+from metaicl.native import without_kernels
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
@@ -171,6 +173,42 @@ def test_a_parameter_that_the_net_never_uses_is_named_or_stays_as_it_is(name):
         elif name != "ESMAML":  # which estimates, and sees noise where there is nothing
             assert torch.equal(gradients[prefix + key], torch.zeros_like(start))
     assert float(gradients[prefix + "head.weight"].abs().max()) > 1e-3
+
+
+class Late(Net):
+    """Makes its head when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+
+    def forward(self, x, context=None):
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(4, 3)
+        return super().forward(x, context)
+
+
+@pytest.mark.parametrize("adapt", [None, "*"])
+@pytest.mark.parametrize("name", ["MAML", "MAMLPlusPlus", "IMAML", "Reptile", "AmortizedBayes"])
+def test_parameters_made_by_the_first_call_are_named(name, adapt):
+    with pytest.raises(
+        ValueError, match=r"Late makes parameters.*'head\.weight', 'head\.bias'.*call it once on a batch of rows before"
+    ):
+        make(name, net=Late, adapt=adapt)
+    called = Late()
+    called(torch.zeros(2, 4))
+    assert "head.weight" in make(name, net=lambda: called, adapt=adapt).adapted
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "ProtoMAML"])
+def test_targets_without_their_axis_are_refused(name, kernels):
+    learner, x = LEARNERS[name](Sinusoid().spec), torch.randn(2, 5, 1)
+    with (
+        nullcontext() if kernels else without_kernels(),
+        pytest.raises(ValueError, match=r"targets of 5 rows must be \(5, 1\).*got \(5,\); give them an axis y_dim"),
+    ):
+        learner.adapt(Examples(x, x[..., 0]))
 
 
 @every_learner

@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
+from torch import nn
 
 from metaicl.comparison import compare
+from metaicl.episode import Examples
 from metaicl.interop.higher import HigherMAML
 from metaicl.interop.learn2learn import L2LGBML, L2LMAML, L2LMetaSGD, TasksetDistribution, import_learn2learn
 from metaicl.interop.sklearn import SklearnLearner
@@ -75,6 +77,43 @@ def test_inference_mode_changes_nothing(learner):
             made, Sinusoid().sample(2, split="test", n_shot=3, n_query=3, generator=derive_generator("inference"))
         )
     assert torch.equal(inside.clone(), squared_error(made, episode))
+
+
+class Counting(nn.Module):
+    """Writes into a buffer that it answers by."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.mean += x.mean(0)
+        return self.head(x - self.mean.clone())
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_buffers_are_left_alone(learner: str) -> None:
+    made = LEARNERS[learner](Sinusoid().spec, net=Counting())
+    x = torch.randn(2, 5, 1)
+    state = made.adapt(Examples(x, x))
+    answers = [made.predict(state, x).mean for _ in range(2)]
+    assert made.net.mean.tolist() == [0]
+    assert torch.equal(*answers)
+    alone = made.predict(made.adapt(Examples(x[1:], x[1:])), x[1:]).mean
+    assert torch.equal(alone[0], answers[0][1])  # the task before it left nothing behind
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_targets_and_labels_are_checked(learner: str) -> None:
+    x = torch.randn(2, 5, 1)
+    with pytest.raises(ValueError, match=r"targets of 5 rows must be \(5, 1\).*got \(5,\)"):
+        LEARNERS[learner](Sinusoid().spec).adapt(Examples(x, x[..., 0]))
+    with pytest.raises(ValueError, match=r"must hold labels in \[0, n_way=2\); got \[-100\]"):
+        LEARNERS[learner](TaskSpec("classification", (1,), n_way=2)).adapt(Examples(x, torch.full((2, 5), -100)))
 
 
 def test_tasksets_sit_the_exam_of_task_distributions():

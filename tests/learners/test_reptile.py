@@ -29,7 +29,7 @@ def looped_direction(learner, episode, make_optimizer):
     rows = concatenate(episode.support, episode.query)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        places = minibatches(rows.real, n_batches=learner.inner_steps, n_rows=learner.batch_rows)
+        places, _ = minibatches(rows.real, n_batches=learner.inner_steps, n_rows=learner.batch_rows)
     start = {name: value.detach() for name, value in learner.net.named_parameters()}
     total = {name: torch.zeros_like(value) for name, value in start.items()}
     for x, y, batches in zip(rows.x, rows.y, places, strict=True):
@@ -92,12 +92,24 @@ def test_minibatches_go_round_the_real_rows() -> None:
     real = torch.tensor([[True, False, True, True, True, False], [True] * 6])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        places = minibatches(real, n_batches=4, n_rows=2)
+        places, drawn = minibatches(real, n_batches=4, n_rows=2)
     assert places.shape == (2, 4, 2)
     assert sorted(places[0, :2].flatten().tolist()) == [0, 2, 3, 4]
     assert torch.equal(places[0, :2], places[0, 2:])
     assert sorted(places[1, :3].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
-    assert minibatches(real, n_batches=2, n_rows=50).shape == (2, 2, 6)
+    assert bool(drawn.all())
+    places, drawn = minibatches(real, n_batches=2, n_rows=50)
+    assert places.shape == drawn.shape == (2, 2, 6)
+    assert drawn.sum(-1).tolist() == [[4, 4], [6, 6]]
+    assert [sorted(row[:4]) for row in places[0].tolist()] == [[0, 2, 3, 4]] * 2
+
+
+def test_a_minibatch_holds_no_row_twice_because_of_masked_rows() -> None:
+    episode, learner = draw(CLASSES), seeded(lambda: Reptile(CLASSES.spec, inner_steps=3, batch_rows=50))
+    padded = replace(episode, query=episode.query.pad(episode.query.n_rows + 3))
+    found, expected = (directions(learner, one)[1] for one in (padded, episode))
+    for name, value in expected.items():
+        assert float((found[name] - value).abs().max()) < 1e-12
 
 
 def test_masked_rows_are_never_drawn() -> None:

@@ -21,6 +21,7 @@ from metaicl.inner_loop.parameters import (
     check_inner_loop_module,
     frozen_tensors,
 )
+from metaicl.inner_loop.supervised import check_rows
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learner import Learner, Traits
 from metaicl.learners.gradient.shared import check_checkpoint, check_truncate, choose_adapted, choose_optimizer
@@ -181,6 +182,7 @@ class AmortizedBayes(Learner[Posterior]):
         rest = {name.removeprefix(_READ): value for name, value in weights.items() if name.startswith(_READ)}
         frozen = {name: value for name, value in rest.items() if name not in (*weights, _RAW)}
         outputs = self._outputs(weights, noise, frozen, x)  # (S, N, ...)
+        check_rows(self.spec, outputs[0], y)
         rows = row_nll(outputs, y.expand(len(outputs), *y.shape), rest.get(_RAW))
         prior = {name: value for name, value in rest.items() if name in weights}
         divergence = gaussian_kl(weights, prior) / real.sum().clamp(min=1)

@@ -98,27 +98,34 @@ class Reptile(PlainDescent):
         """Weights of every task, leading axis B, after SGD on minibatches."""
         loss = support_loss(self.spec, self.net, frozen_tensors(self.net, self.adapted))
 
-        def on_batch(weights: Params, x: Tensor, y: Tensor, real: Tensor, places: Tensor) -> Tensor:
-            return loss(weights, x[places], y[places], real[places])
+        def on_batch(weights: Params, x: Tensor, y: Tensor, places: Tensor, drawn: Tensor) -> Tensor:
+            return loss(weights, x[places], y[places], drawn)
 
-        places = minibatches(rows.real, n_batches=self.inner_steps, n_rows=self.batch_rows)
+        batches = minibatches(rows.real, n_batches=self.inner_steps, n_rows=self.batch_rows)
         return unroll_tasks(
-            on_batch, start, (rows.x, rows.y, rows.real), step_data=(places,), optimizer=self.optimizer,
+            on_batch, start, (rows.x, rows.y), step_data=batches, optimizer=self.optimizer,
             steps=self.inner_steps, first_order=True,
         )  # fmt: skip
 
 
-def minibatches(real: Tensor, *, n_batches: int, n_rows: int) -> Tensor:
-    """Rows of each minibatch, long (B, n_batches, min(n_rows, N)), drawn from torch's default generator.
+def minibatches(real: Tensor, *, n_batches: int, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows of each minibatch, drawn from torch's default generator.
 
-    Every task shuffles its real rows once and goes round them; a masked row is never drawn.
+    Every task shuffles its real rows once and goes round them; a masked row is never drawn, and a task with fewer real
+    rows than a minibatch holds has smaller ones.
 
     Args:
         real: bool (B, N).
         n_batches: Minibatches per task.
         n_rows: Rows of a minibatch.
+
+    Returns:
+        Rows, long (B, n_batches, min(n_rows, N)), and which of them the minibatch holds, bool of that shape.
     """
-    n_rows = min(n_rows, real.shape[1])
+    width = min(n_rows, real.shape[1])
     order = (torch.rand(real.shape, device=real.device) + 2 * ~real).argsort(1)
-    places = torch.arange(n_batches * n_rows, device=real.device) % real.sum(1, keepdim=True).clamp(min=1)
-    return order.gather(1, places).unflatten(1, (n_batches, n_rows))
+    n_real = real.sum(1)[:, None, None]
+    size = n_real.clamp(max=width)
+    column = torch.arange(width, device=real.device)
+    places = (torch.arange(n_batches, device=real.device)[:, None] * size + column) % n_real.clamp(min=1)
+    return order.gather(1, places.flatten(1)).view_as(places), (column < size).expand_as(places)

@@ -67,17 +67,23 @@ def choose_adapted(spec: TaskSpec, net: nn.Module, adapt: str | Iterable[str] | 
     """Names of the parameters of `net` to adapt; see `select_parameters`.
 
     Raises:
-        TypeError, ValueError: As told there; also if nobody named what adapts and the net leaves a parameter unused.
+        TypeError, ValueError: As told there; also if nobody named what adapts and the net leaves a parameter unused, or
+            if it makes parameters when it is called.
     """
-    adapted = select_parameters(net, adapt)
-    if adapt is None:
-        unused = unused_parameters(net, spec.x_shape, adapted, integers=spec.x_kind == "tokens")
-        if unused:
-            raise ValueError(
-                f"{type(net).__name__} never uses {len(unused)} of the {len(adapted)} parameters to adapt, such as "
-                f"{unused[:3]}: they would not move. Freeze them with requires_grad_(False), or name what adapts by "
-                "adapt=, '*' for all, and they get gradients of zero"
-            )
+    adapted, before = select_parameters(net, adapt), {name for name, _ in net.named_parameters()}
+    unused = unused_parameters(net, spec.x_shape, adapted, integers=spec.x_kind == "tokens")
+    made = [name for name, _ in net.named_parameters() if name not in before]
+    if made:
+        raise ValueError(
+            f"{type(net).__name__} makes parameters in its first forward pass, {made[:5]}, after it was chosen what "
+            "adapts; call it once on a batch of rows before that"
+        )
+    if adapt is None and unused:
+        raise ValueError(
+            f"{type(net).__name__} never uses {len(unused)} of the {len(adapted)} parameters to adapt, such as "
+            f"{unused[:3]}: they would not move. Freeze them with requires_grad_(False), or name what adapts by "
+            "adapt=, '*' for all, and they get gradients of zero"
+        )
     return adapted
 
 

@@ -16,18 +16,24 @@ from metaicl.inner_loop.parameters import Params, adapted_tensors, check_precisi
 from metaicl.inner_loop.perceptrons import Problem, Supervised, adapt_and_answer, descend, find_problem
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_path
-from metaicl.learner import Learner
+from metaicl.learner import Learner, check_support_labels
 from metaicl.spec import TaskSpec
 
 _SMALL = 1 << 11  # weights that can be factored
 
 
 def check_support(learner: Learner[Any], support: Examples) -> None:
-    """Refuse masked rows where a net normalizes by the statistics of all rows, and a learner made float16 since.
+    """Refuse masked rows where a net normalizes by the statistics of all rows, float16 made since, wrong labels.
 
     Raises:
-        ValueError: If there is a mask and the learner is transductive, or a parameter is float16.
+        ValueError: If there is a mask and the learner is transductive, a parameter is float16, or a label no class.
     """
+    _check_but_labels(learner, support)
+    check_support_labels(learner.spec, support)
+
+
+def _check_but_labels(learner: Learner[Any], support: Examples) -> None:
+    """The same without a look at labels, which kernels have of their own."""
     if support.mask is not None and learner.traits.transductive:
         raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
     check_precision(learner)
@@ -60,13 +66,14 @@ def unroll_support(
         NotFactorable: If the net uses its layers otherwise than on rows of zeros, and factors are required. Where they
             are not, its weights are formed.
     """
-    check_support(learner, support)
+    _check_but_labels(learner, support)
     chosen = layers.choose(support.n_rows, steps) if layers else {}
     # A compiled graph of factors is faster still than a kernel; their operators one by one are not.
     if not chosen or (layers and not layers.required and not torch.compiler.is_compiling()):
         kernel = _Kernel.find(learner.spec, net, adapted, support, steps=steps, shared=shared, **options)
         if kernel is not None:
             return descend(kernel.problem, kernel.path)
+    check_support_labels(learner.spec, support)
     run = partial(
         unroll_path, support_loss(learner.spec, net, {}), adapted_tensors(net, adapted),
         (support.x, support.y, support.mask), steps=steps, shared=shared, **options,
@@ -105,7 +112,7 @@ def answer_at_once(
         x: Inputs (B, Q, ...).
         options: All the rest.
     """
-    check_support(learner, support)
+    _check_but_labels(learner, support)
     if layers and not _prefers_kernel(layers, support, options["steps"]):
         return None
     kernel = _Kernel.find(learner.spec, net, adapted, support, **options)
