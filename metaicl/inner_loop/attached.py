@@ -36,8 +36,8 @@ def attach(values: Sequence[Tensor], inputs: Sequence[Tensor], pull: Pull) -> tu
     compile one whose backward does, so that the values are computed before and handed in.
 
     Args:
-        values: Floating tensors that carry no graph.
-        inputs: What they depend on, floating tensors.
+        values: Floating or complex tensors that carry no graph.
+        inputs: What they depend on, floating or complex tensors.
         pull: The derivative; it may use transforms of `torch.func`.
     """
     count = len(values)

@@ -1,6 +1,6 @@
 """Calling anyone's net with other weights, and leaving no trace in it."""
 
-import copy
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from metaicl.inner_loop.parameters import named_tensors
+
 _TRIALS = 4  # of a net that seems to leave parameters unused
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set, deque)
+_HOLDERS = (*_CONTAINERS, tuple)
+_PLAIN = (str, bytes, int, float, complex, type(None))
 
 
 def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Any:
@@ -19,9 +24,10 @@ def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any
 
     `torch.func.functional_call`, with its traps removed: torch 2.13 leaves the stand-ins in a submodule that is
     registered under two names, and whatever a forward pass writes into attributes (torch's recurrent layers keep lists
-    of weights there, hooks of weight normalization a weight, anyone an activation) would outlive the call too.
-    So would tensors that it puts into lists, dicts and sets among its attributes. Numbers and strings are left to the
-    net, so that it can count. One thread at a time: the stand-ins are in the net itself while it is called.
+    of weights there, hooks of weight normalization a weight, anyone an activation) would outlive the call too. So would
+    tensors that it puts into lists, dicts, sets and deques among its attributes, and into those within them. Numbers
+    and strings are left to the net, so that it can count. One thread at a time: the stand-ins are in the net itself
+    while it is called.
 
     Args:
         net: Any module; left alone.
@@ -39,8 +45,8 @@ def call_net(net: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any
 def cloned_tensors(net: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers by name, for a call that may write into them."""
     with torch.no_grad():
-        named = (*net.named_parameters(), *net.named_buffers())
-        return {name: value.clone() for name, value in named}
+        parameters, buffers = named_tensors(net)
+        return {name: value.clone() for name, value in (*parameters.items(), *buffers.items())}
 
 
 def try_net(net: nn.Module, *arguments: Any) -> Any:
@@ -86,9 +92,9 @@ def _by_place(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """A value for each place that holds a tensor, where each module counts once and a tensor may have many places."""
     found: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    for prefix, module in net.named_modules():
-        for own in (module.named_parameters, module.named_buffers):
-            for name, value in own(prefix, recurse=False, remove_duplicate=False):
+    for own in ("named_parameters", "named_buffers"):  # a tensor that is both has the name of the parameter
+        for prefix, module in net.named_modules():
+            for name, value in getattr(module, own)(prefix, recurse=False, remove_duplicate=False):
                 found[name] = tensors[names.setdefault(id(value), name)]
     return found
 
@@ -97,7 +103,8 @@ def _by_place(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def _same_attributes(net: nn.Module) -> Iterator[None]:
     """Put back attributes of all modules that were bound anew, and keep cudnn from rearranging stand-ins."""
     kept = [(module.__dict__, dict(module.__dict__)) for module in net.modules()]
-    containers = [(value, copy.copy(value)) for _, before in kept for value in _containers(before)]
+    # Inner containers first: what holds them holds nothing new once they are as they were.
+    containers = [(value, _copied(value)) for _, before in kept for value in reversed(_containers(before))]
     for layer in net.modules():
         if isinstance(layer, nn.RNNBase):
             layer.__dict__["flatten_parameters"] = _do_nothing
@@ -124,24 +131,44 @@ def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _containers(attributes: Mapping[str, Any]) -> list[Any]:
-    """Lists, dicts and sets among the attributes of a module that are not those of every module."""
-    return [
-        value for key, value in attributes.items() if type(value) in (list, dict, set) and key not in _OF_EVERY_MODULE
-    ]
+    """Lists, dicts, sets and deques in the attributes of a module that are not those of every module, however deep."""
+    own = [v for key, v in attributes.items() if key not in _OF_EVERY_MODULE and isinstance(v, _HOLDERS)]
+    return [part for part in _inside(own) if isinstance(part, _CONTAINERS)][1:] if own else []
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """A container, the containers in it and their tensors, outer ones first."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, _HOLDERS):
+            if id(part) not in seen:
+                seen.add(id(part))
+                waiting.extend(part.values() if isinstance(part, dict) else part)
+                yield part
+        elif isinstance(part, Tensor):
+            yield part
+        elif not isinstance(part, _PLAIN):
+            yield from tree_leaves(part)  # data classes that torch knows
+
+
+def _tensors(value: Any) -> dict[int, Tensor]:
+    return {id(part): part for part in _inside(value) if isinstance(part, Tensor)}
 
 
 def _holds_new_tensors(value: Any, before: Any) -> bool:
-    known = set(map(id, tree_leaves(_listed(before))))
-    return any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves(_listed(value)))
+    found = _tensors(value)
+    return bool(found) and not found.keys() <= _tensors(before).keys()
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, set) else value  # a pytree has no sets
+def _copied(value: Any) -> Any:
+    """What a container holds, in a plain one; its own kind may have more arguments."""
+    return dict(value) if isinstance(value, dict) else list(value)
 
 
 def _refill(value: Any, before: Any) -> None:
     value.clear()
-    (value.extend if isinstance(value, list) else value.update)(before)
+    (value.update if isinstance(value, (dict, set)) else value.extend)(before)
 
 
 def _do_nothing() -> None:

@@ -27,7 +27,7 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         ValueError: If the result depends on a tensor that wants a gradient and is no argument.
     """
     leaves, structure = tree_flatten(arguments)
-    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _can_move(leaf)]
     inputs = [leaves[i] for i in moving]
     fixed = [None if i in moving else leaf for i, leaf in enumerate(leaves)]
 
@@ -52,6 +52,10 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         return pulled(tuple(cotangents))
 
     return tree_unflatten(list(attach(outputs, inputs, pull)), shape)
+
+
+def _can_move(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _replay(inputs: Sequence[Tensor]) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -13,7 +13,7 @@ from metaicl.checks import check_count, check_positive
 from metaicl.inner_loop.attached import attach, differentiable_once, same_autocast
 from metaicl.inner_loop.loop import Loss
 from metaicl.inner_loop.parameters import Params
-from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, none_active
+from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, is_active, none_active
 from metaicl.second_order import twice_differentiable
 
 
@@ -97,7 +97,7 @@ def minimize_tasks(
             slopes = problem.slopes(weights, begin, shared or {}, data)
             size = _pack(slopes).norm(dim=1)
             first = size if first is None else first
-            active = size > tolerance * first
+            active = is_active(size, tolerance * first)
             if none_active(active):
                 break
             rates = torch.where(active, lr, 0.0)
@@ -233,4 +233,5 @@ def _unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wants_gradient(leaf: Any, *, known: bool) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and (known or leaf.requires_grad)
+    moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return moves and (known or leaf.requires_grad)

@@ -184,7 +184,8 @@ class SGD(InnerOptimizer):
     @property
     def takes_factors(self) -> bool:
         """Whether `update` can move `Factors` by factored gradients."""
-        own_rule = type(self).update is not SGD.update  # which knows nothing of factors
+        # A rule of one's own knows nothing of factors.
+        own_rule = any(getattr(type(self), name) is not getattr(SGD, name) for name in ("forward", "update", "rate"))
         return self.is_plain and self.rates["lr"].learn != "element" and not own_rule
 
     def update(self, name: str, value: Tensor, gradient: Tensor, slots: Slots, step: int) -> tuple[Tensor, Slots]:

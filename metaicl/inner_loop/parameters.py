@@ -59,14 +59,18 @@ def beyond_word_vectors(net: nn.Module) -> frozenset[str]:
 def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters and buffers by name, as `named_parameters` and `named_buffers` have them, in half of the time.
 
-    Every adaptation asks for them, and torch's way took a tenth of one of a small net.
+    Every adaptation asks for them, and torch's way took a tenth of one of a small net. A parameter that is registered
+    as a buffer too, of some other part, counts as what it is: a parameter.
     """
     kinds = type(net).named_parameters, type(net).named_buffers
     if torch.compiler.is_compiling() or kinds != (nn.Module.named_parameters, nn.Module.named_buffers):
         return dict(net.named_parameters()), dict(net.named_buffers())
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    _gather(net, "", set(), parameters, buffers)
+    _gather(net, "", (set(), set(), set()), parameters, buffers)
+    if buffers:
+        known = set(map(id, parameters.values()))
+        buffers = {name: value for name, value in buffers.items() if id(value) not in known}
     return parameters, buffers
 
 
@@ -156,15 +160,21 @@ def check_no_running_statistics(net: nn.Module) -> None:
 
 
 def _gather(
-    module: nn.Module, prefix: str, seen: set[int], parameters: dict[str, Tensor], buffers: dict[str, Tensor]
+    module: nn.Module,
+    prefix: str,
+    seen: tuple[set[int], ...],
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
 ) -> None:
     """Fill in what a module holds and its parts hold, each tensor and each part under its first name."""
-    for tensors, found in ((module._parameters, parameters), (module._buffers, buffers)):
+    for tensors, found, known in (
+        (module._parameters, parameters, seen[0]), (module._buffers, buffers, seen[1])
+    ):  # fmt: skip
         for name, value in tensors.items():
-            if value is not None and id(value) not in seen:
-                seen.add(id(value))
+            if value is not None and id(value) not in known:
+                known.add(id(value))
                 found[prefix + name] = value
     for name, child in module._modules.items():
-        if child is not None and id(child) not in seen:
-            seen.add(id(child))
+        if child is not None and id(child) not in seen[2]:
+            seen[2].add(id(child))
             _gather(child, f"{prefix}{name}.", seen, parameters, buffers)

@@ -88,7 +88,10 @@ class LearnedRate(nn.Module):
     def __init__(
         self, rate: Rate, params: Mapping[str, Tensor], steps: int, *, fraction: bool = False, positive: bool = False
     ) -> None:
-        """Make the parameters in the dtype and on the device of `params`, of the first where one serves several."""
+        """Make the parameters in the dtype and on the device of `params`, of the first where one serves several.
+
+        They are real where these are complex.
+        """
         super().__init__()
         self.learn, self.per_step, self.fraction, self.positive = rate.learn, rate.per_step, fraction, positive
         self.places = {name: place for place, name in enumerate(params)}
@@ -100,7 +103,8 @@ class LearnedRate(nn.Module):
         lead = (steps,) if rate.per_step else ()
 
         def filled(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-            return nn.Parameter(torch.full((*lead, *shape), start, dtype=like.dtype, device=like.device))
+            dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+            return nn.Parameter(torch.full((*lead, *shape), start, dtype=dtype, device=like.device))
 
         if rate.learn == "element":
             self.values = nn.ParameterDict(

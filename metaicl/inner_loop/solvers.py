@@ -68,13 +68,13 @@ class ConjugateGradient(Solver):
         size = start = v.square().sum(1)
         used = torch.zeros(len(v), dtype=torch.long, device=v.device)
         for _ in range(self.iterations):
-            active = size > start * tolerance**2  # strict: a right-hand side of zero is done at once
+            active = is_active(size, start * tolerance**2)
             if none_active(active):
                 break
             image = product(direction)
             curvature = (direction * image).sum(1)
             # Rounding, or a Hessian that is not positive definite: such a direction is left out.
-            active = active & (curvature > 0)
+            active = active & ~(curvature <= 0)  # what is NaN comes through
             step = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)[:, None]
             value, rest = value + step * direction, rest - step * image
             fresh = rest.square().sum(1)
@@ -118,7 +118,7 @@ class Neumann(Solver):
         value, rest = torch.zeros_like(v), v
         used = torch.zeros(len(v), dtype=torch.long, device=v.device)
         for _ in range(self.iterations):
-            active = size > start * tolerance**2
+            active = is_active(size, start * tolerance**2)
             if none_active(active):
                 break
             move = torch.where(active[:, None], self.step * rest, 0.0)
@@ -133,10 +133,15 @@ class Neumann(Solver):
         return Solution(value, _relative(size, start), used)
 
 
+def is_active(size: Tensor, enough: Tensor) -> Tensor:
+    """Whether each task goes on. A right-hand side of zero is done at once; what is not finite has to come through."""
+    return ~((size <= enough) & size.isfinite())
+
+
 def none_active(active: Tensor) -> bool:
     """Whether the iteration can stop; a compiled graph has a fixed length, and finished tasks stand still in it."""
     return not torch.compiler.is_compiling() and not bool(active.any())
 
 
 def _relative(size: Tensor, start: Tensor) -> Tensor:
-    return torch.where(start > 0, size / torch.where(start > 0, start, 1.0), 0.0).sqrt()
+    return torch.where(start == 0, 0.0, size / torch.where(start == 0, 1.0, start)).sqrt()

@@ -87,13 +87,17 @@ class TaskLoopLearner(Learner[dict[str, Tensor]]):
 
 
 def check_net(net: nn.Module) -> nn.Module:
-    """The net, once it is known to have parameters, no running statistics and nothing in float16.
+    """The net, once it is known to have parameters, none of them a buffer too, no running statistics and no float16.
 
     Raises:
         ValueError: If it is otherwise.
     """
     if not isinstance(net, nn.Module) or next(net.parameters(), None) is None:
         raise ValueError(f"net must be an nn.Module with parameters to adapt; got {type(net).__name__}")
+    known = set(map(id, net.parameters()))
+    twice = [name for name, value in net.named_buffers() if id(value) in known]
+    if twice:
+        raise ValueError(f"buffers that are parameters too would not adapt with them here; take MAML. Got {twice[:5]}")
     check_no_running_statistics(net)
     check_precision(net)
     return net

@@ -45,10 +45,12 @@ def low_rank_copy(net: nn.Module, *, rank: int) -> tuple[nn.Module, list[str]]:
     """
     rank = check_count("rank", rank)
     holder = nn.Sequential(copy.deepcopy(net))
-    for name, layer in list(holder.named_modules()):
+    made: dict[nn.Module, LowRankLinear] = {}
+    for name, layer in list(holder.named_modules(remove_duplicate=False)):  # a layer under two names stays one
         if type(layer) is nn.Linear:
             parent, _, own = name.rpartition(".")
-            setattr(holder.get_submodule(parent), own, LowRankLinear(layer, rank=rank))
+            made[layer] = made.get(layer) or LowRankLinear(layer, rank=rank)
+            setattr(holder.get_submodule(parent), own, made[layer])
     copied = holder[0]
     found = [name for name, layer in copied.named_modules() if isinstance(layer, LowRankLinear)]
     if not found:

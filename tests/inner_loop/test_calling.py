@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict, defaultdict, deque
 from functools import partial
 
 import pytest
@@ -259,6 +260,70 @@ def test_tensors_in_containers_are_taken_out_and_numbers_stay():
     assert (learner.net.seen, learner.net.by_name) == (["mark"], {"mark": 0})
     assert learner.net.counts
     copy.deepcopy(learner)
+
+
+CONTAINERS = {
+    "deque": lambda: deque(maxlen=3),
+    "defaultdict": lambda: defaultdict(list),
+    "ordered": OrderedDict,
+    "nested list": lambda: [[], 0],
+    "nested dict": lambda: {"a": ([],)},
+}
+
+
+class Collecting(nn.Module):
+    """Puts what it sees into any container."""
+
+    def __init__(self, box):
+        super().__init__()
+        self.layer, self.box = nn.Linear(4, 3), box
+
+    def forward(self, x):
+        if isinstance(self.box, OrderedDict):
+            self.box["a"] = x
+        elif isinstance(self.box, dict):
+            found = self.box["a"]
+            (found[0] if isinstance(found, tuple) else found).append(x)
+        else:
+            (self.box[0] if isinstance(self.box, list) else self.box).append(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_tensors_in_containers_of_any_kind_are_taken_out(name):
+    learner = seeded(lambda: MAML(CLASSES.spec, net=Collecting(CONTAINERS[name]())))
+    MetaStep(learner)(draw(CLASSES))
+    assert learner.net.box == CONTAINERS[name]()
+    assert type(learner.net.box) is type(CONTAINERS[name]())
+    copy.deepcopy(learner)
+
+
+class AlsoABuffer(nn.Module):
+    """Its layer's weight is a buffer of its own too."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("again", self.layer.weight)
+        self.twice = self.layer if twice else None
+
+    def forward(self, x):
+        return self.layer(x) + x.square() @ self.again.T
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_parameter_that_is_a_buffer_too_adapts_in_both_places(twice):
+    learner = seeded(lambda: MAML(CLASSES.spec, net=AlsoABuffer(twice), inner_steps=2))
+    assert learner.adapted == {"layer.weight", "layer.bias"}
+    assert worst_slope_error(learner, draw(CLASSES)) < 1e-6
+    support, lr = draw(CLASSES).support[0], 0.4
+    fast, plain = learner.adapt(support), copy.deepcopy(learner.net)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=lr)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(support.x[0]), support.y[0]).backward()
+        optimizer.step()
+    assert float((fast["layer.weight"][0] - plain.layer.weight).detach().abs().max()) < 1e-12
 
 
 class Touching(nn.Module):

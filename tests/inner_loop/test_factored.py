@@ -289,9 +289,20 @@ def test_an_update_rule_of_ones_own_gets_no_factors() -> None:
         def update(self, name, value, gradient, slots, step):
             return value - 0.01 * gradient.sign(), slots
 
+    class Signed(SGD):
+        def forward(self, params, gradients, state, step):
+            return super().forward(params, {name: value.sign() for name, value in gradients.items()}, state, step)
+
+    class Decaying(SGD):
+        def rate(self, which, name, step):
+            return super().rate(which, name, step) / (1 + step)
+
     class Same(SGD):
         pass
 
     net = MLP([4, 64, 64, 3])
-    assert MAML(CLASSES.spec, net=net, optimizer=Signs(0.1)).layers is None
+    for optimizer in (Signs(0.1), Signed(0.1), Decaying(0.1)):
+        learner = MAML(CLASSES.spec, net=net, optimizer=optimizer)
+        assert learner.layers is None
+        learner.double().adapt(draw(CLASSES).support)
     assert MAML(CLASSES.spec, net=net, optimizer=Same(0.1)).layers is not None

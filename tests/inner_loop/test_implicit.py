@@ -170,6 +170,26 @@ def test_solvers_leave_finished_tasks_and_zeros_alone():
     assert series.iterations[2] == 0
 
 
+@pytest.mark.parametrize("solver", [ConjugateGradient(5), Neumann(5, step=0.1)])
+def test_what_is_not_finite_comes_through_the_solvers(solver):
+    broken, v = torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 2)
+    for found in (solver(lambda u: broken * u, v, 1e-3), solver(lambda u: u, broken * v, 1e-3)):
+        assert found.value.isfinite().all(1).tolist() == [True, False]
+        assert found.residual.isfinite().tolist() == [True, False]
+        assert int(found.iterations[0]) >= 1
+
+
+@pytest.mark.parametrize("size", [torch.nan, torch.inf, 1e200])
+def test_a_loss_that_is_not_finite_does_not_end_at_the_start(size):
+    start, scale, y = (leaf.detach() for leaf in leaves())
+    y[1] *= size
+    found = minimize_tasks(
+        Proximal(loss, STRENGTH), {"w": start}, (X, y), lr=0.01, steps=5, tolerance=1e-2, shared={"scale": scale}
+    )["w"]
+    assert found[[0, 2]].isfinite().all()
+    assert not torch.equal(found[1], start)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [

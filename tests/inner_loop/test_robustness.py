@@ -1,6 +1,7 @@
 """What nets, threads and modes may do to the engine, and it to them."""
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from metaicl import MAML, EpisodeStream, Sinusoid, outer_loop
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.inner_loop.adaptive import Adam, RMSprop
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.parameters import beyond_word_vectors
 from metaicl.inner_loop.rates import Rate
 from metaicl.inner_loop.unrolling import unroll_tasks
 from metaicl.learners.gradient.imaml import IMAML
+from metaicl.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from metaicl.learners.gradient.reptile import Reptile
+from metaicl.meta_step import MetaStep
 from metaicl.native import without_kernels
 from metaicl.second_order import twice_differentiable
 from metaicl.spec import TaskSpec
@@ -157,6 +160,44 @@ def test_implicit_gradients_refuse_complex_parameters() -> None:
 
     with pytest.raises(ValueError, match="IMAML cannot adapt complex parameters"):
         IMAML(SPEC, net=Turning())
+
+
+class Waves(nn.Module):
+    """Complex weights, or the same as pairs of real ones, and a real layer."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = torch.randn(2, 1, 3, dtype=torch.float64)
+        self.w = nn.Parameter(parts if real else torch.complex(*parts))
+        self.out = nn.Linear(3, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w if self.w.is_complex() else torch.complex(self.w[0], self.w[1])
+        return self.out((x @ w.real).square() + (x @ w.imag).tanh() + (x.to(w.dtype) @ w).abs())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(IMAML, adapt="out.*"),
+        partial(IMAML, adapt="out.*", tolerance=1e-3),
+        partial(MAML, checkpoint=True),
+        partial(MAML, checkpoint=2, adapt="w"),
+        partial(MAMLPlusPlus, first_order_until=0.0),
+    ],
+)
+def test_complex_parameters_are_pairs_of_real_ones(make: Any) -> None:
+    draws = torch.Generator().manual_seed(0)
+    rows = [Examples(*torch.randn(2, 2, 4, 1, dtype=torch.float64, generator=draws)) for _ in range(2)]
+    found, expected = (
+        MetaStep(make(SPEC, net=Waves(real), inner_steps=3))(Episode(*rows))[1] for real in (False, True)
+    )
+    pairs = {name: torch.stack([v.real, v.imag]) if v.is_complex() else v for name, v in found.items()}
+    assert found["net.w"].is_complex()
+    assert float(found["net.w"].abs().min()) > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(pairs[name], value)
 
 
 def test_autocast_reaches_learners_with_gradients_of_their_own() -> None:

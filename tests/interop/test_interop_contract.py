@@ -108,6 +108,14 @@ def test_buffers_are_left_alone(learner: str) -> None:
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
+def test_a_parameter_that_is_a_buffer_too_is_refused(learner: str) -> None:
+    net = Counting()
+    net.register_buffer("again", net.head.weight)
+    with pytest.raises(ValueError, match=r"buffers that are parameters too .* take MAML. Got \['again'\]"):
+        LEARNERS[learner](Sinusoid().spec, net=net)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
 def test_targets_and_labels_are_checked(learner: str) -> None:
     x = torch.randn(2, 5, 1)
     with pytest.raises(ValueError, match=r"targets of 5 rows must be \(5, 1\).*got \(5,\)"):

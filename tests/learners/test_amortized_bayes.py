@@ -230,6 +230,14 @@ def test_a_low_rank_copy_starts_as_the_net_and_adds_the_product() -> None:
     assert float((copied(x) - expected).detach().abs().max()) < 1e-6
 
 
+def test_a_layer_under_two_names_stays_one_in_a_low_rank_copy() -> None:
+    layer = nn.Linear(4, 4)
+    copied, names = low_rank_copy(nn.Sequential(layer, nn.Tanh(), layer, nn.Sequential(layer)), rank=2)
+    assert copied[0] is copied[2] is copied[3][0]
+    assert isinstance(copied[0], LowRankLinear)
+    assert names == ["0.down", "0.up"]
+
+
 def test_images_have_posteriors_too() -> None:
     learner, episode = seeded(lambda: AmortizedBayes(IMAGES, rank=1, inner_steps=1)), pictures()
     assert learner.adapted == {"head.down", "head.up"}
