@@ -38,7 +38,18 @@ def compile_step(step: Callable[..., Any], device: torch.device) -> Callable[...
         "guard_filter_fn": _guards_of_users,
         "layout_optimization": device.type != "cpu",
     }
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    graph = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    config: Any = torch._dynamo.config
+
+    def call(*arguments: Any) -> Any:
+        # By default no graph watches for hooks that a module gets later, and any call may make a graph.
+        before, config.skip_nnmodule_hook_guards = config.skip_nnmodule_hook_guards, False
+        try:
+            return graph(*arguments)
+        finally:
+            config.skip_nnmodule_hook_guards = before
+
+    return call
 
 
 def find_problem(

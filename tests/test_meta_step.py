@@ -254,6 +254,30 @@ def test_more_shapes_than_torch_allows() -> None:
     assert step.is_compiled
 
 
+@pytest.mark.usefixtures("quick_compiler")
+def test_hooks_that_come_and_go_later_are_seen() -> None:
+    learner, episode = MAKERS["maml"](), episode_of()
+    step, eager = MetaStep(learner, compile=True), MetaStep(learner)
+    first, second = [module for module in learner.modules() if isinstance(module, nn.Linear)][:2]
+
+    def check() -> None:
+        assert gaps(step(episode), eager(episode)) <= 1e-5
+        assert step.is_compiled
+
+    check()
+    before = eager(episode)
+    one = first.register_forward_hook(lambda module, inputs, out: 2 * out)
+    check()
+    assert gaps(eager(episode), before) > 1e-2
+    two = second.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
+    check()
+    one.remove()
+    check()
+    two.remove()
+    check()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards  # which is torch's own
+
+
 class _Breaking(Ridge):
     """A forward that no graph can hold: it asks Python for a value."""
 
