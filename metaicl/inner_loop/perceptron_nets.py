@@ -69,9 +69,9 @@ def as_perceptron(net: nn.Module) -> Perceptron | None:
 
 def torch_may_be_passed_by() -> bool:
     """Whether nobody watches what torch does, or changes it."""
-    if torch.compiler.is_compiling():
-        return not torch.is_autocast_enabled("cpu")
-    return nobody_watches() and not is_traced()
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return torch.compiler.is_compiling() or (nobody_watches() and not is_traced())
 
 
 def serves(perceptron: Perceptron, parts: Sequence[Tensor], x: Tensor) -> bool:

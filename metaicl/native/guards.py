@@ -11,10 +11,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def nobody_watches() -> bool:
-    """Whether no mode or transform sees what torch does, and autocast does not change it."""
+    """Whether no mode or transform sees what torch does."""
     return not (
-        torch.is_autocast_enabled("cpu")
-        or in_a_transform()
+        in_a_transform()
         or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
         or forward_ad._current_level >= 0

@@ -3,7 +3,7 @@
  * Maps are (rows, height, width, channels) in memory. The maps of one row fit into a core's second cache, so they come
  * from memory once. What normalization, pooling and ReLU would hand to each other is never written.
  *
- * The file includes itself for float and for double.
+ * The file includes itself for float, for double and for bfloat16, whose numbers become float where they are read.
  */
 #ifndef REAL
 
@@ -30,41 +30,73 @@ typedef struct {
 #define EXPAND(name, suffix) PASTE(name, suffix)
 #define NAME(name) EXPAND(name, SUFFIX)
 
+static inline float widened(uint16_t value) {
+    union { uint32_t bits; float number; } made = {.bits = (uint32_t)value << 16};
+    return made.number;
+}
+
+/* To the nearest, of two as near to the even one; NaN stays NaN. */
+static inline uint16_t narrowed(float value) {
+    union { float number; uint32_t bits; } given = {.number = value};
+    uint32_t rounded = (given.bits + 0x7fff + (given.bits >> 16 & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : rounded);
+}
+
+#define PIXEL float
 #define REAL float
 #define WORD int32_t
 #define SUFFIX float
+#define READ(value) (value)
+#define WRITE(value) (value)
 #include __FILE__
+#undef PIXEL
 #undef REAL
 #undef WORD
 #undef SUFFIX
 
+#define PIXEL double
 #define REAL double
 #define WORD int64_t
 #define SUFFIX double
 #include __FILE__
+#undef PIXEL
+#undef REAL
+#undef WORD
+#undef SUFFIX
+#undef READ
+#undef WRITE
 
-#else /* what is compiled once for each type */
+#define PIXEL uint16_t
+#define REAL float
+#define WORD int32_t
+#define SUFFIX bfloat16
+#define READ(value) widened(value)
+#define WRITE(value) narrowed(value)
+#include __FILE__
+
+#else /* what is compiled once for each type: maps of PIXEL, all else of REAL */
 
 /* total[c] = sums over places of x, or of squares of its distance from center[c]. */
-static void NAME(sum)(const Maps *maps, const REAL *x, const REAL *center, REAL *restrict part, double *total) {
+static void NAME(sum)(const Maps *maps, const PIXEL *x, const REAL *center, REAL *restrict part, double *total) {
     int64_t channels = maps->channels, places = maps->height * maps->width;
     memset(total, 0, (size_t)channels * sizeof *total);
     for (int64_t start = 0; start < places; start += BLOCK) {
         int64_t end = start + BLOCK < places ? start + BLOCK : places;
         memset(part, 0, (size_t)channels * sizeof *part);
         for (int64_t p = start; p < end; p++) {
-            const REAL *restrict at = x + p * channels;
+            const PIXEL *restrict at = x + p * channels;
             if (!center)
-                for (int64_t c = 0; c < channels; c++) part[c] += at[c];
+                for (int64_t c = 0; c < channels; c++) part[c] += READ(at[c]);
             else
-                for (int64_t c = 0; c < channels; c++) part[c] += (at[c] - center[c]) * (at[c] - center[c]);
+                for (int64_t c = 0; c < channels; c++)
+                    part[c] += (READ(at[c]) - center[c]) * (READ(at[c]) - center[c]);
         }
         for (int64_t c = 0; c < channels; c++) total[c] += (double)part[c];
     }
 }
 
 /* The four places under one pooled one; those beyond the border are the first again, which is never larger. */
-static void NAME(find_window)(const Maps *maps, const REAL *x, int64_t i, int64_t j, const REAL *place[4]) {
+static void NAME(find_window)(const Maps *maps, const PIXEL *x, int64_t i, int64_t j, const PIXEL *place[4]) {
     for (int64_t k = 0; k < 4; k++) {
         int64_t down = 2 * i + k / 2, right = 2 * j + k % 2;
         if (down >= maps->height) down--;
@@ -74,12 +106,12 @@ static void NAME(find_window)(const Maps *maps, const REAL *x, int64_t i, int64_
 }
 
 /* One pooled place: the largest of four, which of them it was, and ReLU. NaN counts as the largest, as in torch. */
-static void NAME(pool)(int64_t channels, const REAL *restrict a, const REAL *restrict b, const REAL *restrict c,
-    const REAL *restrict d, const REAL *restrict center, const REAL *restrict scale, const REAL *restrict shift,
-    REAL *restrict out, uint8_t *restrict which) {
+static void NAME(pool)(int64_t channels, const PIXEL *restrict a, const PIXEL *restrict b, const PIXEL *restrict c,
+    const PIXEL *restrict d, const REAL *restrict center, const REAL *restrict scale, const REAL *restrict shift,
+    PIXEL *restrict out, uint8_t *restrict which) {
     for (int64_t i = 0; i < channels; i++) {
-        REAL best = (a[i] - center[i]) * scale[i], second = (b[i] - center[i]) * scale[i];
-        REAL third = (c[i] - center[i]) * scale[i], fourth = (d[i] - center[i]) * scale[i];
+        REAL best = (READ(a[i]) - center[i]) * scale[i], second = (READ(b[i]) - center[i]) * scale[i];
+        REAL third = (READ(c[i]) - center[i]) * scale[i], fourth = (READ(d[i]) - center[i]) * scale[i];
         WORD top = 0;
         top = second > best || second != second ? 1 : top;
         best = second > best || second != second ? second : best;
@@ -89,32 +121,33 @@ static void NAME(pool)(int64_t channels, const REAL *restrict a, const REAL *res
         best = fourth > best || fourth != fourth ? fourth : best;
         best += shift[i];
         which[i] = (uint8_t)(best <= 0 ? NOWHERE : top);
-        out[i] = best <= 0 ? 0 : best;
+        out[i] = WRITE(best <= 0 ? 0 : best);
     }
 }
 
 /* Sums of slopes, and of slopes times the distance from the mean of where they go. */
-static void NAME(add_slopes)(int64_t channels, const REAL *restrict a, const REAL *restrict b, const REAL *restrict c,
-    const REAL *restrict d, const REAL *restrict center, const REAL *restrict slope, const uint8_t *restrict which,
-    REAL *restrict sum, REAL *restrict product) {
+static void NAME(add_slopes)(int64_t channels, const PIXEL *restrict a, const PIXEL *restrict b,
+    const PIXEL *restrict c, const PIXEL *restrict d, const REAL *restrict center, const PIXEL *restrict slope,
+    const uint8_t *restrict which, REAL *restrict sum, REAL *restrict product) {
     for (int64_t i = 0; i < channels; i++) {
         WORD top = which[i]; /* four products of which three are zero: a choice of loads would make no vectors */
-        REAL come = slope[i], mean = center[i];
+        REAL come = READ(slope[i]), mean = center[i];
         REAL first = top == 0 ? come : 0, second = top == 1 ? come : 0;
         REAL third = top == 2 ? come : 0, fourth = top == 3 ? come : 0;
         sum[i] += first + second + (third + fourth);
-        product[i] += first * (a[i] - mean) + second * (b[i] - mean) + (third * (c[i] - mean) + fourth * (d[i] - mean));
+        product[i] += first * (READ(a[i]) - mean) + second * (READ(b[i]) - mean);
+        product[i] += third * (READ(c[i]) - mean) + fourth * (READ(d[i]) - mean);
     }
 }
 
 /* Slopes at one place, `place` of its window. */
-static void NAME(pull_place)(int64_t channels, WORD place, const REAL *restrict x, const REAL *restrict center,
-    const REAL *restrict scale, const REAL *restrict level, const REAL *restrict tilt, const REAL *restrict slope,
-    const uint8_t *restrict which, REAL *restrict to) {
+static void NAME(pull_place)(int64_t channels, WORD place, const PIXEL *restrict x, const REAL *restrict center,
+    const REAL *restrict scale, const REAL *restrict level, const REAL *restrict tilt, const PIXEL *restrict slope,
+    const uint8_t *restrict which, PIXEL *restrict to) {
     for (int64_t i = 0; i < channels; i++) {
         WORD top = which[i];
-        REAL come = scale[i] * slope[i], rest = level[i] + tilt[i] * (x[i] - center[i]);
-        to[i] = (top == place ? come : 0) - rest;
+        REAL come = scale[i] * READ(slope[i]), rest = level[i] + tilt[i] * (READ(x[i]) - center[i]);
+        to[i] = WRITE((top == place ? come : 0) - rest);
     }
 }
 
@@ -123,7 +156,7 @@ static void NAME(pull_place)(int64_t channels, WORD place, const REAL *restrict 
  * statistics: (rows, groups, 2), mean and 1 / standard deviation
  * which:      as out, the place that was the largest
  */
-int NAME(norm_pool_relu)(const Maps *maps, const REAL *all, const REAL *weight, const REAL *bias, REAL *out,
+int NAME(norm_pool_relu)(const Maps *maps, const PIXEL *all, const REAL *weight, const REAL *bias, PIXEL *out,
     double *statistics, uint8_t *which) {
     int64_t channels = maps->channels, size = channels / maps->groups, n_places = maps->height * maps->width;
     int64_t high = (maps->height + 1) / 2, wide = (maps->width + 1) / 2;
@@ -136,7 +169,7 @@ int NAME(norm_pool_relu)(const Maps *maps, const REAL *all, const REAL *weight, 
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < maps->rows; row++) {
             if (!total) continue;
-            const REAL *x = all + row * n_places * channels;
+            const PIXEL *x = all + row * n_places * channels;
             for (int pass = 0; pass < 2; pass++) {
                 NAME(sum)(maps, x, pass ? center : NULL, part, total);
                 for (int64_t g = 0; g < maps->groups; g++) {
@@ -153,7 +186,7 @@ int NAME(norm_pool_relu)(const Maps *maps, const REAL *all, const REAL *weight, 
             for (int64_t i = 0; i < high; i++)
                 for (int64_t j = 0; j < wide; j++) {
                     int64_t spot = ((row * high + i) * wide + j) * channels;
-                    const REAL *at[4];
+                    const PIXEL *at[4];
                     NAME(find_window)(maps, x, i, j, at);
                     NAME(pool)(channels, at[0], at[1], at[2], at[3], center, scale, bias, out + spot, which + spot);
                 }
@@ -164,8 +197,8 @@ int NAME(norm_pool_relu)(const Maps *maps, const REAL *all, const REAL *weight, 
 }
 
 /* From slopes (as out) to those at x, and summed over rows, in the order of threads, at weight and bias. */
-int NAME(norm_pool_relu_backward)(const Maps *maps, const REAL *all, const REAL *weight, const double *statistics,
-    const uint8_t *which, const REAL *slopes, REAL *x_slopes, REAL *weight_slopes, REAL *bias_slopes) {
+int NAME(norm_pool_relu_backward)(const Maps *maps, const PIXEL *all, const REAL *weight, const double *statistics,
+    const uint8_t *which, const PIXEL *slopes, PIXEL *x_slopes, REAL *weight_slopes, REAL *bias_slopes) {
     int64_t channels = maps->channels, size = channels / maps->groups, n_places = maps->height * maps->width;
     int64_t high = (maps->height + 1) / 2, wide = (maps->width + 1) / 2;
     double *sums = calloc((size_t)(2 * maps->threads * channels), sizeof *sums);
@@ -181,8 +214,8 @@ int NAME(norm_pool_relu_backward)(const Maps *maps, const REAL *all, const REAL 
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < maps->rows; row++) {
             if (!work) continue;
-            const REAL *x = all + row * n_places * channels;
-            REAL *to = x_slopes + row * n_places * channels;
+            const PIXEL *x = all + row * n_places * channels;
+            PIXEL *to = x_slopes + row * n_places * channels;
             const double *kept = statistics + row * maps->groups * 2;
             for (int64_t c = 0; c < channels; c++) {
                 center[c] = (REAL)kept[c / size * 2];
@@ -192,7 +225,7 @@ int NAME(norm_pool_relu_backward)(const Maps *maps, const REAL *all, const REAL 
             for (int64_t i = 0; i < high; i++)
                 for (int64_t j = 0; j < wide; j++) {
                     int64_t spot = ((row * high + i) * wide + j) * channels;
-                    const REAL *at[4];
+                    const PIXEL *at[4];
                     NAME(find_window)(maps, x, i, j, at);
                     NAME(add_slopes)(channels, at[0], at[1], at[2], at[3], center, slopes + spot, which + spot, sum,
                         product);

@@ -11,7 +11,7 @@ from metaicl.native.guards import is_plain
 from metaicl.native.library import load
 from metaicl.native.way_back import with_way_back
 
-_SUFFIX = {torch.float32: "float", torch.float64: "double"}
+_SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 _NUMBERS = ("rows", "height", "width", "channels", "groups", "threads")
 
 
@@ -25,9 +25,9 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
     """relu(max_pool2d(group_norm(x), 2, ceil_mode=True)), differentiable any number of times.
 
     Args:
-        x: Maps (rows, channels, height, width).
-        weight: (channels,).
-        bias: (channels,).
+        x: Maps (rows, channels, height, width), in float32, float64 or bfloat16.
+        weight: (channels,), in the same precision, or in float32 where x is bfloat16.
+        bias: As weight.
         groups: Of channels.
         eps: Added to variances.
 
@@ -37,7 +37,8 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
     """
     if x.ndim != 4 or not x.numel() or x.dtype not in _SUFFIX or load("maps") is None:
         return None
-    if not all(is_plain(value) and value.dtype == x.dtype for value in (x, weight, bias)):
+    own = torch.promote_types(x.dtype, torch.float32)
+    if not is_plain(x) or not all(is_plain(value) and value.dtype == own for value in (weight, bias)):
         return None
     rows, channels, height, width = x.shape
     one_value = channels // groups * height * width == 1  # has no variance, and torch may refuse it
@@ -56,13 +57,15 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
         x, weight, bias, kept = saved
         if slopes[0] is None:
             return None, None, None
-        slope = slopes[0].permute(0, 2, 3, 1).contiguous()
+        slope = slopes[0].to(x.dtype).permute(0, 2, 3, 1).contiguous()
         found = (torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias))
         _call("norm_pool_relu_backward", maps, x.dtype, x, weight, *_parts(kept, n_statistics), slope, *found)
         return found
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-        return (F.relu(F.max_pool2d(F.group_norm(x, groups, weight, bias, eps), 2, ceil_mode=True)),)
+        return (
+            F.relu(F.max_pool2d(F.group_norm(x.to(own), groups, weight, bias, eps), 2, ceil_mode=True)).to(x.dtype),
+        )
 
     return with_way_back(run, pull, by_torch, x, weight.contiguous(), bias.contiguous())[0]
 

@@ -76,6 +76,21 @@ def test_values_and_slopes(shape: tuple[int, ...], dtype: torch.dtype, bound: fl
     assert calls == ["norm_pool_relu", "norm_pool_relu_backward"]
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_read_and_written_and_float32_inside(shape: tuple[int, ...]) -> None:
+    x = (3 + 2 * maps(*shape[:4])).bfloat16().requires_grad_()
+    weight, bias = affine(shape[1], torch.float32)
+    wide = x.detach().float().requires_grad_()
+    expected, found = by_torch(wide, weight, bias, shape[4]), in_one_pass(x, weight, bias, shape[4])
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16()) or (found - expected).abs().max() <= 2**-8 * expected.abs().max()
+    slopes = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = torch.autograd.grad(found, (x, weight, bias), slopes)
+    theirs = torch.autograd.grad(expected, (wide, weight, bias), slopes.float())
+    for one, other, bound in zip(ours, theirs, (2**-8, 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=bound * float(other.abs().max().clamp(min=1e-3)))
+
+
 def test_a_large_common_offset() -> None:
     x = 1000 + maps(2, 8, 14, 14, dtype=torch.float32)
     weight, bias = affine(8, torch.float32)
@@ -142,6 +157,25 @@ def test_conv4_in_training_is_the_same_without_it(calls: list[str]) -> None:
     assert max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)) <= 1e-12 * scale
 
 
+def test_conv4_under_autocast_is_near_that_of_torch(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    encoder, x = Conv4(channels=16), torch.rand(6, 1, 28, 28)
+
+    def embedded_and_slopes() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder(x)
+        slopes = torch.autograd.grad(out.square().sum(), list(encoder.parameters()))
+        return out.detach(), torch.cat([slope.flatten() for slope in slopes])
+
+    found, slopes = embedded_and_slopes()
+    assert calls == 4 * ["norm_pool_relu"] + 4 * ["norm_pool_relu_backward"]
+    with without_kernels():
+        expected, expected_slopes = embedded_and_slopes()
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert float((found - expected).abs().max()) <= 0.03 * float(expected.abs().max())
+    assert float(F.cosine_similarity(slopes, expected_slopes, dim=0)) >= 0.99
+
+
 class Watcher(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -149,8 +183,8 @@ class Watcher(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     "context",
-    [Watcher, partial(FlopCounterMode, display=False), partial(torch.autocast, "cpu", torch.bfloat16)],
-    ids=["function mode", "dispatch mode", "autocast"],
+    [Watcher, partial(FlopCounterMode, display=False), partial(torch.autocast, "cpu", torch.float16)],
+    ids=["function mode", "dispatch mode", "autocast to float16"],
 )
 def test_whoever_watches_torch_sees_it(context: Callable[[], AbstractContextManager], calls: list[str]) -> None:
     with context():
@@ -215,8 +249,9 @@ def test_other_maps_are_left_to_torch(calls: list[str]) -> None:
     others = [
         torch.randn(2, 4, 5, 5, dtype=torch.float64),  # pixels of a channel side by side
         maps(2, 4, 5, 5).float(),  # not of the precision of the weights
-        maps(0, 4, 5, 5),
         maps(2, 4, 5, 5).bfloat16(),
+        maps(2, 4, 5, 5).half(),
+        maps(0, 4, 5, 5),
     ]
     assert all(norm_pool_relu(x, weight, bias, groups=2, eps=1e-5) is None for x in others)
     assert norm_pool_relu(maps(2, 4, 1, 1), weight, bias, groups=4, eps=1e-5) is None
