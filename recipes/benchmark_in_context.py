@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from metaicl.episode import Episode
@@ -29,7 +28,7 @@ from metaicl.nets.memory.descent_layers import Omega
 from metaicl.nets.memory.layers import DeltaRule, LinearAttention, Mesa
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.mixer import AnyMixer
-from metaicl.objectives import prefix_squared_error, stream_of
+from metaicl.objectives import stream_of
 from metaicl.plots import COLORS, figure_with_panels
 from metaicl.process import tune_process
 from metaicl.recipe import Criterion, RecipeConfig, RecipeResult, option, run
@@ -37,7 +36,7 @@ from metaicl.task import EpisodeStream
 from metaicl.tasks import LinearRegression
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers.sequence_steps import Steps, hugging_face_steps, jax_steps, our_steps
+from peers.sequence_steps import Steps, count_operations, hugging_face_steps, jax_steps, our_steps
 from peers.work import medians
 
 
@@ -115,10 +114,8 @@ def time_steps(size: Size, config: Config) -> tuple[dict[str, float], float]:
         gap = max(float((value - expected[key]).abs().max()) / scale for key, value in gradient(episode).items())
         if not gap <= 1e-4:
             raise RuntimeError(f"the gradient by {name} differs from ours by {gap:.1e} of the largest")
-    with FlopCounterMode(display=False) as counter:
-        prefix_squared_error(learner, episode).mean().backward()
     calls = {name: partial(update, episode) for name, (_, update) in steps.items()}
-    return medians(calls, config.repeats, turn=0.05), float(counter.get_total_flops())
+    return medians(calls, config.repeats, turn=0.05), count_operations(learner, episode)
 
 
 def time_lengths(config: Config) -> dict[str, list[float]]:

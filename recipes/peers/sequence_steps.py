@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from peers.jax_adam import Steps, adam_steps
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaicl.episode import Episode
 from metaicl.learners.incontext.sequence import InterleavedTransformer
 from metaicl.meta_step import MetaStep
 from metaicl.nets.sequence.attention import CausalAttention
+from metaicl.nets.sequence.linear import Linear
 from metaicl.nets.sequence.model import SequenceModel
 from metaicl.objectives import prefix_squared_error, stream_of
 
@@ -182,3 +184,14 @@ def _in_jax(params: Any, x: Any, y: Any, depth: int, heads: int) -> Any:
         hidden = jax.nn.gelu(linear(f"{name}.mlp.0", norm(f"{name}.mlp_norm", h)), approximate=True)
         h = h + linear(f"{name}.mlp.2", hidden)
     return jnp.split(linear("head.linear", norm("model.norm", h[:, 0::2])), 2, -1)[0]
+
+
+def count_operations(learner: InterleavedTransformer, episode: Episode) -> float:
+    """Floating-point operations of a gradient; torch counts its own products, not those of oneDNN."""
+    before, Linear.onednn = Linear.onednn, False
+    try:
+        with FlopCounterMode(display=False) as counter:
+            prefix_squared_error(learner, episode).mean().backward()
+    finally:
+        Linear.onednn = before
+    return float(counter.get_total_flops())
