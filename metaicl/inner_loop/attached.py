@@ -28,6 +28,11 @@ def same_autocast() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return again
 
 
+def can_move(leaf: Any) -> bool:
+    """Whether something is a tensor with derivatives: floating or complex numbers."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
 def attach(values: Sequence[Tensor], inputs: Sequence[Tensor], pull: Pull) -> tuple[Tensor, ...]:
     """`values` as functions of `inputs` whose derivative is `pull`.
 

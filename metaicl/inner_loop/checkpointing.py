@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metaicl.inner_loop.attached import attach, same_autocast
+from metaicl.inner_loop.attached import attach, can_move, same_autocast
 
 
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -27,7 +27,7 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         ValueError: If the result depends on a tensor that wants a gradient and is no argument.
     """
     leaves, structure = tree_flatten(arguments)
-    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _can_move(leaf)]
+    moving = [i for i, leaf in enumerate(leaves) if can_move(leaf)]
     inputs = [leaves[i] for i in moving]
     fixed = [None if i in moving else leaf for i, leaf in enumerate(leaves)]
 
@@ -52,10 +52,6 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         return pulled(tuple(cotangents))
 
     return tree_unflatten(list(attach(outputs, inputs, pull)), shape)
-
-
-def _can_move(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _replay(inputs: Sequence[Tensor]) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -10,7 +10,7 @@ from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaicl.checks import check_count, check_positive
-from metaicl.inner_loop.attached import attach, differentiable_once, same_autocast
+from metaicl.inner_loop.attached import attach, can_move, differentiable_once, same_autocast
 from metaicl.inner_loop.loop import Loss
 from metaicl.inner_loop.parameters import Params
 from metaicl.inner_loop.solvers import ConjugateGradient, Neumann, Product, Solver, is_active, none_active
@@ -233,5 +233,4 @@ def _unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wants_gradient(leaf: Any, *, known: bool) -> bool:
-    moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    return moves and (known or leaf.requires_grad)
+    return can_move(leaf) and (known or leaf.requires_grad)

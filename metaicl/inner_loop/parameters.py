@@ -67,11 +67,9 @@ def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         return dict(net.named_parameters()), dict(net.named_buffers())
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    _gather(net, "", (set(), set(), set()), parameters, buffers)
-    if buffers:
-        known = set(map(id, parameters.values()))
-        buffers = {name: value for name, value in buffers.items() if id(value) not in known}
-    return parameters, buffers
+    _gather(net, "", set(), parameters, buffers)
+    seen: set[int] = set()
+    return _first_names(parameters, seen), _first_names(buffers, seen)
 
 
 def adapted_tensors(net: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
@@ -160,21 +158,24 @@ def check_no_running_statistics(net: nn.Module) -> None:
 
 
 def _gather(
-    module: nn.Module,
-    prefix: str,
-    seen: tuple[set[int], ...],
-    parameters: dict[str, Tensor],
-    buffers: dict[str, Tensor],
+    module: nn.Module, prefix: str, seen: set[int], parameters: dict[str, Tensor], buffers: dict[str, Tensor]
 ) -> None:
-    """Fill in what a module holds and its parts hold, each tensor and each part under its first name."""
-    for tensors, found, known in (
-        (module._parameters, parameters, seen[0]), (module._buffers, buffers, seen[1])
-    ):  # fmt: skip
+    """Fill in what a module holds and its parts hold, each part under its first name."""
+    for tensors, found in ((module._parameters, parameters), (module._buffers, buffers)):
         for name, value in tensors.items():
-            if value is not None and id(value) not in known:
-                known.add(id(value))
+            if value is not None:
                 found[prefix + name] = value
     for name, child in module._modules.items():
-        if child is not None and id(child) not in seen[2]:
-            seen[2].add(id(child))
+        if child is not None and id(child) not in seen:
+            seen.add(id(child))
             _gather(child, f"{prefix}{name}.", seen, parameters, buffers)
+
+
+def _first_names(named: dict[str, Tensor], seen: set[int]) -> dict[str, Tensor]:
+    """Each tensor that was not seen yet, under its first name."""
+    found = {}
+    for name, value in named.items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value
+    return found

@@ -70,12 +70,9 @@ def find_problem(
     found = as_perceptron(net) if plain and steps > 0 and torch_may_be_passed_by() else None
     if found is None or not serves(found, found.parts, x) or found.layers.sizes[-1] != outputs:
         return None
-    labels = not y.is_floating_point()
-    expected = x.shape[:2] if labels else (*x.shape[:2], outputs)
+    expected = (*x.shape[:2], outputs) if y.is_floating_point() else x.shape[:2]
     if y.shape != expected or y.requires_grad or y.dtype not in (torch.long, x.dtype):
         return None
-    if labels and not torch.compiler.is_compiling() and not bool(((y >= 0) & (y < outputs)).all()):
-        return None  # torch knows what to say
     wanted = tuple(name in adapted for name in found.names)
     rates = _rates(optimizer, found, wanted, steps)
     if rates.dtype != x.dtype or rates.device != x.device:  # either was converted without the other
@@ -125,8 +122,8 @@ def adapt_and_answer(
     def again(rates: Tensor, *start: Tensor) -> tuple[Tensor]:
         return (by_torch(dict(zip(found.names, start, strict=True)), _GivenRates(rates, found)),)
 
-    inputs = (problem.descent, _rows(found, new_x), problem.rates, found.parts, again)
-    return kernels.adapt_and_answer(*inputs, learned=problem.learned)
+    x, rates = _rows(found, new_x), problem.rates
+    return kernels.adapt_and_answer(problem.descent, x, rates, found.parts, again, learned=problem.learned)
 
 
 def answers(

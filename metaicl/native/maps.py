@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaicl.native.calls import SUFFIX, call
 from metaicl.native.guards import is_plain
 from metaicl.native.library import load
 from metaicl.native.way_back import with_way_back
 
-_SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 _NUMBERS = ("rows", "height", "width", "channels", "groups", "threads")
 
 
@@ -35,7 +35,7 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
         (rows, channels, height / 2, width / 2), rounded up; None where torch has to serve, as for maps whose channels
         do not lie side by side.
     """
-    if x.ndim != 4 or not x.numel() or x.dtype not in _SUFFIX or load("maps") is None:
+    if x.ndim != 4 or not x.numel() or x.dtype not in SUFFIX or load("maps") is None:
         return None
     own = torch.promote_types(x.dtype, torch.float32)
     if not is_plain(x) or not all(is_plain(value) and value.dtype == own for value in (weight, bias)):
@@ -48,9 +48,9 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
     n_statistics = 16 * rows * groups  # bytes: mean and 1 / deviation in double precision
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        out = x.new_empty(rows, -(-height // 2), -(-width // 2), channels).permute(0, 3, 1, 2)
+        out = _channels_last(x, -(-height // 2), -(-width // 2))
         kept = torch.empty(n_statistics + out.numel(), dtype=torch.uint8)
-        _call("norm_pool_relu", maps, x.dtype, x, weight, bias, out, *_parts(kept, n_statistics))
+        call("maps", "norm_pool_relu", x.dtype, maps, x, weight, bias, out, kept, kept[n_statistics:])
         return out, kept
 
     def pull(saved: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -58,23 +58,18 @@ def norm_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps:
         if slopes[0] is None:
             return None, None, None
         slope = slopes[0].to(x.dtype).permute(0, 2, 3, 1).contiguous()
-        found = (torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias))
-        _call("norm_pool_relu_backward", maps, x.dtype, x, weight, *_parts(kept, n_statistics), slope, *found)
+        found = (_channels_last(x, height, width), torch.empty_like(weight), torch.empty_like(bias))
+        inputs = (x, weight, kept, kept[n_statistics:], slope)
+        call("maps", "norm_pool_relu_backward", x.dtype, maps, *inputs, *found)
         return found
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-        return (
-            F.relu(F.max_pool2d(F.group_norm(x.to(own), groups, weight, bias, eps), 2, ceil_mode=True)).to(x.dtype),
-        )
+        normed = F.group_norm(x.to(own), groups, weight, bias, eps)
+        return (F.relu(F.max_pool2d(normed, 2, ceil_mode=True)).to(x.dtype),)
 
     return with_way_back(run, pull, by_torch, x, weight.contiguous(), bias.contiguous())[0]
 
 
-def _parts(kept: Tensor, n_statistics: int) -> tuple[Tensor, Tensor]:
-    return kept, kept[n_statistics:]
-
-
-def _call(name: str, maps: _Maps, dtype: torch.dtype, *tensors: Tensor) -> None:
-    function = getattr(load("maps"), f"{name}_{_SUFFIX[dtype]}")
-    if function(ctypes.byref(maps), *(ctypes.c_void_p(value.data_ptr()) for value in tensors)):
-        raise MemoryError(f"no memory for the work of {maps.threads} threads in the kernel {name}")
+def _channels_last(x: Tensor, height: int, width: int) -> Tensor:
+    """Room for maps with as many rows and channels as `x`, whose channels lie side by side."""
+    return x.new_empty(len(x), height, width, x.shape[1]).permute(0, 3, 1, 2)

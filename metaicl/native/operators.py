@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaicl.native.calls import call
 from metaicl.native.library import VECTOR_BYTES, load
 
 ACTIVATIONS = {None: 0, torch.nn.ReLU: 1, torch.nn.Tanh: 2, torch.nn.Sigmoid: 3}
 MOST_LAYERS = 16
 
-_SUFFIX = {torch.float32: "float", torch.float64: "double"}
+_KINDS = (torch.float32, torch.float64)
 _LITTLE = 1 << 20  # products of a pass forward, which one thread makes in about 50 microseconds
 _INTEGERS = (
     "layers",
@@ -44,7 +45,7 @@ class _Problem(ctypes.Structure):
 @torch.compiler.assume_constant_result  # a graph asks once
 def is_available(dtype: torch.dtype) -> bool:
     """Whether there are kernels for numbers of this type on this machine."""
-    return dtype in _SUFFIX and load("perceptron") is not None
+    return dtype in _KINDS and load("perceptron") is not None
 
 
 @torch.compiler.assume_constant_result
@@ -71,7 +72,7 @@ def _descend(rates: Tensor, start: Sequence[Tensor], data: Sequence[Tensor], *, 
     made = _room_for_descent(rates, start, data, path=path, **how)
     problem, _kept = _problem_of_descent(rates, data, **how)
     fast = _pointers(_spread(made[:-1], **how))
-    _call("descend", problem, _pointers(start), rates, made[-1] if path else None, fast)
+    call("perceptron", "descend", rates.dtype, problem, _pointers(start), rates, made[-1] if path else None, fast)
     return made
 
 
@@ -89,9 +90,9 @@ def _descend_backward(
     found = _room_for_slopes(rates, start, learned=learned)
     problem, _kept = _problem_of_descent(rates, data, **how)
     fast = _spread([None if slope is None else slope.contiguous() for slope in slopes], **how)
-    _call(
-        "descend_backward", problem, _pointers(start), rates, path, _pointers(fast), _pointers(found[learned:]),
-        found[0] if learned else None,
+    call(
+        "perceptron", "descend_backward", rates.dtype, problem, _pointers(start), rates, path, _pointers(fast),
+        _pointers(found[learned:]), found[0] if learned else None,
     )  # fmt: skip
     return found
 
@@ -102,7 +103,10 @@ def _adapt_and_answer(
     """What weights answer to `new_x` after the last step, and the path, empty if it is not asked for."""
     made = _room_for_answers(rates, start, data, new_x, path=path, **how)
     problem, _kept = _problem_of_descent(rates, data, new_x, **how)
-    _call("adapt_and_answer", problem, _pointers(start), rates, made[1] if path else None, made[0])
+    call(
+        "perceptron", "adapt_and_answer", rates.dtype, problem, _pointers(start), rates, made[1] if path else None,
+        made[0],
+    )  # fmt: skip
     return made
 
 
@@ -120,9 +124,9 @@ def _adapt_and_answer_backward(
     """Gradients at the rates, if they are learned, and at the parts of the start, from those at the answers."""
     found = _room_for_slopes(rates, start, learned=learned)
     problem, _kept = _problem_of_descent(rates, data, new_x, **how)
-    _call(
-        "adapt_and_answer_backward", problem, _pointers(start), rates, path, slopes.contiguous(),
-        _pointers(found[learned:]), found[0] if learned else None,
+    call(
+        "perceptron", "adapt_and_answer_backward", rates.dtype, problem, _pointers(start), rates, path,
+        slopes.contiguous(), _pointers(found[learned:]), found[0] if learned else None,
     )  # fmt: skip
     return found
 
@@ -131,7 +135,7 @@ def _answer(parts: Sequence[Tensor], x: Tensor, sizes: Sequence[int], activation
     """What each task's weights make of x."""
     out = x.new_empty(*x.shape[:2], sizes[-1])
     problem, _kept = _problem(x, sizes, activation, _of_tasks(parts))
-    _call("answer", problem, _pointers(parts), out)
+    call("perceptron", "answer", x.dtype, problem, _pointers(parts), out)
     return out
 
 
@@ -141,7 +145,7 @@ def _answer_backward(
     """Gradients at the parts."""
     found = [torch.empty_like(part) for part in parts]
     problem, _kept = _problem(x, sizes, activation, _of_tasks(parts))
-    _call("answer_backward", problem, _pointers(parts), slopes.contiguous(), _pointers(found))
+    call("perceptron", "answer_backward", x.dtype, problem, _pointers(parts), slopes.contiguous(), _pointers(found))
     return found
 
 
@@ -223,23 +227,6 @@ def _problem_of_descent(
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(None if value is None else value.data_ptr() for value in tensors))
-
-
-def _call(name: str, problem: _Problem, *arguments: Any) -> None:
-    """Call a function of perceptron.c with tensors, arrays of pointers and None.
-
-    Raises:
-        MemoryError: If it finds no memory.
-    """
-    dtype = next(value.dtype for value in arguments if isinstance(value, Tensor))
-    given = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
-    if _function(name, dtype)(ctypes.byref(problem), *given):
-        raise MemoryError(f"no memory for the work of {problem.threads} threads in the kernel {name}")
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
-    return getattr(load("perceptron"), f"{name}_{_SUFFIX[dtype]}")
 
 
 _HOW = "int steps, int exact_from, bool[] wanted, bool whole, int[] sizes, int activation"

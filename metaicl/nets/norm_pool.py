@@ -21,16 +21,18 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
         layers: Any.
         x: Maps (rows, channels, height, width).
     """
-    passes = type(layers) is nn.Sequential and is_as_made(layers) and not torch.compiler.is_compiling()
-    if not passes or all_modules_are_hooked() or not nobody_watches():
-        return layers(x)
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+    plain = type(layers) is nn.Sequential and is_as_made(layers) and not all_modules_are_hooked()
+    if not plain or torch.compiler.is_compiling() or not nobody_watches() or not _knows_autocast():
         return layers(x)
     rest = list(layers)
     while rest:
         found = _in_one_pass(rest[:3], x)
         x, rest = (rest[0](x), rest[1:]) if found is None else (found, rest[3:])
     return x
+
+
+def _knows_autocast() -> bool:
+    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _in_one_pass(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:

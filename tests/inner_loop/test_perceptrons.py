@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_helpers import CLASSES, SINES, draw, meta_gradient, seeded
+from kernel_helpers import Watcher, record_calls
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import metaicl.native.operators as operators
@@ -36,15 +36,7 @@ pytestmark = pytest.mark.skipif(load("perceptron") is None, reason="no C compile
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that were called."""
-    found: list[str] = []
-    original = operators._call
-
-    def call(name: str, *arguments: object) -> None:
-        found.append(name)
-        original(name, *arguments)
-
-    monkeypatch.setattr(operators, "_call", call)
-    return found
+    return record_calls(monkeypatch, operators)
 
 
 def episode_for(spec: TaskSpec, *, masked: bool = False) -> Episode:
@@ -273,11 +265,6 @@ def test_a_compiled_step_in_bfloat16_multiplies_in_bfloat16(calls: list[str]) ->
     compiled(episode)
     assert compiled.is_compiled
     assert not calls
-
-
-class Watcher(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_helpers import Watcher, record_calls
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import metaicl.native.maps as kernel
@@ -24,15 +24,7 @@ pytestmark = pytest.mark.skipif(load("maps") is None, reason="no C compiler")
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that were called."""
-    found: list[str] = []
-    original = kernel._call
-
-    def call(name: str, *arguments: object) -> None:
-        found.append(name)
-        original(name, *arguments)
-
-    monkeypatch.setattr(kernel, "_call", call)
-    return found
+    return record_calls(monkeypatch, kernel)
 
 
 def maps(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -174,11 +166,6 @@ def test_conv4_under_autocast_is_near_that_of_torch(calls: list[str]) -> None:
     assert found.dtype == expected.dtype == torch.bfloat16
     assert float((found - expected).abs().max()) <= 0.03 * float(expected.abs().max())
     assert float(F.cosine_similarity(slopes, expected_slopes, dim=0)) >= 0.99
-
-
-class Watcher(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,7 @@ def check_support(learner: Learner[Any], support: Examples) -> None:
     Raises:
         ValueError: If there is a mask and the learner is transductive, a parameter is float16, or a label no class.
     """
-    _check_but_labels(learner, support)
     check_support_labels(learner.spec, support)
-
-
-def _check_but_labels(learner: Learner[Any], support: Examples) -> None:
-    """The same without a look at labels, which kernels have of their own."""
     if support.mask is not None and learner.traits.transductive:
         raise ValueError("a net with batch statistics cannot leave masked rows out; give supports of equal length")
     check_precision(learner)
@@ -66,14 +61,13 @@ def unroll_support(
         NotFactorable: If the net uses its layers otherwise than on rows of zeros, and factors are required. Where they
             are not, its weights are formed.
     """
-    _check_but_labels(learner, support)
+    check_support(learner, support)
     chosen = layers.choose(support.n_rows, steps) if layers else {}
     # A compiled graph of factors is faster still than a kernel; their operators one by one are not.
     if not chosen or (layers and not layers.required and not torch.compiler.is_compiling()):
         kernel = _Kernel.find(learner.spec, net, adapted, support, steps=steps, shared=shared, **options)
         if kernel is not None:
             return descend(kernel.problem, kernel.path)
-    check_support_labels(learner.spec, support)
     run = partial(
         unroll_path, support_loss(learner.spec, net, {}), adapted_tensors(net, adapted),
         (support.x, support.y, support.mask), steps=steps, shared=shared, **options,
@@ -112,11 +106,13 @@ def answer_at_once(
         x: Inputs (B, Q, ...).
         options: All the rest.
     """
-    _check_but_labels(learner, support)
     if layers and not _prefers_kernel(layers, support, options["steps"]):
         return None
     kernel = _Kernel.find(learner.spec, net, adapted, support, **options)
-    return None if kernel is None else adapt_and_answer(kernel.problem, x, partial(kernel.answers, x))
+    if kernel is None:  # whoever serves then checks the support
+        return None
+    check_support(learner, support)
+    return adapt_and_answer(kernel.problem, x, partial(kernel.answers, x))
 
 
 def _prefers_kernel(layers: LinearLayers, support: Examples, steps: int) -> bool:
