@@ -4,6 +4,8 @@ Leading axes (...) are free, usually (B, heads). A memory M (..., V, K) maps key
 with key and value (or strength) zero and gate one leaves the memory exactly as it is.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ def linear_attention(
         keys: (..., T, K).
         values: (..., T, V).
         memory: M_0 (..., V, K).
-        decay: Logarithms of alpha (..., T), at most zero; None forgets nothing.
+        decay: Logarithms of alpha (..., T), at most zero, -inf where all is forgotten; None forgets nothing.
 
     Returns:
         Reads (..., T, V) and M_T.
@@ -50,7 +52,7 @@ def linear_attention_chunked(
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """`linear_attention` with matrix products over chunks of tokens; arguments and results are the same."""
-    decay = torch.zeros_like(keys[..., 0]) if decay is None else decay
+    decay = torch.zeros_like(keys[..., 0]) if decay is None else _finite(decay)
     reads = []
     for query, key, value, log_gate in cut((queries, keys, values, decay), check_count("chunk", chunk)):
         read, memory = _gated_chunk(query, key, value, log_gate, memory)
@@ -74,7 +76,7 @@ def delta_rule(
         values: (..., T, V).
         strength: beta (..., T).
         memory: M_0 (..., V, K).
-        decay: Logarithms of alpha (..., T), at most zero; None forgets nothing.
+        decay: Logarithms of alpha (..., T), at most zero, -inf where all is forgotten; None forgets nothing.
 
     Returns:
         Reads M_t q_t (..., T, V) and M_T.
@@ -111,7 +113,7 @@ def delta_rule_chunked(
         Yang et al. 2024, arXiv:2406.06484, section 3; Yang et al. 2025, arXiv:2412.06464, section 3.3. Differs: the
         triangular system is solved, not inverted.
     """
-    decay = torch.zeros_like(strength) if decay is None else decay
+    decay = torch.zeros_like(strength) if decay is None else _finite(decay)
     reads = []
     for query, key, value, beta, log_gate in cut((queries, keys, values, strength, decay), check_count("chunk", chunk)):
         since = log_gate.cumsum(-1)
@@ -135,6 +137,12 @@ def cut(parts: tuple[Tensor, ...], chunk: int) -> list[tuple[Tensor, ...]]:
     filled = [F.pad(part, (0, 0, 0, missing) if part.ndim == rank else (0, missing)) for part in parts]
     split = [part.split(size, -2 if part.ndim == rank else -1) for part in filled]
     return list(zip(*split, strict=True))
+
+
+def _finite(decay: Tensor) -> Tensor:
+    """Logarithms of gates; one finite number for gates that are zero in the dtype, as differences of -inf are NaN."""
+    precision = torch.finfo(decay.dtype)
+    return decay.clamp(min=math.log(precision.tiny) + math.log(precision.eps) - 1)
 
 
 def _gated_chunk(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,3 +49,9 @@ def write_token(fit: Fit, key: Tensor, value: Tensor, gate: Tensor | None) -> Fi
 def symmetric(matrix: Tensor) -> Tensor:
     """The symmetric part of a matrix."""
     return (matrix + matrix.mT) / 2
+
+
+def unless_unread(inverse: Tensor, start: Tensor, keys: Tensor, gates: Tensor) -> Tensor:
+    """R after tokens in the dtype it had before, and exactly what it was where no token has a key or a gate."""
+    changed = (gates != 0).any(-1) | (keys != 0).flatten(-2).any(-1)
+    return torch.where(changed[..., None, None], inverse.to(start), start)

@@ -201,7 +201,8 @@ class DeltaRule(FastWeightMixer):
 class Mesa(FastWeightMixer):
     """The exact least-squares map from the keys so far to their values, ridge-regularized by 1 / lambda.
 
-    In half precision and under autocast it is computed, and R kept, in single precision.
+    In half precision and under autocast it is computed in single precision. R is kept in double, so that tokens that
+    come in pieces give what they give at once, at large lambda too.
 
     Args:
         dim: D.
@@ -240,7 +241,7 @@ class Mesa(FastWeightMixer):
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """No map yet, and the inverse of the regularizer."""
-        regularizer = self.log_regularizer.exp().to(solvable(like)).expand(n_tasks, -1)
+        regularizer = self.log_regularizer.exp().to(solvable(like)).double().expand(n_tasks, -1)
         fit = ridge_start(regularizer, self.key_size, self.value_size)
         return FastWeights((fit.weights.to(like),), (fit.inverse,))
 
@@ -249,9 +250,10 @@ class Mesa(FastWeightMixer):
         decay = _log_gate(gates[..., 0], real) if gates.shape[-1] else None
         run: Callable[..., tuple[Tensor, Fit]] = least_squares_recursive if self.recursive else least_squares_chunked
         (weights,), (inverse,) = state.weights, state.inverse
-        wide = [one.to(inverse) for one in (queries, keys, values)]
+        like = solvable(weights)
+        wide = [one.to(like) for one in (queries, keys, values)]
         with torch.autocast(queries.device.type, enabled=False):
-            reads, fit = run(*wide, Fit(weights.to(inverse), inverse), None if decay is None else decay.to(inverse))
+            reads, fit = run(*wide, Fit(like, inverse), None if decay is None else decay.to(like))
         return reads.to(queries), FastWeights((fit.weights.to(weights),), (fit.inverse,))
 
 

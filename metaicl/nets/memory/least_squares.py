@@ -6,6 +6,9 @@ A_t = gamma_t A_{t-1} + k_t k_t^T, C_t = gamma_t C_{t-1} + v_t k_t^T, R = A^-1, 
 leaves the memory exactly as it is. R grows as 1 / gamma^t along directions that no key reaches. The first two routes
 bear that until the condition of R is that of the dtype, the third one without end.
 
+Where keys have single precision, R may have double in the last two routes. It should, where tokens come in pieces: in
+single precision it knows the directions that keys have reached only to lambda times the rounding.
+
 * `least_squares` is the recursion of Sherman and Morrison as one writes it down. Autograd keeps R of every token.
 * `least_squares_recursive` is the same with its own backward, which keeps few R or none.
 * `least_squares_chunked` has one Cholesky factorization per chunk and no loop within, where that keeps the digits, as
@@ -17,6 +20,7 @@ Reference:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from metaicl.checks import check_count
 from metaicl.nets.memory.delta import cut
-from metaicl.nets.memory.fit import Fit, symmetric, write_chunk, write_token
+from metaicl.nets.memory.fit import Fit, symmetric, unless_unread, write_chunk, write_token
 from metaicl.nets.memory.normal_equations import inverse_of, precision_of, write_by_normal_equations
 from metaicl.transforms import in_a_transform, in_vmap
 
@@ -78,9 +82,10 @@ def least_squares_chunked(
     which take several times as long and about one inverse per token.
     """
     size = check_count("chunk", chunk)
-    if decay is None and not _knows_to_be(True, _mild(-_largest(fit, keys).log().clamp(min=0))):
+    start = fit.inverse
+    if decay is None and not _knows_to_be(True, _keeps_digits(fit, keys)):
         if keys.dtype != torch.float64:
-            return _in_double(queries, keys, values, fit, chunk)
+            return _in_double(least_squares_chunked, (queries, keys, values), fit, None, chunk=chunk)
         if not _cannot_ask():
             return least_squares(queries, keys, values, fit)
     gates = torch.zeros_like(keys[..., 0]) if decay is None else decay
@@ -92,17 +97,16 @@ def least_squares_chunked(
         if precision is None and decay is not None and not _knows_to_be(True, mild):
             precision = precision_of(fit.inverse)
         if precision is None:
-            read, fit = write_chunk(query, key, value, log_gate, fit)
+            read, fit = write_chunk(query, key, value, log_gate, Fit(fit.weights, fit.inverse.to(key)))
         else:
             tokens = (query, key, value, log_gate)
             read, weights, precision = write_by_normal_equations(tokens, fit.weights, precision)
             fit = Fit(weights, fit.inverse)
         reads.append(read)
-    if precision is not None:
-        changed = (gates != 0).any(-1) | (keys != 0).flatten(-2).any(-1)
-        inverse = inverse_of(precision, fit.inverse.dtype)
-        fit = Fit(fit.weights, torch.where(changed[..., None, None], inverse, fit.inverse))
-    return torch.cat(reads, -2)[..., : keys.shape[-2], :], fit
+    inverse = fit.inverse if precision is None else inverse_of(precision, start.dtype)
+    if precision is not None or start.dtype != keys.dtype:
+        inverse = unless_unread(inverse, start, keys, gates)
+    return torch.cat(reads, -2)[..., : keys.shape[-2], :], Fit(fit.weights, inverse)
 
 
 def least_squares_recursive(
@@ -118,7 +122,8 @@ def least_squares_recursive(
 
     Going back a step divides by 1 - k^T R_t k = 1 / (1 + k^T R_{t-1} k), so that a rounding error along k grows by
     1 + k^T R_{t-1} k, up to 1 + lambda |k|^2. With 64 unit keys of size 8 and no fit kept, gradients in float32 are off
-    by 1e-6 of their norm at lambda = 1, 1e-4 at 100, and by everything at 10,000; in float64 by 1e-9 there. Where fits
+    by 1e-6 of their norm at lambda = 1 and 1e-4 at 100; from 204 on all is computed in double, where they are off by
+    1e-10 at 10,000, 1e-6 at a million and everything from 1e9 on. Where fits
     are kept, the steps between two of them are done again from the first, which is always stable.
 
     The second derivative goes through `least_squares_chunked`, which is the same function, and so does everything
@@ -140,8 +145,11 @@ def least_squares_recursive(
         check_count("keep_every", every)
     if in_a_transform():
         return least_squares_chunked(queries, keys, values, fit, decay)
-    reads, weights, inverse = _Recursion.apply(queries, keys, values, fit.weights, fit.inverse, decay, every)
-    return reads, Fit(weights, inverse)
+    if keys.dtype != torch.float64 and not bool(_keeps_digits(fit, keys)):
+        return _in_double(least_squares_recursive, (queries, keys, values), fit, decay, keep_every=keep_every)
+    start = fit.inverse
+    reads, weights, inverse = _Recursion.apply(queries, keys, values, fit.weights, start.to(keys), decay, every)
+    return reads, Fit(weights, inverse if start.dtype == keys.dtype else unless_unread(inverse, start, keys, decay))
 
 
 def ridge_start(regularizer: Tensor, key_size: int, value_size: int) -> Fit:
@@ -157,7 +165,12 @@ def _mild(decay: Tensor) -> Tensor:
 
 def _largest(fit: Fit, keys: Tensor) -> Tensor:
     """A bound (...) on k^T R k for any of the keys, as far as the diagonal of R tells: lambda |k|^2 at first."""
-    return fit.inverse.diagonal(dim1=-2, dim2=-1).amax(-1) * keys.square().sum(-1).amax(-1)
+    return fit.inverse.diagonal(dim1=-2, dim2=-1).amax(-1).to(keys) * keys.square().sum(-1).amax(-1)
+
+
+def _keeps_digits(fit: Fit, keys: Tensor) -> Tensor:
+    """Whether R and the keys leave most digits of the dtype of the keys, gates apart."""
+    return _mild(-_largest(fit, keys).log().clamp(min=0))
 
 
 def _cannot_ask() -> bool:
@@ -170,10 +183,16 @@ def _knows_to_be(value: bool, flag: Tensor) -> bool:
     return not _cannot_ask() and bool(flag) == value
 
 
-def _in_double(queries: Tensor, keys: Tensor, values: Tensor, fit: Fit, chunk: int) -> tuple[Tensor, Fit]:
+def _in_double(
+    run: Callable[..., tuple[Tensor, Fit]],
+    tokens: tuple[Tensor, Tensor, Tensor],
+    fit: Fit,
+    decay: Tensor | None,
+    **options: int | None,
+) -> tuple[Tensor, Fit]:
     wide = Fit(fit.weights.double(), fit.inverse.double())
-    reads, after = least_squares_chunked(queries.double(), keys.double(), values.double(), wide, chunk=chunk)
-    return reads.to(keys.dtype), Fit(after.weights.to(keys.dtype), after.inverse.to(keys.dtype))
+    reads, after = run(*(one.double() for one in tokens), wide, None if decay is None else decay.double(), **options)
+    return reads.to(tokens[1]), Fit(after.weights.to(tokens[1]), after.inverse.to(fit.inverse))
 
 
 def _unwrite(fit: Fit, key: Tensor, value: Tensor, gate: Tensor) -> Fit:

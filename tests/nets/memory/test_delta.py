@@ -94,3 +94,21 @@ def test_first_and_second_derivatives_of_the_chunked_forms() -> None:
     for function in (delta, linear):
         assert gradcheck(function, inputs)
         assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_of_zero_forget_all_that_came_before(dtype: torch.dtype) -> None:
+    given = {name: value.to(dtype) for name, value in tokens().items()}
+    given["decay"][:, 0, [0, 5, 6, 12]] = -torch.inf
+    given["decay"][:, 1] = -torch.inf
+    strength, bound = given.pop("strength"), 1e-12 if dtype == torch.float64 else 1e-4
+    for loop, chunked, more in (
+        (linear_attention, linear_attention_chunked, {}),
+        (delta_rule, delta_rule_chunked, {"strength": strength}),
+    ):
+        given["decay"] = given["decay"].detach().requires_grad_()
+        expected, got = loop(**given, **more), chunked(**given, **more, chunk=7)
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=bound, atol=bound)
+        gradients = [torch.autograd.grad(reads.sum(), given["decay"])[0] for reads, _ in (expected, got)]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=bound, atol=bound)
