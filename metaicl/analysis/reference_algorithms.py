@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metaicl.analysis.answers import as_answers, real_prefix, shape_of, zero_answer
+from metaicl.checks import check_positive
 from metaicl.episode import Examples
 from metaicl.functional import (
     class_weights,
@@ -57,8 +58,12 @@ class Reference:
             function share the state.
         answer: (state, inputs (B, Q, *x_shape), the free number) -> means or class probabilities (B, Q, K), float64.
         symbol: Of the free number; "" where there is none.
-        grid: Values of the free number to search, rising, evenly spaced in the logarithm; empty where there is none.
+        grid: Values of the free number to search, at least three, rising, evenly spaced in the logarithm; empty where
+            there is none.
         learner: The learner behind the answers, where there is one.
+
+    Raises:
+        ValueError: If the grid is no such values.
     """
 
     name: str
@@ -67,6 +72,18 @@ class Reference:
     symbol: str = ""
     grid: tuple[float, ...] = ()
     learner: Learner | None = None
+
+    def __post_init__(self) -> None:
+        """Check the grid: the search, its interval and the ends it names rest on it."""
+        if len(self.grid) == 0:
+            return
+        logs = np.log([check_positive("grid", value) for value in self.grid])
+        steps = np.diff(logs)
+        if len(logs) < 3 or not bool((steps > 0).all() and np.ptp(steps) < 1e-3 * steps.mean()):
+            raise ValueError(
+                f"grid of {self.name!r} must be at least three numbers that rise, evenly spaced in the logarithm, such "
+                f"as numpy.geomspace(low, high, 33); got {len(logs)}: {tuple(self.grid[:6])}"
+            )
 
 
 class Spectrum(NamedTuple):
@@ -169,7 +186,7 @@ def as_references(references: Mapping[str, Reference | Learner], spec: TaskSpec)
 
     Raises:
         TypeError: If a value is neither a `Reference` nor a learner.
-        ValueError: If there is none, or a learner was built for other tasks.
+        ValueError: If there is none, or a learner was built for other tasks; later, if answers have another shape.
     """
     if not references:
         raise ValueError("references must name at least one algorithm; None takes reference_library(tasks)")
@@ -184,7 +201,23 @@ def as_references(references: Mapping[str, Reference | Learner], spec: TaskSpec)
             one = from_learner(name, one)
         if not isinstance(one, Reference):
             raise TypeError(f"references[{name!r}] must be a Learner or a Reference; got {type(one).__name__}")
-        found[name] = replace(one, name=name)  # free numbers are kept by the name of their reference
+        answer = partial(_checked_answer, name=name, answer=one.answer, size=spec.output_size)
+        found[name] = replace(one, name=name, answer=answer)  # free numbers are kept by the name of their reference
+    return found
+
+
+def _checked_answer(
+    state: Any, x: Tensor, parameter: Number, *, name: str, answer: Callable[[Any, Tensor, Number], Tensor], size: int
+) -> Tensor:
+    """A reference's answer, once it is known to have the right shape: another one might broadcast in silence."""
+    found, wanted = answer(state, x, parameter), (*x.shape[:2], size)
+    leads = ((), (1,), (len(parameter),)) if isinstance(parameter, Tensor) else ((),)
+    if not isinstance(found, Tensor) or tuple(found.shape) not in [(*lead, *wanted) for lead in leads]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"references[{name!r}] must answer (B, Q, K) = {wanted}, with a leading axis G for G free numbers given as "
+            f"(G, 1, 1, 1); got {got}"
+        )
     return found
 
 

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from metaicl.analysis.fingerprint import fingerprint
 from metaicl.analysis.fingerprint_result import Fingerprint
 from metaicl.analysis.ranking import find_nearest
-from metaicl.analysis.reference_algorithms import reference_library
+from metaicl.analysis.reference_algorithms import Reference, reference_library
 from metaicl.episode import Episode, Examples
 from metaicl.functional import gaussian
 from metaicl.learner import Learner
@@ -319,6 +319,21 @@ def test_references_that_diverge_or_answer_something_else_are_named() -> None:
     pairs = LinearRegression(dim=3, y_dim=2)
     with pytest.raises(ValueError, match=r"references\['mine'\] was built for .* 1\); the tasks have .* 2\)"):
         fingerprint(Constant(pairs.spec), pairs, references={"mine": Constant(TASKS.spec)}, **options)
+
+
+@pytest.mark.parametrize("grid", [(0.1, 1.0), (1.0, 0.1, 0.01), (0.0, 1.0, 2.0), (0.1, 0.2, 5.0), (-1.0, 1.0, 2.0)])
+def test_a_grid_that_cannot_be_searched_is_named(grid: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="grid"):
+        Reference("mine", lambda prefix: prefix, lambda state, x, number: number * x, "a", grid)
+
+
+def test_answers_of_a_reference_that_would_broadcast_are_named() -> None:
+    pairs = LinearRegression(dim=3, y_dim=2)
+    options: Any = {"n_shot": 2, "n_episodes": 4, "at": ()}
+    for grid in ((), (0.1, 1.0, 10.0)):
+        one = Reference("mine", lambda prefix: prefix, lambda state, x, number: number * x[..., :1].double(), "a", grid)
+        with pytest.raises(ValueError, match=r"references\['a'\] must answer .*\(4, 1, 2\).*got"):
+            fingerprint(Constant(pairs.spec), pairs, references={"a": one}, **options)
 
 
 class Silent(LinearRegression):
