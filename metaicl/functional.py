@@ -92,7 +92,7 @@ def rounding_of(gram: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     """Mean of the real rows along `dim`; `mask` has the leading shape of `values`. No real row gives 0."""
     if mask is None:
-        return values.mean(dim)
+        return values.mean(dim) if values.shape[dim] else values.sum(dim)
     weights = mask.to(values.dtype).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1)
 

@@ -81,6 +81,7 @@ def test_masked_mean():
     assert np.abs(functional.masked_mean(values, None, 1).numpy() - values.numpy().mean(1)).max() < 1e-14
     nothing = functional.masked_mean(values, torch.zeros_like(MASK), 1)
     assert torch.equal(nothing, torch.zeros_like(nothing))
+    assert torch.equal(functional.masked_mean(values[:, :0], None, 1), nothing)
     assert twice(lambda v: functional.masked_mean(v.square(), MASK, 1), values)
 
 

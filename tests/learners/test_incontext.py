@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metaicl.episode import Examples
+from metaicl.learners.incontext.neural_process import ConditionalNeuralProcess
 from metaicl.learners.incontext.transformer import CausalInContextTransformer, InContextTransformer
 from metaicl.nets.context import ContextTransformer
 from metaicl.task import EpisodeStream
@@ -46,8 +47,9 @@ def test_a_grown_cache_equals_a_new_one(rows: Examples) -> None:
 
 
 def test_an_empty_context_is_answered(rows: Examples) -> None:
-    for kind in (InContextTransformer, CausalInContextTransformer):
-        answer = kind(LinearRegression(dim=3).spec, dim=16, depth=2).double()(rows.rows(slice(0, 0)), rows.x)
+    spec = LinearRegression(dim=3).spec
+    for made in (InContextTransformer(spec), CausalInContextTransformer(spec), ConditionalNeuralProcess(spec)):
+        answer = made.double()(rows.rows(slice(0, 0)), rows.x)
         assert bool(answer.mean.isfinite().all())
 
 

@@ -60,6 +60,7 @@ def test_streams_and_masks(cell: str, episode: Episode) -> None:
     for t in range(7):
         alone = learner(rows.rows(slice(0, t)), rows.x[:, t : t + 1]).mean
         torch.testing.assert_close(together[:, t : t + 1], alone, rtol=1e-10, atol=1e-12)
+    assert learner.predict_prefixes(rows.rows(slice(0, 0))).mean.shape == (3, 0, 1)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

@@ -80,6 +80,8 @@ class RecurrentLearner(Learner[Layers]):
 
     def predict_prefixes(self, examples: Examples) -> Distribution:
         """Answer every row (B, N) from the rows before it: one pass, then one step for all queries together."""
+        if examples.n_rows == 0:
+            return self.predict(self._start(examples), examples.x)
         before = self._read(self._start(examples), examples)[0]
         return self._answer(pytree.tree_map(lambda *leaves: torch.stack(leaves, 1), *before), examples.x)
 

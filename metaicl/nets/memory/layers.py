@@ -94,7 +94,7 @@ class FastWeightMixer(Mixer[FastWeights]):
 
     def peek(self, h: Tensor, state: FastWeights, *, own: bool = False) -> Tensor:
         """Read; with `own`, from a copy of the memory for each token, which that token is written into first."""
-        if not own:
+        if not own or h.shape[1] == 0:
             return self._join(self._read(self._rows(self.to_query, h), state))
         n_tasks, n_tokens = h.shape[:2]
         copies = pytree.tree_map(lambda leaf: leaf.repeat_interleave(n_tokens, 0), state)

@@ -99,6 +99,7 @@ def test_a_peek_is_the_next_token_alone(layer: FastWeightMixer, rows: tuple[Tens
         close(layer(token, state)[0], own[:, t : t + 1])
         close(layer.peek(token, state), other[:, t : t + 1])
     assert (own - other).abs().max().item() > 1e-3
+    assert layer.peek(h[:, :0], state, own=True).shape == layer.peek(h[:, :0], state).shape == (TASKS, 0, DIM)
 
 
 def test_prefixes_are_a_loop_of_peeks(layer: FastWeightMixer, rows: tuple[Tensor, Tensor, Tensor]) -> None:
