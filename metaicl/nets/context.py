@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaicl.checks import check_positive
+from metaicl.checks import check_count, check_positive
 from metaicl.spec import Kind
 
 SHARPNESS = {"classification": 3.0, "regression": 0.5}
@@ -41,7 +41,7 @@ class ContextBlock(nn.Module):
     def __init__(self, dim: int, heads: int, *, sharpness: float = SHARPNESS["classification"]) -> None:
         """Build projections and MLP."""
         super().__init__()
-        if dim % heads:
+        if check_count("dim", dim) % check_count("heads", heads):
             raise ValueError(f"heads must divide dim = {dim}; got {heads}")
         self.heads, self.sharpness = heads, sharpness
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -111,7 +111,9 @@ class ContextTransformer(nn.Module):
         start = SHARPNESS[kind] if sharpness is None else check_positive("sharpness", sharpness)
         self.causal = causal
         self.start = nn.Parameter(torch.randn(dim) / dim**0.5)
-        self.blocks = nn.ModuleList(ContextBlock(dim, heads, sharpness=start) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            ContextBlock(dim, heads, sharpness=start) for _ in range(check_count("depth", depth))
+        )
         self.norm = nn.LayerNorm(dim)
 
     def read(self, context: Tensor, real: Tensor) -> Cache:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metaicl.checks import check_count
 from metaicl.functional import categorical, class_weights, gaussian, positive
 from metaicl.nets.backbones import encode, encoder_dim, encoder_norm, raw_or_encoded
 from metaicl.spec import TaskSpec
@@ -25,7 +26,7 @@ class RowEmbedding(nn.Module):
         size = encoder_dim(encoder, spec)
         self.spec, self.encoder = spec, encoder
         self.norm = encoder_norm(encoder, size)
-        self.from_x = nn.Linear(size, dim)
+        self.from_x = nn.Linear(size, check_count("dim", dim))
         self.from_y = nn.Linear(spec.output_size, dim, bias=False)
         self.unlabeled = nn.Parameter(torch.randn(dim) / dim**0.5)
 

@@ -1,5 +1,7 @@
 """What is special to the in-context learners."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,6 +62,17 @@ def test_a_set_cannot_be_extended_and_heads_must_fit() -> None:
         net.extend(cache, torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="heads must divide dim = 8; got 3"):
         ContextTransformer(dim=8, depth=1, heads=3, causal=False)
+
+
+@pytest.mark.parametrize("kind", [InContextTransformer, CausalInContextTransformer])
+def test_sizes_are_checked_when_a_transformer_is_made(kind: Any) -> None:
+    spec = LinearRegression(dim=3).spec
+    for name in ("dim", "depth", "heads"):
+        for value, error in ((0, ValueError), (-2, ValueError), (2.0, TypeError)):
+            with pytest.raises(error, match=f"{name} must be an int >= 1; got {value}"):
+                kind(spec, **{name: value})
+    with pytest.raises(ValueError, match="dim must be an int >= 1; got 0"):
+        ConditionalNeuralProcess(spec, dim=0)
 
 
 def test_sharpness_is_a_factor_on_the_queries_and_keys_of_the_start():

@@ -104,6 +104,11 @@ def test_loss_of_prefixes_is_the_mean_over_rows_and_stages():
     close(prefix_loss(plain, episode), -answer.log_prob(rows.y).mean(1))
 
 
+def test_a_model_that_is_no_mixer_is_named():
+    with pytest.raises(TypeError, match=r"model must make a Mixer .* got Linear"):
+        SequenceLearner(TASKS["regression"].spec, model=lambda dim: torch.nn.Linear(dim, dim))
+
+
 def test_losses_of_prefixes_need_prefixes():
     learner = LoopedLinearAttention(TASKS["regression"].spec).double()
     for loss in (prefix_loss, prefix_squared_error):

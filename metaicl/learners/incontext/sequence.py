@@ -13,7 +13,7 @@ from metaicl.learner import Learner, Traits
 from metaicl.nets.rows import AnswerHead
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.looped import Looped
-from metaicl.nets.sequence.mixer import AnyMixer
+from metaicl.nets.sequence.mixer import AnyMixer, Mixer
 from metaicl.nets.sequence.model import SequenceModel
 from metaicl.nets.sequence.momentum import MomentumAttention
 from metaicl.nets.sequence.tokens import InterleavedTokens
@@ -33,6 +33,9 @@ class SequenceLearner(Learner[Any]):
             `partial(SequenceModel, mixer=DeltaRule, depth=2)`.
         encoder: (rows, *x_shape) -> (rows, any); None takes vectors as they are and builds one for other inputs.
         dim: D, width.
+
+    Raises:
+        TypeError: If the model is no `Mixer`.
 
     Reference:
         Garg et al. 2022, arXiv:2208.01066, section 2. Differs: see `InterleavedTokens`; class labels are one-hot.
@@ -55,6 +58,11 @@ class SequenceLearner(Learner[Any]):
         self.tokens = InterleavedTokens(spec, dim=check_count("dim", dim), encoder=encoder)
         self.declare_nets(self.tokens)
         self.model = model(dim)
+        if not isinstance(self.model, Mixer):
+            raise TypeError(
+                f"model must make a Mixer from D, such as DeltaRule or partial(SequenceModel, mixer=DeltaRule); got "
+                f"{type(self.model).__name__}"
+            )
         self.head = AnswerHead(spec, dim=dim)
 
     def adapt(self, support: Examples) -> Any:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from metaicl.checks import check_positive
+from metaicl.checks import check_count, check_positive
 from metaicl.nets.memory.descent import Descent, Rates, descend, descend_chunked, start_descent
 from metaicl.nets.memory.layers import FastWeightMixer, Written
 from metaicl.nets.memory.recall import recall
@@ -46,6 +46,7 @@ class DescentMixer(FastWeightMixer):
                 f"a memory with norm adds keys to answers and needs keys and values of one size; got {self.key_size} "
                 f"and {self.value_size}. Hint: norm=False, or key_dim and value_dim"
             )
+        hidden = None if hidden is None else check_count("hidden", hidden)
         self.rule, self.gate_names, self.max_step = rule, tuple(gates), check_positive("max_step", max_step)
         self.first_gates = list(gates.values())
         self.reset_parameters()

@@ -216,3 +216,9 @@ def test_half_precision_is_single_precision_rounded(name: str) -> None:
 def test_a_regularizer_that_is_not_positive_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="regularizer must be a finite number > 0"):
         Mesa(DIM, regularizer=value)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (4.0, TypeError)])
+def test_hidden_units_are_counted_when_a_memory_is_made(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="hidden must be an int >= 1; got"):
+        Titans(DIM, hidden=value)
