@@ -95,8 +95,7 @@ def squared_error(learner: Learner, episode: Episode) -> Tensor:
         ValueError: If the tasks are classification.
     """
     query = episode.query
-    if learner.spec.kind != "regression":
-        raise ValueError(f"squared_error is for regression; {type(learner).__name__} is for {learner.spec.kind}")
+    _check_regression("squared_error", learner)
     answer = learner(episode.support, query.x)
     check_answer(answer, learner.spec, tuple(query.x.shape[:2]))
     return masked_mean((answer.mean - query.y).square().sum(-1), query.mask, 1)
@@ -121,8 +120,15 @@ def prefix_squared_error(learner: Learner, episode: Episode) -> Tensor:
 
     Raises:
         TypeError: If the learner has no `predict_prefixes`.
+        ValueError: If the tasks are classification.
     """
+    _check_regression("prefix_squared_error", learner)
     return _prefix_mean(learner, episode, lambda answer, y: (answer.mean - y).square().sum(-1))
+
+
+def _check_regression(name: str, learner: Learner) -> None:
+    if learner.spec.kind != "regression":
+        raise ValueError(f"{name} is for regression; {type(learner).__name__} is for {learner.spec.kind}")
 
 
 def _prefix_mean(learner: Learner, episode: Episode, loss: Callable[[Distribution, Tensor], Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from metaicl.learners.incontext.sequence import InterleavedTransformer, LoopedTr
 from metaicl.meta_step import MetaStep
 from metaicl.nets.memory.layers import DeltaRule
 from metaicl.nets.sequence.model import SequenceModel
-from metaicl.objectives import prefix_loss, prefix_squared_error, query_loss
+from metaicl.objectives import prefix_loss, prefix_squared_error, query_loss, squared_error
 from metaicl.prefixes import predict_prefixes
 from metaicl.task import EpisodeStream
 from metaicl.tasks.functions import LinearRegression
@@ -114,6 +114,13 @@ def test_losses_of_prefixes_need_prefixes():
     for loss in (prefix_loss, prefix_squared_error):
         with pytest.raises(TypeError, match="LoopedLinearAttention has none"):
             loss(learner, episode_of("regression"))
+
+
+def test_squared_errors_of_classes_are_named():
+    learner, episode = InterleavedTransformer(TASKS["classification"].spec).double(), episode_of("classification")
+    for loss in (squared_error, prefix_squared_error):
+        with pytest.raises(ValueError, match=f"{loss.__name__} is for regression; InterleavedTransformer"):
+            loss(learner, episode)
 
 
 def test_more_loops_than_trained_with_can_be_run():
