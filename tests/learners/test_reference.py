@@ -85,6 +85,21 @@ def test_neighbors_that_are_masked_are_absent(weights: str) -> None:
             torch.testing.assert_close(found, torch.full((1, 2, 3), 1 / 3))
 
 
+@pytest.mark.parametrize("weights", ["uniform", "distance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_rows_are_absent_however_far_inputs_are_from_zero(dtype: torch.dtype, weights: str) -> None:
+    """Years and times: what stands in the place of masked rows is far from all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, queries = (torch.randn(5, n, 1, generator=generator, dtype=dtype) for n in (8, 8, 4))
+    x, queries, real = x + 2000, queries + 2000, (torch.arange(8) % 2 == 0).expand(5, 8)
+    for k in (1, 2):
+        learner = NearestNeighbors(TaskSpec("regression", (1,), y_dim=1), k=k, weights=weights)
+        found, expected = learner(Examples(x, y, real), queries), learner(Examples(x[:, ::2], y[:, ::2]), queries)
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.stddev, expected.stddev, rtol=1e-3, atol=1e-4)
+        assert learner(Examples(x[:, :0], y[:, :0]), queries).mean.abs().max() == 0
+
+
 def test_logistic_equals_sklearn(classification) -> None:
     tasks, episode = classification
     answer = Logistic(tasks.spec, penalty=0.1, steps=3000)(episode.support, episode.query.x)

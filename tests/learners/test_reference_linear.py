@@ -279,6 +279,7 @@ def test_no_row_at_all(name: str) -> None:
     torch.testing.assert_close(nothing, learner(masked, rows.x).mean)
     expected = 0.3 * rows.x if name == "gradient descent" else torch.zeros_like(rows.x)
     torch.testing.assert_close(nothing, expected)
+    assert predict_prefixes(learner, Examples(rows.x[:, :0], rows.y[:, :0])).mean.shape == (3, 0, SPEC.output_size)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class RecursiveLeastSquares(Learner[Recursion | Faded]):
         for t in range(examples.n_rows):
             means.append(x[:, t, None] @ state.weights)
             state = self._step(state, x[:, t], y[:, t], examples.real[:, t])
-        mean = torch.cat(means, 1).to(examples.x.dtype)
+        mean = torch.cat(means, 1).to(examples.x.dtype) if means else examples.x @ state.weights.to(examples.x.dtype)
         return gaussian(mean, mean.new_tensor(self.scale))
 
     def _start(self, examples: Examples) -> Recursion | Faded:

@@ -98,8 +98,13 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
         return gaussian(found, error[:, None])
 
     def _average(self, queries: Tensor, features: Tensor, y: Tensor, allowed: Tensor) -> Tensor:
-        square = (features - features.mean(1, keepdim=True)).square().sum(-1)
-        spread = masked_mean(square, allowed.any(1), 1)[:, None, None]
+        if features.shape[1] == 0:
+            return y.new_zeros(*queries.shape[:2], y.shape[-1])
+        used = allowed.any(1)
+        center = masked_mean(features, used, 1)[:, None]
+        features = torch.where(used[..., None], features, center)  # far from the others, they would cost them digits
+        square = (features - center).square().sum(-1)
+        spread = masked_mean(square, used, 1)[:, None, None]
         distances = squared_distances(queries, features).masked_fill(~allowed, float("inf"))
         last = distances.topk(min(self.k, features.shape[1]), -1, largest=False).values  # (B, Q, k)
         last = last.masked_fill(last.isinf(), 0).amax(-1, keepdim=True)
