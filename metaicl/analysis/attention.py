@@ -113,7 +113,7 @@ def attention_scores(
 
     Raises:
         TypeError: If a learner has no attention to look at.
-        ValueError: If it does not fit the tasks, or is looped.
+        ValueError: If it does not fit the tasks, or is looped, or nothing follows any row that is nearest to a query.
 
     Reference:
         Olsson et al. 2022, arXiv:2209.11895, for induction heads. Differs: the earlier token is the nearest one, as
@@ -134,7 +134,12 @@ def attention_scores(
         for key in parts[0]:
             found.setdefault(key, []).append(torch.cat([part[key] for part in parts]))
     for name in [name for measure, name in found if measure == "followed"]:
-        share = torch.cat(found.pop(("followed", name))).mean().clamp(min=1e-30)  # of queries that count
+        share = torch.cat(found.pop(("followed", name))).mean()  # of queries that count
+        if float(share) == 0:
+            raise ValueError(
+                "attention_scores needs queries whose nearest row is followed by another one; got none with n_shot = "
+                f"{n_shot} and n_episodes = {n_episodes}. Raise one of them"
+            )
         found["following", name] = [values / share for values in found["following", name]]
     values = {key: torch.stack(seeds).double().cpu().numpy() for key, seeds in found.items()}  # (S, E, heads)
     columns = {key: [matrix[..., head] for head in range(matrix.shape[-1])] for key, matrix in values.items()}

@@ -207,3 +207,10 @@ def test_the_learner_is_left_alone_and_strangers_are_refused():
     looped = LoopedTransformer(TASKS.spec, dim=8, heads=2, loops=3, window=None).double()
     with pytest.raises(ValueError, match="must be called once"):
         attention_maps(looped, episode.support, episode.query.x)
+
+
+def test_a_row_that_nothing_follows_has_no_score_of_following():
+    with pytest.raises(ValueError, match="followed by another one; got none with n_shot = 1 and n_episodes = 4"):
+        attention_scores(build("causal"), TASKS, n_shot=1, n_episodes=4)
+    alone = attention_scores(build("interleaved"), TASKS, n_shot=1, n_episodes=4)  # a target follows every input
+    assert all(one.mean > 0 for layer in alone.following.values() for one in layer)
