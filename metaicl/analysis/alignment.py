@@ -69,7 +69,7 @@ def align(
         von Oswald et al. 2022, arXiv:2212.07677, section 3 and figure 2.
     """
     learners = check_learners(learner, tasks)
-    (other,) = check_learners(other, tasks)
+    check_learners([other], tasks)
     if tasks.spec.kind != "regression":
         raise ValueError("alignment is about regression; compare classifiers by fingerprint(..., references=...)")
     episode = draw_episodes(tasks, n_shot=n_shot, n_query=n_query, start=0, stop=n_episodes, split=split, seed=seed)

@@ -44,8 +44,10 @@ def draw_episodes(
     """Tasks start .. stop - 1 of the stream (seed, split) in one episode, B = stop - start, numbers in float64.
 
     Raises:
+        TypeError: If `n_shot` is no integer.
         ValueError: If a task has fewer rows than another: a prefix of k rows must mean the same for all.
     """
+    n_shot = check_count("n_shot", n_shot)  # a range would draw a number for each chunk
     stop = check_count("stop", stop, minimum=check_count("start", start, minimum=0) + 1)
     stream = EpisodeStream(tasks, seed=seed, split=split, n_shot=n_shot, n_query=n_query)
     episode = collate(list(stream.batches(start, stop, batch_size=stream.chunk_size))).to(dtype=torch.float64)

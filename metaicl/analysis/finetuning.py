@@ -90,7 +90,7 @@ def compare_with_finetuning(
 
     Raises:
         TypeError: If a learner is no `SequenceLearner`.
-        ValueError: If it has no `CausalAttention`, or does not fit the tasks.
+        ValueError: If it has no `CausalAttention`, or does not fit the tasks, or there are no rates.
 
     Reference:
         Dai et al. 2022, arXiv:2212.10559. Differs: one step on all demonstrations instead of one for each;
@@ -99,6 +99,8 @@ def compare_with_finetuning(
     """
     learners = check_learners(learner, tasks)
     steps = [check_positive("rates", rate) for rate in rates]
+    if not steps:
+        raise ValueError("rates must hold at least one step size; got none")
     n_other = max(check_count("n_episodes", n_episodes, minimum=2) // 4, 2)
     options = {"n_shot": n_shot, "n_query": n_query, "split": split, "seed": seed}
     episode = draw_episodes(tasks, start=0, stop=n_episodes, **options)

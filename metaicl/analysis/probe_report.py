@@ -142,7 +142,8 @@ def probe_layers(
     Raises:
         TypeError: If a learner is none.
         ValueError: If a name matches nothing, a shape does not fit, an activation knows the target of its own row or of
-            later ones, a target is the same in all episodes, or there are no targets.
+            later ones, a target is the same in all episodes, there are no targets or no names, or a control has the
+            name of another subject.
 
     Reference:
         Akyürek et al. 2022, arXiv:2211.15661, section 5; Hewitt & Liang 2019, arXiv:1909.03368, for control tasks.
@@ -150,6 +151,12 @@ def probe_layers(
     """
     if not targets:
         raise ValueError("targets must name at least one quantity; see metaicl.analysis.probe_targets")
+    if isinstance(names, str) or not names:
+        raise ValueError(
+            f"names must be a list of modules or patterns, such as ['transformer.blocks.*']; got {names!r}"
+        )
+    if taken := {"trained", "shuffled"} & set(controls):
+        raise ValueError(f"controls must have names of their own: {sorted(taken)} are those of the learner's columns")
     subjects = {"trained": learner, **controls}
     check_learners(list(subjects.values()), tasks)
     episode = draw_episodes(tasks, n_shot=n_shot, n_query=1, start=0, stop=n_episodes, split=split, seed=seed)

@@ -72,6 +72,8 @@ def test_alignment_refuses_what_it_is_not_for() -> None:
     classes = GaussianClasses()
     with pytest.raises(ValueError, match="regression"):
         align(Constant(classes.spec), Constant(classes.spec), classes, n_shot=1)
+    with pytest.raises(TypeError, match="must be a Learner; got list"):
+        align(Averaging(TASKS.spec), [Averaging(TASKS.spec)] * 2, TASKS, n_shot=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="built for"):
         align(Averaging(TASKS.spec), Averaging(LinearRegression(dim=2).spec), TASKS, n_shot=1)
 

@@ -184,3 +184,5 @@ def test_wrong_learners_are_refused():
     memory = SequenceLearner(TASKS.spec, model=partial(LinearMemory, heads=2), dim=8)
     with pytest.raises(ValueError, match="no CausalAttention layers"):
         compare_with_finetuning(memory, TASKS, n_shot=4)
+    with pytest.raises(ValueError, match="rates must hold at least one"):
+        compare_with_finetuning(InterleavedTransformer(TASKS.spec, dim=8), TASKS, n_shot=4, rates=[])

@@ -294,6 +294,8 @@ def test_nonsense_is_refused() -> None:
         look(ridge, at=(9,))
     with pytest.raises(TypeError, match="tasks must be"):
         fingerprint(ridge, "tasks", n_shot=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"n_shot must be an int >= 1; got \(2, 3\)"):
+        look(ridge, n_shot=(2, 3))
     with pytest.raises(ValueError, match="n_episodes"):
         look(ridge, n_episodes=1)
     assert look(ridge, n_query=2, n_shot=2, n_episodes=4, at=(1,)).notes == (

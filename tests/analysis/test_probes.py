@@ -278,6 +278,13 @@ def test_nonsense_is_refused() -> None:
         probe(hidden, values, kind="forest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one quantity"):
         probe_layers(small(), TASKS, names=["head"], targets={}, controls={}, n_shot=2)
+    options: Any = {"targets": {"w": target.true_weights}, "n_shot": 2}
+    for names in ([], "head"):
+        with pytest.raises(ValueError, match="names must be a list"):
+            probe_layers(small(), TASKS, names=names, controls={}, **options)
+    for name in ("trained", "shuffled"):
+        with pytest.raises(ValueError, match=f"names of their own: .*{name}"):
+            probe_layers(small(), TASKS, names=["head"], controls={name: small()}, **options)
     with pytest.raises(ValueError, match="matches none"):
         probe_layers(
             LeastSquares(TASKS.spec), TASKS, names=["x"], targets={"w": target.true_weights}, controls={}, n_shot=2

@@ -191,7 +191,7 @@ class SequenceModel(Mixer[StackState]):
             beyond = (places >= limit) if real is None else (places >= limit) & real
             if bool(beyond.any()):
                 raise ValueError(
-                    f"max_length must be at least the number of tokens, {int(places.max()) + 1}; got {limit}. "
+                    f"max_length must be at least the number of tokens, {int(places[beyond].max()) + 1}; got {limit}. "
                     "Positions are learned one by one: build the model with a larger max_length"
                 )
         return places if real is None else torch.where(real, places, places.clamp(max=limit - 1))

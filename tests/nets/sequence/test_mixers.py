@@ -146,6 +146,9 @@ def test_more_tokens_than_positions_are_refused_and_unreal_ones_take_none(h):
     model = SequenceModel(8, mixer=attention, depth=1, max_length=5).double()
     with pytest.raises(ValueError, match="max_length must be at least the number of tokens, 7; got 5"):
         model(h, model.start(3, h))
+    six = (torch.arange(7) < 6).expand(3, 7)
+    with pytest.raises(ValueError, match="max_length must be at least the number of tokens, 6; got 5"):
+        model(h, model.start(3, h), six)
     _, state = model(h, model.start(3, h), real_rows)  # 7 tokens, but no task has more than 5 real ones
     with pytest.raises(ValueError, match="max_length"):
         model.peek(h, state)
