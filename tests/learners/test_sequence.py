@@ -80,6 +80,29 @@ def test_reading_on_equals_reading_all(learner_of, kind):
     close(found, numbers(learner(rows, episode.query.x), kind))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tasks_with_masked_rows_can_be_mapped_over(learner_of):
+    learner, rows = learner_of("regression"), masked(episode_of("regression").support)
+
+    def one(x, y, real):
+        part = Examples(x[None], y[None], real[None])
+        state = learner.update(learner.adapt(part), part)
+        return numbers(learner.predict(state, part.x), "regression")[0]
+
+    found = torch.func.vmap(one)(rows.x, rows.y, rows.real)
+    close(found, numbers(learner.predict(learner.update(learner.adapt(rows), rows), rows.x), "regression"))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tokens_beyond_the_last_position_are_refused_when_mapped_over():
+    learner = InterleavedTransformer(TASKS["regression"].spec, dim=8, depth=1, heads=2, max_length=4).double()
+    rows = masked(episode_of("regression").support)
+    with pytest.raises(IndexError):
+        torch.func.vmap(lambda x, y, real: learner.adapt(Examples(x[None], y[None], real[None])).count)(
+            rows.x, rows.y, rows.real
+        )
+
+
 def test_it_is_the_order_that_counts(learner_of):
     assert learner_of("regression").traits.order_sensitive
 

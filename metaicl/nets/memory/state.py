@@ -10,7 +10,7 @@ class FastWeights(NamedTuple):
 
     Attributes:
         weights: The memory, one matrix (B, H, out, in) per layer.
-        inverse: R (B, H, K, K) of least squares.
+        inverse: R (B, H, K, K) of least squares, in float64 whatever the others are.
         momentum: Of descent, shaped like the weights.
         base: Of descent in mini-batches: the weights at which the gradients of this mini-batch are taken.
         count: Likewise: tokens of the mini-batch so far, long (B, 1).

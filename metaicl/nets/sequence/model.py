@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from metaicl.checks import check_count
 from metaicl.nets.sequence.linear import Linear
 from metaicl.nets.sequence.mixer import AnyMixer, Mixer
+from metaicl.transforms import in_vmap
 
 
 class Block(Mixer[Any]):
@@ -186,8 +187,8 @@ class SequenceModel(Mixer[StackState]):
         limit = self.positions.num_embeddings
         if highest is not None and highest < limit:
             return places
-        # Inside a graph values cannot be looked at; the look-up itself refuses there.
-        if not torch.compiler.is_compiling():
+        # Inside a graph and under vmap values cannot be looked at; the look-up itself refuses there.
+        if not torch.compiler.is_compiling() and not in_vmap():
             beyond = (places >= limit) if real is None else (places >= limit) & real
             if bool(beyond.any()):
                 raise ValueError(
