@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaicl.checks import check_count
+from metaicl.native.transformer import causal_attention
 from metaicl.nets.sequence.linear import Linear
 from metaicl.nets.sequence.mixer import Mixer
 
@@ -57,10 +58,13 @@ class CausalAttention(Mixer[KeysValues]):
 
     def forward(self, h: Tensor, state: KeysValues, real: Tensor | None = None) -> tuple[Tensor, KeysValues]:
         """See `Mixer.forward`; the state grows by T."""
-        query, keys, values = self._split(h)
+        tokens = self.to_query_key_value(h)
+        query, keys, values = self._parts(tokens)
         if state.keys.shape[2] == 0 and real is None:  # needs no mask, which is faster
-            mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-            return self._join(mixed), KeysValues(keys, values, torch.ones_like(h[..., 0], dtype=torch.bool))
+            mixed = causal_attention(tokens, self.heads)
+            if mixed is None:
+                mixed = _joined(F.scaled_dot_product_attention(query, keys, values, is_causal=True))
+            return self.project(mixed), KeysValues(keys, values, torch.ones_like(h[..., 0], dtype=torch.bool))
         after = _append(state, keys, values, _all_real(h) if real is None else real)
         n_new, n_all = h.shape[1], after.keys.shape[2]
         place = torch.arange(n_all, device=h.device)
@@ -92,12 +96,20 @@ class CausalAttention(Mixer[KeysValues]):
         return self._join(F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None]))
 
     def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = self.to_query_key_value(h).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
+        return self._parts(self.to_query_key_value(h))
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = tokens.unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
         query, keys, values = parts.transpose(1, 3).unbind(2)
         return query, keys, values
 
     def _join(self, mixed: Tensor) -> Tensor:
-        return self.project(mixed.transpose(1, 2).flatten(2))
+        return self.project(_joined(mixed))
+
+
+def _joined(mixed: Tensor) -> Tensor:
+    """Heads side by side: (B, heads, T, D / heads) -> (B, T, D)."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _append(state: KeysValues, keys: Tensor, values: Tensor, real: Tensor) -> KeysValues:

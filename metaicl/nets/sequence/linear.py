@@ -13,7 +13,7 @@ _MIN_MULTIPLICATIONS = 2**22  # below, the call itself costs more than it saves
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with its three matrix products (output, gradients of input and weight) in oneDNN where that pays.
+    """`nn.Linear` with the matrix products of its output and of the gradient of its input in oneDNN where that pays.
 
     On AMD processors with AVX-512 the BLAS of torch (MKL) takes its AVX2 path, oneDNN does not; the precision is the
     same. Everything else goes to `F.linear`: other devices and dtypes, small products, autocast, `torch.func`
@@ -86,6 +86,7 @@ class _OneDNN(torch.autograd.Function):
         of_bias = slopes_of_rows.sum(0) if wants_bias else None
         if torch.is_grad_enabled():  # a graph of this backward pass is wanted: use operators that have derivatives
             of_x = slope @ weight if wants_x else None
-            return of_x, slopes_of_rows.mT @ rows if wants_weight else None, of_bias
-        of_x = _product(slope, weight.mT) if wants_x else None
-        return of_x, _product(rows.mT, slopes_of_rows.mT).mT if wants_weight else None, of_bias
+        else:
+            of_x = _product(slope, weight.mT) if wants_x else None
+        # oneDNN's operator would copy both sides of this product, which takes longer than it gains.
+        return of_x, slopes_of_rows.mT @ rows if wants_weight else None, of_bias

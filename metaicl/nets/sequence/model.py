@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.checks import check_count
+from metaicl.nets.gelu import TanhGELU
 from metaicl.nets.sequence.linear import Linear
 from metaicl.nets.sequence.mixer import AnyMixer, Mixer
 from metaicl.transforms import in_vmap
@@ -33,7 +34,7 @@ class Block(Mixer[Any]):
         if expansion is not None:
             width = check_count("expansion", expansion) * dim
             self.mlp_norm = nn.LayerNorm(dim)
-            self.mlp = nn.Sequential(Linear(dim, width), nn.GELU(approximate="tanh"), Linear(width, dim))
+            self.mlp = nn.Sequential(Linear(dim, width), TanhGELU(), Linear(width, dim))
 
     def start(self, n_tasks: int, like: Tensor) -> Any:
         """The mixer's state; nothing without one."""
