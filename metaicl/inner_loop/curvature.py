@@ -1,5 +1,6 @@
 """Learned linear maps of gradients, made of small matrices: meta-curvature and Kronecker factors."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaicl.inner_loop.parameters import dotless
+from metaicl.inner_loop.rates import not_bound
 
 
 class GradientMap(nn.Module, ABC):
@@ -32,13 +34,20 @@ class GradientMap(nn.Module, ABC):
 
     def bind(self, params: Mapping[str, Tensor]) -> Self:
         """A copy with identities for tensors of these shapes."""
-        bound = type(self)()
+        bound = copy.deepcopy(self)
         starts = {dotless(name): self.start(value.detach()) for name, value in params.items()}
         bound.factors = nn.ModuleDict({name: nn.ParameterList(factors) for name, factors in starts.items()})
         return bound
 
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Transformed gradients, shapes as they came."""
+        """Transformed gradients, shapes as they came.
+
+        Raises:
+            RuntimeError: If `bind` was not called, or for tensors of other names.
+        """
+        for name in gradients:
+            if dotless(name) not in self.factors:
+                raise not_bound("matrices", name, [key[1:].replace("/", ".") for key in self.factors])
         factors = {name: list(self.factors[dotless(name)]) for name in gradients}  # type: ignore[arg-type]  # a ParameterList
         return {name: self.transform(gradient, factors[name]) for name, gradient in gradients.items()}
 

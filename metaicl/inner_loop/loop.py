@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metaicl.checks import check_count, check_positive
 from metaicl.inner_loop.factored import (
@@ -47,9 +47,15 @@ class Loop:
             stop: First step not to make.
             tensors: Weights, state of the optimizer, shared tensors, hyper-parameters.
             data: What the loss needs at every step, and what it needs at one, with a leading axis of steps.
+
+        Raises:
+            ValueError: If the latter ends before the steps do.
         """
         fast, state, shared, hyper = tensors
         always, step_data = data
+        held = [len(value) for value in tree_leaves(tuple(step_data)) if isinstance(value, Tensor)]
+        if held and min(held) < stop:
+            raise ValueError(f"step_data must have an entry for each of {self.steps} steps; got {min(held)}")
         path = []
         for step in range(first, stop):
             now = tree_map(lambda value, step=step: value[step], tuple(step_data))

@@ -1,7 +1,7 @@
 """Hyper-parameters of an inner loop: fixed, or meta-learned for all tensors, each tensor or each element, per step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +73,21 @@ def check_positive_rate(name: str, rate: Rate | float) -> Rate:
     return rate if isinstance(rate, Rate) else Rate(rate)
 
 
+def not_bound(what: str, name: str, known: Collection[str]) -> RuntimeError:
+    """The error for a tensor that an optimizer was not made for.
+
+    Args:
+        what: That it learns of each tensor.
+        name: Of the tensor.
+        known: Names that `bind` was given; none before it.
+    """
+    found = f"are bound to {list(known)[:5]}, not to {name!r}" if known else "are not bound to any tensor yet"
+    return RuntimeError(
+        f"learned {what} {found}; call bind(params, steps) of the optimizer with the params of this inner loop, under "
+        "the same names, and use its result"
+    )
+
+
 class LearnedRate(nn.Module):
     """The learned values of one `Rate`, parameters of whatever module holds it.
 
@@ -114,7 +129,13 @@ class LearnedRate(nn.Module):
             self.value = filled((len(params),) if rate.learn == "tensor" else (), next(iter(params.values())))
 
     def forward(self, name: str, step: int) -> Tensor:
-        """The rate of the tensor `name` in step `step`: a scalar, or one number per element."""
+        """The rate of the tensor `name` in step `step`: a scalar, or one number per element.
+
+        Raises:
+            RuntimeError: If each tensor has its own and `name` was not among those of `bind`.
+        """
+        if self.learn != "all" and name not in self.places:
+            raise not_bound("rates", name, self.places)
         raw = self.values[dotless(name)] if self.learn == "element" else self.value
         if self.per_step:
             raw = raw[min(step, self.steps - 1)]

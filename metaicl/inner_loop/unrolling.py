@@ -50,13 +50,15 @@ def unroll(
 
     Raises:
         TypeError: If a count is no int.
-        ValueError: If both or none of `lr` and `optimizer` are given, or a count is out of range.
+        ValueError: If both or none of `lr` and `optimizer` are given, a count is out of range, or `step_data` ends
+            before the steps do.
 
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400, Algorithm 1; first order as in section 5.2.
     """
     loop = make_loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers={}, stepwise=())
-    path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), (data, step_data))
+    with twice_differentiable():  # kernels such as that of weight normalization are wrong without vmap, too
+        path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), (data, step_data))
     return path[-1] if path else dict(params)
 
 
@@ -99,7 +101,7 @@ def unroll_tasks(
 
     Raises:
         TypeError, ValueError: As in `unroll`; also if `checkpoint` would lose the gradient of a tensor that the loss
-            did not get by `params` or `shared`.
+            did not get by `params` or `shared`, or nothing says how many tasks there are.
     """
     path = unroll_path(
         loss, params, data, steps=steps, lr=lr, optimizer=optimizer, shared=shared, step_data=step_data,
@@ -161,7 +163,7 @@ def unroll_path(
     }
     shared = {**(shared or {}), **{name: params[name] for name in loop.layers}}
     if steps == 0:  # nothing depends on the task but what starts elsewhere
-        n_tasks = len(next(leaf for leaf in tree_leaves(tuple(data)) if leaf is not None))
+        n_tasks = _count_tasks(tuple(data), tuple(step_data), dict(own or {}))
         return [{**tree_map(lambda value: value.expand(n_tasks, *value.shape), start), **(own or {})}]
     length = steps if checkpoint is False else 1 if checkpoint is True else check_count("checkpoint", checkpoint)
     fast, state, path = {**start, **(own or {})}, {}, []
@@ -172,6 +174,14 @@ def unroll_path(
         found, state = segment(*arguments) if checkpoint is False else recompute(segment, *arguments)
         fast, path = found[-1], [*path, *found] if whole else found
     return path
+
+
+def _count_tasks(*parts: Any) -> int:
+    """The leading axis B of whatever tensor comes first."""
+    tensors = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError("nothing says for how many tasks; give data, step_data or own with a leading axis B")
+    return len(tensors[0])
 
 
 def _segment(loop: Loop, steps: range, data: Sequence[Any], common: Collection[str], whole: bool) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from metaicl.inner_loop.adaptive import Adam, AdamW, RMSprop
-from metaicl.inner_loop.curvature import Curvature, Kronecker
+from metaicl.inner_loop.curvature import Curvature, GradientMap, Kronecker
 from metaicl.inner_loop.optimizers import SGD
 from metaicl.inner_loop.parameters import dotless
 from metaicl.inner_loop.rates import Rate
@@ -54,6 +54,7 @@ def start():
 
 
 SCALE = torch.tensor(0.7, dtype=torch.float64)
+OTHER = {"c": torch.zeros(2)}
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
@@ -189,6 +190,27 @@ def test_a_function_preconditions():
     assert max(float((fast[name] - twice[name]).detach().abs().max()) for name in fast) < 1e-15
 
 
+class Scaling(GradientMap):
+    """A gradient map with a setting."""
+
+    def __init__(self, times=1.0):
+        super().__init__()
+        self.times = times
+
+    def start(self, value):
+        return [torch.ones_like(value)]
+
+    def transform(self, gradient, factors):
+        return self.times * factors[0] * gradient
+
+
+def test_a_gradient_map_of_ones_own_keeps_its_settings():
+    optimizer = SGD(0.1, precondition=Scaling(times=3.0)).bind(start(), 1)
+    fast = unroll(bowl, start(), (SCALE,), steps=1, optimizer=optimizer)
+    expected = unroll(bowl, start(), (SCALE,), steps=1, lr=0.3)
+    assert max(float((fast[name] - expected[name]).detach().abs().max()) for name in fast) < 1e-14
+
+
 def test_curvature_transforms_every_axis():
     kernel = draw(4, 3, 2, 2)
     module = Curvature().bind({"conv.weight": kernel}).double()
@@ -224,6 +246,28 @@ def test_curvature_transforms_every_axis():
             lambda: unroll(bowl, start(), (SCALE,), steps=1, optimizer=SGD(Rate(0.1, "all"))),
             RuntimeError,
             r"SGD\.lr is learned; call bind",
+        ),
+        (
+            lambda: unroll(bowl, start(), (SCALE,), steps=1, optimizer=SGD(Rate(0.1, "tensor")).bind(OTHER, 1)),
+            RuntimeError,
+            r"learned rates are bound to \['c'\], not to 'a'",
+        ),
+        (
+            lambda: unroll(bowl, start(), (SCALE,), steps=1, optimizer=SGD(Rate(0.1, "element")).bind(OTHER, 1)),
+            RuntimeError,
+            r"learned rates are bound to \['c'\], not to 'a'",
+        ),
+        (
+            lambda: unroll(bowl, start(), (SCALE,), steps=1, optimizer=SGD(0.1, precondition=Curvature())),
+            RuntimeError,
+            r"learned matrices are not bound to any tensor yet; call bind",
+        ),
+        (
+            lambda: unroll(
+                bowl, start(), (SCALE,), steps=1, optimizer=SGD(0.1, precondition=Kronecker()).bind(OTHER, 1)
+            ),
+            RuntimeError,
+            r"learned matrices are bound to \['c'\], not to 'a'",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from metaicl.inner_loop import (
     call_tasks,
@@ -79,6 +80,67 @@ def test_tasks_together_equal_tasks_alone(steps, first_order):
     probe = torch.arange(10.0, dtype=torch.float64).view(5, 2)
     found, expected = (torch.autograd.grad((fast * probe).sum(), params["w"])[0] for fast in (together, alone))
     assert float((found - expected).abs().max()) < 1e-13
+
+
+class Attends(nn.Module):
+    """A row of three numbers as three tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 1, 8, dropout=0.0, batch_first=True)
+        self.first, self.last = nn.Linear(1, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x[..., None])).mean(1))
+
+
+def weight_normed():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 6))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 1))
+
+
+@pytest.mark.parametrize("make", [weight_normed, Attends])
+def test_one_task_alone_has_the_slope_of_its_query_loss(make):
+    """The kernels of both have no second derivative, or a wrong one, without vmap too."""
+    torch.manual_seed(0)
+    net = make().double()
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 1, dtype=torch.float64)
+
+    def loss(params, x, y):
+        return (functional_call(net, params, (x,)) - y).square().mean()
+
+    def query_loss(params):
+        return loss(unroll(loss, params, (x[:4], y[:4]), steps=2, lr=0.1), x[4:], y[4:])
+
+    params = {name: value.detach().requires_grad_() for name, value in net.named_parameters()}
+    slope = {name: torch.randn_like(value) for name, value in params.items()}
+    found = torch.autograd.grad(query_loss(params), list(params.values()))
+    above, below = (
+        query_loss({name: (value + step * slope[name]).detach() for name, value in params.items()})
+        for step in (1e-5, -1e-5)
+    )
+    expected = float(above - below) / 2e-5
+    assert float(sum((a * b).sum() for a, b in zip(found, slope.values(), strict=True))) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_no_steps_with_data_of_steps_or_starts_of_tasks_alone():
+    own = {"v": torch.zeros(3, 2, dtype=torch.float64)}
+    fast = unroll_tasks(quadratic, start(), (), own=own, lr=0.1, steps=0)
+    assert torch.equal(fast["w"], start()["w"].expand(3, 2))
+    fast = unroll_tasks(quadratic, start(), (), step_data=(CENTER.expand(3, 0, 2),), lr=0.1, steps=0)
+    assert fast["w"].shape == (3, 2)
+    with pytest.raises(ValueError, match="nothing says for how many tasks"):
+        unroll_tasks(quadratic, start(), (), lr=0.1, steps=0)
+
+
+def test_data_of_steps_that_ends_early_is_named():
+    message = "step_data must have an entry for each of 3 steps; got 2"
+    with pytest.raises(ValueError, match=message):
+        unroll(quadratic, start(), (), step_data=(CENTER.expand(2, 2),), lr=0.1, steps=3)
+    with pytest.raises(ValueError, match=message):
+        unroll_tasks(quadratic, start(), (), step_data=(CENTER.expand(4, 2, 2),), lr=0.1, steps=3, checkpoint=True)
 
 
 def test_none_among_the_data_is_passed_on():
