@@ -44,6 +44,23 @@ def test_hold_out_keeps_the_distribution() -> None:
         assert abs(moved.std().item() - 1) < 0.01
 
 
+@pytest.mark.parametrize("largest", [200.0, 1_000.0, 10_000.0])
+def test_hold_out_never_crosses_a_border(largest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = largest * (0.9 + 0.1 * torch.rand(20_000, generator=generator))
+    for i, split in enumerate(("train", "validation", "test")):
+        if largest > 200:
+            with pytest.raises(ValueError, match=r"cell must be at least 0\.[0-9]+ for float32 values up to"):
+                hold_out(values, split, generator, cell=2.0**-8)
+        moved = hold_out(values, split, generator, cell=2.0**-8 * largest / 200)
+        assert bool((owner(moved, cell=2.0**-8 * largest / 200) == i).all())
+        exact = hold_out(values.double(), split, generator, cell=2.0**-8)
+        assert bool((owner(exact, cell=2.0**-8) == i).all())
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="cell must be a finite number > 0"):
+            hold_out(values, "test", generator, cell=wrong)
+
+
 def test_sinusoid_rows_lie_on_their_wave() -> None:
     episode = draw(Sinusoid())
     a, p = episode.latents["amplitude"][:, None], episode.latents["phase"][:, None]
