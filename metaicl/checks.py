@@ -165,11 +165,13 @@ def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
         _check_finite(f"episode.{name}.y", part.y, part)
         return
     if part.y.dtype != torch.long or part.y.ndim != 2:
-        hint = "; one-hot rows become indices by .argmax(-1)" if part.y.ndim == 3 else ""
-        raise TypeError(
-            f"episode.{name}.y must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}"
-        )
+        raise _no_indices(f"episode.{name}.y", part)
     check_labels(f"episode.{name}.y", part, spec.n_way or 0)
+
+
+def _no_indices(name: str, part: Examples) -> TypeError:
+    hint = "; one-hot rows become indices by .argmax(-1)" if part.y.ndim == 3 else ""
+    return TypeError(f"{name} must be long class indices (B, N); got {part.y.dtype} {tuple(part.y.shape)}{hint}")
 
 
 def check_labels(name: str, part: Examples, n_way: int | None) -> None:
@@ -181,10 +183,13 @@ def check_labels(name: str, part: Examples, n_way: int | None) -> None:
         n_way: Labels are below it; None for a stream, where classes may come.
 
     Raises:
+        TypeError: If they are no integers (B, N).
         ValueError: If one is negative or too large.
     """
     if torch.compiler.is_compiling():
         return
+    if part.y.ndim != 2 or part.y.is_floating_point():
+        raise _no_indices(name, part)
     wrong = part.y < 0 if n_way is None else (part.y < 0) | (part.y >= n_way)
     if not bool(wrong.any()):
         return

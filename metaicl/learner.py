@@ -125,7 +125,8 @@ class Learner(nn.Module, ABC, Generic[State]):
         """Adapt and predict in one call.
 
         Raises:
-            ValueError: If a label of the support is none of the spec's classes.
+            TypeError: If labels of the support are no integers (B, N).
+            ValueError: If one is none of the spec's classes.
         """
         if not check_support_labels(self.spec, support):
             return self.predict(self.adapt(support), x)
@@ -153,6 +154,7 @@ def check_support_labels(spec: TaskSpec, support: Examples) -> bool:
         Whether the labels are known to be classes.
 
     Raises:
+        TypeError: If labels are no integers (B, N).
         ValueError: If a label is none of the spec's classes.
     """
     if spec.kind != "classification" or torch.compiler.is_compiling() or in_a_transform():

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, masked_mean, prototypes, unit_rows
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.pretraining import PretrainedLearner
 from metaicl.spec import TaskSpec
 
@@ -44,6 +45,7 @@ class Baseline(PretrainedLearner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Weights (B, D + 1, C), the bias last."""
+        check_support_labels(self.spec, support)
         features = _with_bias(self.embed(support.x)) * support.real[..., None]
         targets = class_weights(support.y, self.spec.output_size, support.mask, features.dtype)
         count = support.real.sum(1).clamp(min=1)[:, None, None]
@@ -96,6 +98,7 @@ class BaselinePlusPlus(PretrainedLearner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Directions (B, C, D)."""
+        check_support_labels(self.spec, support)
         features = unit_rows(self.embed(support.x))
         targets = class_weights(support.y, self.spec.output_size, support.mask, features.dtype)
         count = support.real.sum(1).clamp(min=1)[:, None, None]

@@ -18,6 +18,7 @@ from metaicl.functional import (
     squared_distances,
     unit_rows,
 )
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import EmbeddingLearner
 from metaicl.objectives import stream_of
 from metaicl.spec import TaskSpec
@@ -93,6 +94,7 @@ class DeepKernel(EmbeddingLearner[ProcessState]):
 
     def adapt(self, support: Examples) -> ProcessState:
         """Factorize the covariance of the support."""
+        check_support_labels(self.spec, support)
         features = self._features(support.x)
         targets = self._targets(support, features.dtype)
         both = support.real[..., :, None] & support.real[..., None, :]

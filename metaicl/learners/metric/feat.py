@@ -8,7 +8,7 @@ from metaicl.checks import check_positive
 from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, masked_mean, present_classes, prototypes, without_absent
-from metaicl.learner import Learner
+from metaicl.learner import Learner, check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.nets.similarity import Distance, Similarity
 from metaicl.objectives import query_loss
@@ -84,6 +84,7 @@ class FEAT(EmbeddingLearner[ClassFeatures]):
 
     def adapt(self, support: Examples) -> ClassFeatures:
         """Adapted prototypes (B, C, D). Classes without a real row are seen by none."""
+        check_support_labels(self.spec, support)
         n_way = self.spec.output_size
         rows = self.embed(support.x)
         present = present_classes(support.y, n_way, support.mask)

@@ -7,6 +7,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, present_classes, without_absent
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.nets.pairs import SLOW, NeuralTensor
 from metaicl.spec import TaskSpec
@@ -50,6 +51,7 @@ class InductionNet(EmbeddingLearner[ClassFeatures]):
 
     def adapt(self, support: Examples) -> ClassFeatures:
         """Class vectors (B, C, D), of length below one."""
+        check_support_labels(self.spec, support)
         rows = self.embed(support.x)
         rows = squash(rows + SLOW * self.transform(rows))
         n_way = self.spec.output_size

@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count, check_positive
 from metaicl.episode import Examples
 from metaicl.functional import categorical, present_classes, prototypes, squared_distances, without_absent
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures, EmbeddingLearner
 from metaicl.learners.metric.soft_kmeans import filled_rows
 from metaicl.nets.similarity import Similarity
@@ -68,6 +69,7 @@ class LaplacianShot(EmbeddingLearner[ClassFeatures]):
 
     def adapt(self, support: Examples) -> ClassFeatures:
         """Prototypes (B, C, D)."""
+        check_support_labels(self.spec, support)
         about = support.y, self.spec.output_size, support.mask
         return ClassFeatures(prototypes(self.embed(support.x), *about), present_classes(*about))
 

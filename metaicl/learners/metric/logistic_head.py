@@ -9,6 +9,7 @@ from metaicl.checks import check_positive
 from metaicl.convex.logistic import logistic_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.spec import TaskSpec
 
@@ -50,6 +51,7 @@ class LogisticHead(EmbeddingLearner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Weights (B, D + 1, C), the bias last."""
+        check_support_labels(self.spec, support)
         features, n_way, penalty = self._features(support.x), self.spec.output_size, self._positive(self.raw_penalty)
         return logistic_weights(features, support.y, n_way, penalty=penalty, mask=support.mask)
 

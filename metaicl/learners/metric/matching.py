@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, without_absent
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.full_context import AttentionalLSTM, SupportLSTM
 from metaicl.nets.similarity import Distance, Similarity
@@ -86,6 +87,7 @@ class MatchingNet(EmbeddingLearner[MatchingState]):
 
     def adapt(self, support: Examples) -> MatchingState:
         """Embed the support."""
+        check_support_labels(self.spec, support)
         rows = self.embed(support.x)
         if self.read_support is not None:
             rows = self.read_support(rows, support.real)

@@ -15,7 +15,7 @@ from metaicl.functional import (
     prototypes,
     without_absent,
 )
-from metaicl.learner import Learner
+from metaicl.learner import Learner, check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, ClassFeatures
 from metaicl.nets.backbones import build_encoder, encode, encoder_shape
 from metaicl.nets.pairs import PairConv, PairMLP
@@ -87,6 +87,7 @@ class RelationNet(Learner[ClassFeatures]):
 
     def adapt(self, support: Examples) -> ClassFeatures:
         """Class features (B, C, D), or maps (B, C, channels, h, w)."""
+        check_support_labels(self.spec, support)
         rows = encode(self.encoder, support.x)
         about = support.y, self.spec.output_size, support.mask
         means = prototypes(rows.flatten(2), *about).unflatten(2, rows.shape[2:])

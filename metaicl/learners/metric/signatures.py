@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, ridge_solve
-from metaicl.learner import Learner
+from metaicl.learner import Learner, check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER
 from metaicl.nets.lstm import BidirectionalLSTM
 from metaicl.nets.text import masked_softmax
@@ -131,6 +131,7 @@ class DistributionalSignatures(Learner[SignatureState]):
 
     def adapt(self, support: Examples) -> SignatureState:
         """Two ridge regressions: on mean word vectors for the attention, and on what it attends to."""
+        check_support_labels(self.spec, support)
         targets = class_weights(support.y, self.spec.output_size, support.mask, self.vectors.dtype)
         embedded = self.vectors[support.x]  # (B, N, T, D)
         real = (support.x != 0).to(embedded.dtype)

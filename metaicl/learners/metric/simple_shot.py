@@ -17,6 +17,7 @@ from metaicl.functional import (
     unit_rows,
     without_absent,
 )
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.pretraining import PretrainedLearner
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution, derive_generator
@@ -95,6 +96,7 @@ class SimpleShot(PretrainedLearner[Centroids]):
 
     def adapt(self, support: Examples) -> Centroids:
         """Class means of transformed features."""
+        check_support_labels(self.spec, support)
         return self._centroids(self.embed(support.x), support)
 
     def predict(self, state: Centroids, x: Tensor) -> Distribution:

@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, without_absent
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.nets.similarity import Similarity
 from metaicl.spec import TaskSpec
@@ -67,6 +68,7 @@ class SoftKMeansProtoNet(EmbeddingLearner[LabeledSums]):
 
     def adapt(self, support: Examples) -> LabeledSums:
         """Sums and counts of each class."""
+        check_support_labels(self.spec, support)
         rows = self.embed(support.x)
         members = class_weights(support.y, self.spec.output_size, support.mask, rows.dtype).mT  # (B, C, N)
         return LabeledSums(members @ rows, members.sum(-1, keepdim=True))

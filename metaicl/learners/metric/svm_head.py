@@ -8,6 +8,7 @@ from metaicl.checks import check_positive
 from metaicl.convex.support_vectors import support_vector_weights
 from metaicl.episode import Examples
 from metaicl.functional import categorical
+from metaicl.learner import check_support_labels
 from metaicl.learners.metric.embedding import CLASSIFIER, EmbeddingLearner
 from metaicl.spec import TaskSpec
 
@@ -49,6 +50,7 @@ class SVMHead(EmbeddingLearner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """Weights (B, D, C)."""
+        check_support_labels(self.spec, support)
         features, n_way = self._features(support.x), self.spec.output_size
         return support_vector_weights(features, support.y, n_way, slack_penalty=self.slack_penalty, mask=support.mask)
 

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_choice, check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, masked_mean, prototypes, squared_distances
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.learners.retrieval.bank import BACKENDS
 from metaicl.learners.retrieval.retriever import RETRIEVERS, Retriever
 from metaicl.learners.retrieval.sources import SourceClasses, draw_items
@@ -136,6 +136,7 @@ class RAML(Learner[RAMLState]):
 
     def adapt(self, support: Examples) -> RAMLState:
         """Prototypes of the support, and the classes it may not retrieve."""
+        check_support_labels(self.spec, support)
         classes = self.sources.of(support)
         embeddings = encode(self.encoder, support.x)
         if self.support_share is not None:
