@@ -75,8 +75,12 @@ def add_class_sums(parts: Sequence[ClassSums]) -> ClassSums:
     """The sums over all parts, with as many classes as the largest has; the order of the parts changes no bit.
 
     Raises:
+        TypeError: If they are no class sums, such as the fields of a single one.
         ValueError: If there is no part, or the parts differ in the number of tasks or features.
     """
+    if isinstance(parts, ClassSums) or not all(isinstance(part, ClassSums) for part in parts):
+        got = "one state" if isinstance(parts, ClassSums) else [type(part).__name__ for part in parts]
+        raise TypeError(f"states to merge must be a list of what adapt and update return; got {got}")
     if not parts:
         raise ValueError("there must be at least one state to merge; got none")
     sizes = {(part.high.shape[0], part.high.shape[2]) for part in parts}

@@ -209,6 +209,10 @@ def test_merge_refuses_what_cannot_be_joined():
     with pytest.raises(ValueError, match="at least one state to merge; got none"):
         learner.merge([])
     state = learner.adapt(rows_of(4))
+    with pytest.raises(TypeError, match="a list of what adapt and update return; got one state"):
+        learner.merge(state)
+    with pytest.raises(TypeError, match=r"a list of what adapt and update return; got \['ClassSums', 'Tensor'\]"):
+        learner.merge([state, torch.zeros(1, 3)])
     with pytest.raises(ValueError, match=r"agree in their tasks and features \(B, D\); got \[\(1, 3\), \(2, 3\)\]"):
         add_class_sums([state, ClassSums(*(part[:1] for part in state))])
 
