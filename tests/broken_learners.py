@@ -387,6 +387,20 @@ class FixedSizes(Honest):
         return super().predict(state, x)
 
 
+class DividesByOneLess(Honest):
+    """The scale of the answers is the unbiased spread of the targets, which a single row does not have."""
+
+    def adapt(self, support: Examples) -> Any:
+        real = support.real[..., None].to(support.y.dtype)
+        mean = masked_mean(support.y, support.mask, 1)
+        spread = ((support.y - mean[:, None]).square() * real).sum(1) / (real.sum(1) - 1)
+        return super().adapt(support), spread
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        codes, spread = state
+        return gaussian(self.mean(codes, x), positive(self.raw_scale + spread[:, None]))
+
+
 class ForgetsInUpdate(HonestStream):
     def update(self, state: Any, examples: Examples) -> Any:
         return self.adapt(examples)
@@ -442,3 +456,11 @@ class ReadsTestTasks(Honest):
     def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
         source = torch.Generator().manual_seed(seed)
         tasks.sample(4, split="test", n_shot=2, n_query=2, generator=source)
+
+
+class StudiesItsTasks(Honest):
+    """It keeps the contract: what tasks say of themselves may be read while it is prepared."""
+
+    def prepare(self, tasks: TaskDistribution, *, seed: int) -> None:
+        assert tasks.identity == ("weights",)
+        assert list(tasks.references()) == ["Bayes"]

@@ -47,6 +47,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.FlipsMode, "train_mode", set()),
     (broken.HiddenTensor, "state_dict", set()),
     (broken.FixedSizes, "sizes", {"query_independence"}),
+    (broken.DividesByOneLess, "sizes", set()),
     (broken.ForgetsInUpdate, "update", set()),
     (broken.MergesWithoutWeights, "merge", set()),
     (broken.PrefixesSeeTheAnswer, "predict_prefixes", set()),
@@ -107,3 +108,7 @@ def test_every_check_has_a_fault_that_it_catches() -> None:
 )
 def test_honest_learners_pass(learner: type[Learner]) -> None:
     assert check_learner(learner, TASKS) is None
+
+
+def test_prepare_may_read_what_tasks_say_of_themselves() -> None:
+    assert check_learner(broken.StudiesItsTasks, TASKS, checks=["prepare_split"]) is None

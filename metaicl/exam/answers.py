@@ -6,6 +6,7 @@ from torch import Tensor
 from metaicl.collation import collate
 from metaicl.episode import Examples
 from metaicl.exam.case import Case, answer, difference, fixed_generator, numbers, require_answer, require_same
+from metaicl.prefixes import first_shots
 
 _GARBAGE = 1e6
 
@@ -43,6 +44,7 @@ def check_sizes(case: Case) -> None:
     learner, x = case.learner, case.short.query.x
     wide = torch.cat([x, case.episode.query.x, case.extra.x], 1)
     for what, support, inputs in (
+        ("1 shot", first_shots(case.short.support, 1, learner.spec), x),  # in regression it has two
         ("1 query", case.short.support, x[:, :1]),
         ("few shots and many queries", case.short.support, wide),
         ("B = 1", case.short.support[0], x[:1]),

@@ -1,7 +1,7 @@
 """Checks of what a learner leaves alone, and of what it can live with: modes, precision, checkpoints."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -161,11 +161,16 @@ class _SplitSpy(TaskDistribution):
 
     def __init__(self, tasks: TaskDistribution) -> None:
         self._tasks, self.splits = tasks, set[str]()
-        self.spec, self.source_classes = tasks.spec, tasks.source_classes
+        # What the base class has too would not be looked for in the tasks.
+        self.spec, self.source_classes, self.discrete = tasks.spec, tasks.source_classes, tasks.discrete
+        self.identity = tasks.identity  # type: ignore[misc]  # of these tasks
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         self.splits.add(split)
         return self._tasks.sample(n_tasks, split=split, n_shot=n_shot, n_query=n_query, generator=generator)
+
+    def references(self) -> Mapping[str, Learner]:
+        return self._tasks.references()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_tasks"], name)
