@@ -46,6 +46,8 @@ class TasksetDistribution(TaskDistribution):
         if len({id(taskset) for taskset in self.tasksets.values()}) < len(self.tasksets):
             raise ValueError("two splits share one task set, so their tasks would not be disjoint; give each its own")
         self._row_numbers, self.source_classes, self.class_splits = _number_rows(self.tasksets)
+        if spec.kind == "regression" or not all(map(_is_taskset, self.tasksets.values())):
+            self.identity = ()  # type: ignore[misc]  # no latent names what such tasks are made of
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw tasks one after the other; see `TaskDistribution.sample`.

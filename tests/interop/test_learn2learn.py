@@ -24,9 +24,10 @@ from metaicl.leakage import audit_leakage
 from metaicl.learners.gradient.maml import MAML
 from metaicl.objectives import query_loss, squared_error
 from metaicl.spec import TaskSpec
-from metaicl.task import EpisodeStream, derive_generator, episodes
+from metaicl.task import SPLITS, EpisodeStream, derive_generator, episodes
 from metaicl.tasks.functions import Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.testing import check_tasks
 
 SINUSOID = Sinusoid()
 VECTORS = TaskSpec("classification", (3,), n_way=2)
@@ -265,6 +266,25 @@ def test_a_duck_with_sample_will_do_and_so_does_regression():
     again = tasks.sample(3, split="test", n_shot=2, n_query=4, generator=derive_generator("duck"))
     assert again.fingerprint() == episode.fingerprint()
     assert len(set(episode.query.x.flatten().tolist())) == 12
+
+
+def test_tasks_without_named_classes_sit_the_exam_too():
+    """Regression, and objects that only have `sample`: there is no identity of theirs to look for in two splits."""
+
+    class Lines:
+        def sample(self):
+            x = torch.rand(8, 1)
+            return x, torch.randn(()) * x
+
+    class Labels:
+        def sample(self):
+            y = torch.arange(2).repeat(5)
+            return torch.rand(10, 3) + y[:, None], y
+
+    for duck, spec in ((Lines, TaskSpec("regression", (1,), y_dim=1)), (Labels, VECTORS)):
+        tasks = TasksetDistribution({split: duck() for split in SPLITS}, spec)
+        check_tasks(tasks, checks=["spec", "rows_disjoint", "splits_disjoint"])
+        assert not audit_leakage(tasks, n_episodes=5).leaky
 
 
 def test_splits_of_one_data_set_share_rows_and_no_classes():
