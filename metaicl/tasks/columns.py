@@ -258,7 +258,9 @@ def _frame_column(name: str, column: Any) -> Column:
     missing = missing | np.ma.getmaskarray(column) if isinstance(column, np.ma.MaskedArray) else missing
     values = [None if gone else value for value, gone in zip(column, missing, strict=True)]
     present = [value for value in values if value is not None]
-    if kind in "biuf" or (present and all(isinstance(value, (bool, int, float, np.number)) for value in present)):
+    if kind in "biuf" or (
+        present and all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in present)
+    ):
         return _numbers(values)
     if not all(isinstance(value, str) for value in present):
         found = sorted({type(value).__name__ for value in present})

@@ -396,6 +396,16 @@ def test_long_ids_stay_apart(start: int, tmp_path: Path) -> None:
         tasks_from_dataframe(rounded, target="id", n_way=2)
 
 
+def test_columns_of_objects_may_hold_truth_values_of_numpy() -> None:
+    high = np.arange(200) % 3 > 0
+    frame = pd.DataFrame({"plain": high, "objects": pd.Series(list(high), dtype=object), "id": np.arange(200) // 10})
+    assert isinstance(frame["objects"].iloc[0], np.bool_)
+    tasks = tasks_from_dataframe(frame, target="id", n_way=2)
+    rows = tasks.rows(torch.arange(200))
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    assert rows[:, 0].unique().numel() == 2
+
+
 def test_texts_of_a_csv_are_read_as_they_are(tmp_path: Path) -> None:
     path, texts = tmp_path / "x.csv", ["none", "12", "null", "na", *(f"word{i}" for i in range(4, 90))]
     path.write_text("t,y\n" + "\n".join(f"{text},{i % 15:02d}" for i, text in enumerate(texts)))
