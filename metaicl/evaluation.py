@@ -43,7 +43,8 @@ class Evaluation:
         predict_seconds: Seconds to predict the query of one task, likewise; with what is learned on the way, where it
             is prequential.
         parameters: Numbers in the parameters of the learner.
-        state_bytes: Bytes of adapted state per task, what is kept between `adapt` and `predict`.
+        state_bytes: Bytes of adapted state per task, what is kept between `adapt` and `predict`: tensors in tuples,
+            lists, dicts and dataclasses, and those of modules.
         peak_memory_bytes: The most memory that adapting to and answering a batch held beyond what was there before;
             see `metaicl.peak_memory`. None where nobody keeps such a count.
         device: Where it ran.

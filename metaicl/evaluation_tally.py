@@ -1,15 +1,15 @@
 """What an evaluation adds up over its batches: metrics, calibration, seconds and memory."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaicl.episode import Examples
 from metaicl.functional import HALF_PRECISION
@@ -108,5 +108,15 @@ def _wait(device: torch.device) -> None:
 
 
 def _bytes_of(state: Any) -> int:
-    leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return sum(leaf.numel() * leaf.element_size() for leaf in _tensors_of(state))
+
+
+def _tensors_of(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state: in tuples, lists and dicts, in fields of dataclasses, and those of modules."""
+    for leaf in pytree.tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, nn.Module):
+            yield from (*leaf.parameters(), *leaf.buffers())
+        elif is_dataclass(leaf):  # an object to pytrees, where nobody registered it
+            yield from _tensors_of([getattr(leaf, one.name) for one in fields(leaf)])

@@ -35,22 +35,34 @@ def atomic_write(path: str | os.PathLike[str], *data: bytes | memoryview) -> Non
     mode = _mode_of(target)
     partial = target.parent / f".{uuid.uuid4().hex}{_PARTIAL}"
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            if mode is not None:
-                os.chmod(partial, mode)
-            for piece in data:
-                _write_all(descriptor, piece)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, target)
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {target}: {error.strerror or error}") from error
+        with naming(target):
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                if mode is not None:
+                    os.chmod(partial, mode)
+                for piece in data:
+                    _write_all(descriptor, piece)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(partial, target)
+            _sync_directory(target.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Writing that says which file it was where it fails: a full disk names none.
+
+    Raises:
+        OSError: Of the same kind, with the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def remove_partial_files(directory: str | os.PathLike[str]) -> int:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from metaicl.files import atomic_write
+from metaicl.files import atomic_write, naming
 
 Row = dict[str, Any]
 
@@ -26,6 +26,7 @@ class RunLog:
     def __init__(self, directory: Path | None, kept: int) -> None:
         """Read back the rows up to step `kept` and open the files for more."""
         self.rows: list[Row] = []
+        self._path = Path()
         self._file = None
         self._board: Any = None
         if directory is None:
@@ -34,29 +35,40 @@ class RunLog:
         if path.exists():
             self.rows = [row for row in _read(path) if row["step"] <= kept]
         atomic_write(path, "".join(map(_line, self.rows)).encode())
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
         self._board = self._attempt(_open_board, directory, kept)
 
     def append(self, row: Row) -> None:
-        """Add a row; its "step" is the number of updates done, and the other entries are numbers."""
+        """Add a row; its "step" is the number of updates done, and the other entries are numbers.
+
+        Raises:
+            OSError: If the file cannot be written, as on a full disk.
+        """
         self.rows.append(row)
         if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(_line(row))
+                self._file.flush()
         if self._board is not None:
             self._attempt(_show, self._board, row)
 
     def sync(self) -> None:
-        """Bring every row to the disk."""
+        """Bring every row to the disk.
+
+        Raises:
+            OSError: If that fails.
+        """
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with naming(self._path):
+                os.fsync(self._file.fileno())
         if self._board is not None:
             self._attempt(self._board.flush)
 
     def close(self) -> None:
         """Close the files; the rows stay in memory."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a row that could not be written, which was told
+                self._file.close()
         if self._board is not None:
             self._attempt(self._board.close)
 

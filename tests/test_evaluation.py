@@ -1,6 +1,6 @@
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -213,6 +213,23 @@ def test_a_float64_learner_gets_float64_episodes():
     found = evaluate(Mean(LEVELS.spec).double(), LEVELS, **SIZES)
     assert found.metrics["mse"] == pytest.approx(evaluate(Mean(LEVELS.spec), LEVELS, **SIZES).metrics["mse"], rel=1e-4)
     assert found.state_bytes == 8
+
+
+def test_bytes_of_states_that_are_dataclasses_or_modules_count_too():
+    @dataclass
+    class Told:
+        state: object
+        kept: dict
+
+    class Wraps(Mean):
+        def adapt(self, support):
+            state = super().adapt(support)
+            return Told(state, {"more": [state, torch.nn.ParameterList([state, state]), "text"]})
+
+        def predict(self, state, x):
+            return super().predict(state.state, x)
+
+    assert evaluate(Wraps(LEVELS.spec), LEVELS, **SIZES).state_bytes == 4 * 4
 
 
 def test_per_shot_curves_are_paired_and_nested():

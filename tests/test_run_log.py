@@ -1,3 +1,4 @@
+import errno
 import json
 import sys
 from pathlib import Path
@@ -94,3 +95,14 @@ def test_a_board_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch
     log.close()
     written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert written == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_a_full_disk_is_told_once_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path, kept=0)
+    log.close()
+    with open("/dev/full", "a") as disk:
+        monkeypatch.setattr(log, "_file", disk)
+        with pytest.raises(OSError, match=r"cannot write .*log\.jsonl: No space left on device") as caught:
+            log.append({"step": 1, "loss": 0.5})
+        assert caught.value.errno == errno.ENOSPC
+        log.close()  # with the row still in its buffer
