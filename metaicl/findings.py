@@ -82,6 +82,7 @@ class Findings:
     tasks: Mapping[str, Mapping[str, Any]]
     results: tuple[Result, ...]
     _rows: dict[str, list[Row]] = field(default_factory=dict, init=False, compare=False)  # what `rows` has computed
+    _gaps: dict[Any, dict[tuple[str, str], Interval]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse to compare what was not judged on the same episodes."""
@@ -167,15 +168,16 @@ class Findings:
             pairs = [(name, baseline) for name in names if name != baseline]
         else:
             pairs = [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
-        asked = set(pairs)
+        asked, key = set(pairs), (task, baseline, metric)
         if baseline is not None and baseline != self._card(task).get("baseline"):
             others = [name for name in names if name != baseline]
             pairs += [(first, second) for i, first in enumerate(others) for second in others[i + 1 :]]
-        gaps = {pair: self._paired(task, *pair, metric) for pair in pairs}
-        matrices = {pair: matrix for pair, matrix in gaps.items() if matrix is not None}
-        found = family_intervals(list(matrices.values()), bounds=self._gap_bounds(task, metric))
-        family = dict(zip(matrices, found, strict=True))
-        return {pair: one for pair, one in family.items() if pair in asked}
+        if key not in self._gaps:  # tables, plots and sentences ask for the same ones, of many learners for long
+            gaps = {pair: self._paired(task, *pair, metric) for pair in pairs}
+            matrices = {pair: matrix for pair, matrix in gaps.items() if matrix is not None}
+            found = family_intervals(list(matrices.values()), bounds=self._gap_bounds(task, metric))
+            self._gaps[key] = dict(zip(matrices, found, strict=True))
+        return {pair: one for pair, one in self._gaps[key].items() if pair in asked}
 
     def regret(self, task: str, learner: str, metric: str | None = None) -> Interval | None:
         """How much worse than the first reference on the same episodes; positive is worse, None without a reference."""

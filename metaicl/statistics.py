@@ -6,7 +6,7 @@ as its 3 seeds are. Differences are taken on the same (seed, episode) cell first
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ N_DRAWS = 10_000
 _DRAWS_PER_TEST = 200  # of a family: the smallest corrected p-value is a hundredth then, whatever its size
 LEVEL = 0.95
 UNBOUNDED: Bounds = (-math.inf, math.inf)
+_DRAWS_AT_ONCE = 2**23  # numbers, of all matrices together: 64 MiB, a few times over
 _RESAMPLED = 2_000  # units beyond which resampled means are drawn from their normal limit
 
 
@@ -102,9 +103,8 @@ def intervals(
     """
     arrays = [_checked(matrix) for matrix in matrices]
     found: list[Interval | None] = [None] * len(arrays)
-    for shape in dict.fromkeys(array.shape for array in arrays):
-        members = [i for i, array in enumerate(arrays) if array.shape == shape]
-        stack = np.stack([arrays[i] for i in members])
+    for members in _together(arrays, n_draws):
+        shape, stack = arrays[members[0]].shape, np.stack([arrays[i] for i in members])
         for i, mean, draws in zip(members, stack.mean((1, 2)), _draws(stack, n_draws, seed), strict=True):
             alike = max(shape) > 1 and math.isfinite(bounds[1] - bounds[0]) and float(np.ptp(arrays[i])) == 0
             one = _exact(arrays[i], level, bounds, n_draws) if alike else _summarize(float(mean), draws, shape, level)
@@ -180,6 +180,14 @@ def _checked(values: Array) -> Array:
         seed, episode = np.argwhere(~np.isfinite(array))[0].tolist()
         raise ValueError(f"values must be finite; got {array[seed, episode]} at seed {seed}, episode {episode}")
     return array
+
+
+def _together(arrays: Sequence[Array], n_draws: int) -> Iterator[list[int]]:
+    """Indices of arrays of one shape, as many at a time as their draws take a bounded memory."""
+    size = max(1, _DRAWS_AT_ONCE // n_draws)
+    for shape in dict.fromkeys(array.shape for array in arrays):
+        members = [i for i, array in enumerate(arrays) if array.shape == shape]
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 def _summarize(mean: float, draws: Array, shape: tuple[int, ...], level: float) -> Interval:

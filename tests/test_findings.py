@@ -68,6 +68,17 @@ def test_a_result_without_its_card_is_refused():
         Findings({}, {}, (result("a", 0, GOOD),))
 
 
+def test_differences_are_computed_once_for_tables_plots_and_sentences(monkeypatch):
+    found = findings(result("a", 0, GOOD), result("b", 0, BAD), result("c", 0, BAD))
+    found.rows("t")
+    everything, all_nll = found.differences("t"), found.differences("t", metric="nll")
+    assert all_nll["a", "b"].mean == 2 * everything["a", "b"].mean == -4.0
+    monkeypatch.setattr("metaicl.findings.family_intervals", None)  # it would take seconds for 30 learners
+    assert found.differences("t") == everything
+    assert found.differences("t", baseline="a")["b", "a"] == found.rows("t")[1].difference
+    assert "a has the best mse" in summary_sentence(found, "t")
+
+
 def test_only_common_seeds_are_paired():
     found = findings(result("a", 0, GOOD), result("a", 1, BAD), failed("b", 0), result("b", 1, GOOD))
     gap = found.differences("t", baseline="b")["a", "b"]

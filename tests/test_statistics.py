@@ -1,9 +1,20 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaicl.statistics import Interval, corrected, holm, interval, intervals, paired, paired_differences
+from metaicl.statistics import (
+    Interval,
+    corrected,
+    family_intervals,
+    holm,
+    interval,
+    intervals,
+    paired,
+    paired_differences,
+)
 
 
 def studies(n_studies, n_seeds, n_episodes, seed_sd, episode_sd, cell_sd, *, address):
@@ -178,3 +189,17 @@ def test_values_that_are_all_alike_have_their_mean_within_their_interval() -> No
             assert one.low is not None
             assert one.high is not None
             assert one.low <= one.mean <= one.high
+
+
+def test_large_families_take_bounded_memory_and_are_what_small_ones_are():
+    """The draws of 300 differences, 60,000 each, would be 144 MB at once, in each of several arrays."""
+    family = studies(300, 1, 4, 0.0, 1.0, 0.0, address=3)
+    tracemalloc.start()
+    found = family_intervals(family)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    few = corrected(intervals(family[:3], n_draws=60_000))
+    assert [(one.mean, one.low, one.high) for one in found[:3]] == [
+        pytest.approx((one.mean, one.low, one.high), rel=1e-12) for one in few
+    ]
+    assert peak < 4.5e8
