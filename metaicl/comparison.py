@@ -2,8 +2,8 @@
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from metaicl.checks import check_choice, check_count, check_device, check_seed
 from metaicl.comparison_pool import run_jobs
 from metaicl.comparison_runs import Options, Source, Trainer, Worker, entries_of, jobs_of, make_board
 from metaicl.description import describe
-from metaicl.files import lock_directory
+from metaicl.files import lock_directory, remove_partial_files
 from metaicl.learner import Learner
 from metaicl.meta_training import meta_train
 from metaicl.report import Report
@@ -150,11 +150,16 @@ def _budgets(
     return found
 
 
-def _owned(directory: Path) -> Any:
+@contextmanager
+def _owned(directory: Path) -> Iterator[None]:
+    """Own the directory, without what a killed comparison left half-written; runs tidy their own folders."""
     if directory.is_file():
         raise NotADirectoryError(f"directory must be a directory or nothing yet; {directory} is a file")
     directory.mkdir(parents=True, exist_ok=True)
-    return lock_directory(directory)
+    with lock_directory(directory):
+        for learner in directory.glob("*/*/"):
+            remove_partial_files(learner)
+        yield
 
 
 def _protocol(options: Options, results: Sequence[Result], processes: int) -> dict[str, Any]:

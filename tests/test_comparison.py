@@ -288,6 +288,19 @@ def test_a_killed_comparison_continues(tmp_path):
     assert again.rows("Levels")[0].difference == whole.rows("Levels")[0].difference
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    sizes = {**SIZES, "n_episodes": 2, "seeds": 1, "directory": tmp_path}
+    first = compare({"a": Scaled}, Levels(), trainer=Trainer(), **sizes)
+    (stored,) = tmp_path.glob("*/*/seed-0.json")
+    (stored.parent / f".{'0' * 32}.partial").write_text('{"settings"')  # a result, as `atomic_write` names it
+    mine = [stored.parent / "notes.txt", tmp_path / "mine"]
+    for file in mine:
+        file.write_text("kept")
+    assert compare({"a": Scaled}, Levels(), trainer=Trainer(), **sizes).results == first.results
+    assert not list(tmp_path.rglob("*.partial"))
+    assert all(file.exists() for file in mine)
+
+
 def test_the_real_trainer_resumes_in_the_directory(tmp_path):
     config = TrainConfig(steps=3, n_shot=3, n_query=4, validate_every=None, log_every=1)
     runs = [
