@@ -1,5 +1,6 @@
 """Any scikit-learn estimator as a reference learner."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -71,14 +72,14 @@ class SklearnLearner(Learner[list[FittedTask]]):
             raise (NotServed if any(served.values()) else TypeError)(
                 f"estimator must be a scikit-learn {_noun(spec.kind)} for a {spec.kind} spec; got {name}"
             )
-        if spec.kind == "classification" and not hasattr(estimator, "predict_proba"):
-            raise TypeError(f"{name} has no predict_proba; wrap it in sklearn.calibration.CalibratedClassifierCV")
         self.scale = None if scale is None else check_positive("scale", scale)
         self.estimator: Any = clone(estimator)
         unset = [
             name for name, value in self.estimator.get_params().items() if _is_random_state(name) and value is None
         ]
         self.estimator.set_params(**dict.fromkeys(unset, 0))
+        if spec.kind == "classification" and not _gives_probabilities(self.estimator):
+            raise TypeError(f"{name} has no predict_proba; wrap it in sklearn.calibration.CalibratedClassifierCV")
 
     def adapt(self, support: Examples) -> list[FittedTask]:
         """Fit one clone of the estimator per task."""
@@ -144,6 +145,21 @@ class SklearnLearner(Learner[list[FittedTask]]):
             probabilities[:, int(task.classes[0])] = 1.0
         logits = np.log(probabilities.clip(min=_FLOOR))
         return logits, logits
+
+
+def _gives_probabilities(estimator: Any) -> bool:
+    """Whether there is a `predict_proba`, which some estimators, such as `StackingClassifier`, know when fitted."""
+    if hasattr(estimator, "predict_proba"):
+        return True
+    probe: Any = clone(estimator)
+    labels = np.arange(20) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fit that is for this question alone
+        try:
+            probe.fit(labels[:, None] + np.arange(20)[:, None] / 100, labels)
+        except (ValueError, TypeError):  # it asks for other rows
+            return False
+    return hasattr(probe, "predict_proba")
 
 
 def _noun(kind: Kind) -> str:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, StackingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression as SkLinear
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from metaicl.episode import Examples
+from metaicl.exam.randomness import global_generators_used
 from metaicl.interop.sklearn import InContextClassifier, InContextRegressor, SklearnLearner
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
@@ -139,6 +140,16 @@ def test_wrong_estimators():
         SklearnLearner(LINEAR.spec, KNeighborsRegressor(5)).adapt(episode.support)
     assert any("SklearnLearner(scale=...)" in note for note in caught.value.__notes__)
     assert any("in task 0, fitting KNeighborsRegressor on 5 support rows" in note for note in caught.value.__notes__)
+
+
+def test_estimators_that_know_of_probabilities_when_fitted_are_served():
+    stack = StackingClassifier([("trees", RandomForestClassifier(2)), ("bayes", GaussianNB())], cv=2)
+    assert not hasattr(stack, "predict_proba")
+    assert not global_generators_used(lambda: SklearnLearner(GAUSSIANS.spec, stack))
+    learner = SklearnLearner(GAUSSIANS.spec, stack)
+    episode = draw(GAUSSIANS)
+    answer = learner(episode.support, episode.query.x)
+    assert (answer.probs.argmax(-1) == episode.query.y).float().mean() > 0.6
 
 
 # Learners as estimators
