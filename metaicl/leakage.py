@@ -71,8 +71,10 @@ def audit_leakage(
     """Sample every split and look for what occurs in two of them, and for query rows in their own support.
 
     Looked at across splits: the latents named in `tasks.identity`, source rows (`ids`), their classes
-    (`tasks.source_classes`) and the content of rows. Where inputs are discrete (tokens, vectors of integers, and
-    `tasks.discrete`) the same content occurs by right, and only `ids` count. In a classification family, a latent
+    (`tasks.source_classes`) and the content of rows: their inputs, and where these are single numbers, which meet by
+    chance, input and target together in regression, and nothing in classification. Where inputs are discrete (tokens,
+    vectors of integers, and `tasks.discrete`) the same content occurs by right, and only `ids` count. In a
+    classification family, a latent
     (B, C, ...) with C = n_way holds one identity per class, any other latent one per task. Splits with fewer classes
     than that have no tasks and are left out.
 
@@ -136,7 +138,16 @@ def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Va
             if tasks.source_classes is not None:
                 yield "classes", _fingerprints(tasks.source_classes[ids])
         if not discrete_inputs(part.x, tasks):
-            yield "row content", _fingerprints(part.x[part.real])
+            yield from _content(tasks, part)
+
+
+def _content(tasks: TaskDistribution, part: Examples) -> Iterator[tuple[str, Values]]:
+    """The inputs of real rows. Single numbers meet by chance (there are 2**24 in [0, 1)), so targets tell them apart."""
+    x, y = part.x[part.real].flatten(1), part.y[part.real]
+    if x.shape[1] > 1:
+        yield "row content", _fingerprints(x)
+    elif tasks.spec.kind == "regression":
+        yield "row content", _fingerprints(torch.cat([x, y], 1))
 
 
 def _overlaps(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, int, Values]]:

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from class_pool import OWNED, PER_CLASS, Pool
 
-from metaicl.episode import Examples
+from metaicl.episode import Episode, Examples
 from metaicl.leakage import audit_leakage
 from metaicl.tasks.arrays import tasks_from_arrays
 from metaicl.tasks.functions import LinearRegression, Sinusoid
@@ -18,6 +20,35 @@ def test_clean_families_have_no_leak(tasks):
     assert set(report.counts.values()) == {0}
     assert min(report.looked_at.values()) > 0
     assert report.raise_if_leaky() is None
+
+
+def test_single_numbers_that_meet_by_chance_are_no_leak():
+    """Of 12,000 uniform float32 inputs in three splits two or more are equal in nine of ten audits."""
+    waves = Sinusoid()
+    report = audit_leakage(waves, n_episodes=100, n_shot=20, n_query=20)
+    assert report.looked_at["row content in two splits"] == 12_000
+    assert not report.leaky
+    assert check_tasks(waves, checks=["splits_disjoint"], n_shot=10, n_query=10) is None
+
+    class OneFeature(GaussianClasses):
+        def sample(self, *args, **options):
+            episode = super().sample(*args, **options)
+            parts = (replace(part, x=part.x[..., :1]) for part in (episode.support, episode.query))
+            return Episode(*parts, episode.latents)
+
+    tasks = OneFeature(n_way=3, dim=2)
+    tasks.spec = replace(tasks.spec, x_shape=(1,))
+    assert "row content in two splits" not in audit_leakage(tasks, n_episodes=5).counts
+
+
+def test_rows_of_single_numbers_that_occur_twice_are_found():
+    class SameRows(Sinusoid):
+        def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+            fixed = torch.Generator().manual_seed(7)
+            return super().sample(n_tasks, split="train", n_shot=n_shot, n_query=n_query, generator=fixed)
+
+    report = audit_leakage(SameRows(), n_episodes=25)
+    assert report.counts["row content in two splits"] == report.looked_at["row content in two splits"] == 100
 
 
 def test_one_shared_class_is_counted_exactly():
