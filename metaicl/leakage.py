@@ -142,7 +142,7 @@ def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Va
 
 
 def _content(tasks: TaskDistribution, part: Examples) -> Iterator[tuple[str, Values]]:
-    """The inputs of real rows. Single numbers meet by chance (there are 2**24 in [0, 1)), so targets tell them apart."""
+    """The inputs of real rows. Single numbers meet by chance, as [0, 1) has 2**24; targets tell them apart."""
     x, y = part.x[part.real].flatten(1), part.y[part.real]
     if x.shape[1] > 1:
         yield "row content", _fingerprints(x)

@@ -12,7 +12,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.spec import TaskSpec
-from metaicl.task import TaskDistribution
+from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.tasks.gaussians import GaussianClasses
 from metaicl.testing import (
@@ -275,6 +275,36 @@ def test_broken_families_are_caught(tasks, check, related):
         check_tasks(tasks)
     assert check in caught.value.failures
     assert set(caught.value.failures) <= {check, *related}
+
+
+class Visits(TaskDistribution):
+    """As many rows as a task happens to have: chunks are as wide as their longest task."""
+
+    spec = TaskSpec("regression", (2,), y_dim=1)
+    shift = 0.0
+
+    def sample(self, n_tasks, *, split, n_shot, n_query, generator):
+        parts = []
+        for _ in range(2):
+            counts = torch.randint(1, 200, (n_tasks,), generator=generator)
+            width = int(counts.max())
+            x = torch.rand(n_tasks, width, 2, generator=generator) + self.shift
+            parts.append(Examples(x, x[..., :1], torch.arange(width) < counts[:, None]))
+        return Episode(*parts, {"of each row": parts[0].x, "counts": parts[0].real.sum(1)})
+
+
+class DriftingVisits(Visits):
+    def sample(self, *args, **options):
+        self.shift += 1.0
+        return super().sample(*args, **options)
+
+
+def test_ragged_families_are_addressed_however_wide_their_chunks_are():
+    stream = EpisodeStream(Visits(), seed=0, split="train", n_shot=2, n_query=3)
+    assert stream[0].support.n_rows != stream[1].support.n_rows
+    assert check_tasks(Visits(), checks=["spec", "deterministic", "addressed"]) is None
+    with pytest.raises(TaskCheckError, match="64 of 64 tasks differ between batches of 1"):
+        check_tasks(DriftingVisits(), checks=["addressed"])
 
 
 def test_expected_failures_of_families_are_strict():
