@@ -193,7 +193,7 @@ class _Training:
         if self.store is None or self.saved == self.step:
             return
         for name, value in self.learner.named_parameters():
-            if not bool(value.isfinite().all()):
+            if value.requires_grad and not bool(value.isfinite().all()):  # a frozen one may be a mask of -inf
                 raise FloatingPointError(
                     f"after step {self.step} the weights of {name} are NaN or infinite; no checkpoint is made"
                 )

@@ -333,6 +333,20 @@ def test_a_validation_loss_that_is_not_finite_is_an_error() -> None:
         train(Blind(Lines.spec))
 
 
+def test_a_frozen_mask_of_infinities_is_saved_like_any_other_number(tmp_path: Path) -> None:
+    def masked() -> Ridge:
+        learner = make_ridge()
+        learner.mask = torch.nn.Parameter(torch.full((3, 3), -math.inf).triu(1), requires_grad=False)
+        return learner
+
+    whole, learner = masked(), masked()
+    train(whole)
+    with killed_in_update(7):
+        train(masked(), directory=tmp_path)
+    train(learner, directory=tmp_path)
+    assert_same_weights(weights_of(learner), weights_of(whole))
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     config = small_config(
         outer_lr=1e38,
