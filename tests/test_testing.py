@@ -9,6 +9,7 @@ from class_pool import OWNED, Pool
 from numpy.random.mtrand import get_bit_generator
 
 from metaicl.episode import Episode, Examples
+from metaicl.exam.tasks import _chi_square, _highest
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.spec import TaskSpec
@@ -305,6 +306,17 @@ def test_ragged_families_are_addressed_however_wide_their_chunks_are():
     assert check_tasks(Visits(), checks=["spec", "deterministic", "addressed"]) is None
     with pytest.raises(TaskCheckError, match="64 of 64 tasks differ between batches of 1"):
         check_tasks(DriftingVisits(), checks=["addressed"])
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0, 1], [0, 1, 0, 1]])
+def test_shuffled_rows_are_seldom_taken_for_ordered_ones(rows):
+    """Few rows have few degrees of freedom: beyond six standard deviations lay one of a hundred honest families."""
+    source, shape = torch.Generator().manual_seed(0), (500, 300, len(rows))
+    order = torch.rand(shape, generator=source).argsort(-1)
+    found = [_chi_square(labels) for labels in torch.tensor(rows).expand(shape).gather(-1, order)]
+    alarms = sum(statistic > _highest(expected, len(rows)) for statistic, expected in found)
+    assert alarms == 0
+    assert 0.9 < sum(statistic for statistic, _ in found) / sum(expected for _, expected in found) < 1.1
 
 
 def test_expected_failures_of_families_are_strict():

@@ -18,7 +18,7 @@ from metaicl.spec import TaskSpec
 from metaicl.task import SPLITS, EpisodeStream, Split, TaskDistribution, derive_generator
 
 _ORDER_TASKS = 300
-_SIGMAS = 6.0
+_SIGMAS = 4.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def check_row_order(case: TaskCase) -> None:
             continue  # in a ragged family, places do not correspond
         labels = torch.cat([_as_labels(part, case.tasks.spec) for part in examples])
         statistic, freedom = _chi_square(labels)
-        bound = freedom + _SIGMAS * (2 * freedom) ** 0.5
+        bound = _highest(freedom, labels.shape[1])
         if statistic > bound:
             raise AssertionError(
                 f"the place of a {name} row tells its label: chi-square {statistic:.0f} over {len(labels)} tasks, "
@@ -234,3 +234,15 @@ def _chi_square(labels: Tensor) -> tuple[float, float]:
     observed, share = one_hot.sum(0), one_hot.mean((0, 1))
     statistic = ((observed - n_tasks * share).square() / (n_tasks * share)).sum()
     return float(statistic), float(n_rows * (one_hot.shape[-1] - 1))
+
+
+def _highest(expected: float, n_rows: int) -> float:
+    """What the statistic exceeds with a chance below 1e-4, where the labels of every task are the same, shuffled.
+
+    The rows of a task then exclude each other: (N - 1) / N of the statistic is a chi-square of so many times fewer
+    degrees of freedom. Its cube root is nearly normal (Wilson and Hilferty 1931), also where degrees are few.
+    """
+    share = (n_rows - 1) / n_rows
+    freedom = max(expected * share, 1.0)
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + _SIGMAS * spread**0.5) ** 3 / max(share, 0.5)
