@@ -33,6 +33,13 @@ typedef struct {
     int64_t count, threads;
 } Numbers;
 
+/* Keeps a vector in its register, where the compiler would read it from memory again for every row. */
+#ifdef __AVX512F__
+#define HELD(vector) __asm__("" : "+v"(vector))
+#else
+#define HELD(vector) (void)(vector)
+#endif
+
 #define PASTE(name, suffix) name##_##suffix
 #define EXPAND(name, suffix) PASTE(name, suffix)
 #define NAME(name) EXPAND(name, SUFFIX)
@@ -82,6 +89,8 @@ INLINE void NAME(products)(const int wide, const REAL *a, int64_t a_row, int64_t
     for (int64_t k = 0; k < n; k++) {
         VECTOR first = *(const VECTOR *)(b + k * b_step);
         VECTOR second = wide > 1 ? *(const VECTOR *)(b + k * b_step + LANES) : first;
+        HELD(first);
+        HELD(second);
         for (int r = 0; r < QUADS; r++) {
             REAL each = a[r * a_row + k * a_step];
             sum[r][0] += each * first;
