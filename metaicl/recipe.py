@@ -226,6 +226,10 @@ def run(main: Callable[[Config], RecipeResult], config_class: type[Config], argv
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was finished is kept in {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
+    except FileNotFoundError as error:
+        if not getattr(config, "download", True) and not getattr(config, "data", True):  # asked for no data at all
+            raise SystemExit(f"{error}. On this command line: --data FOLDER, or --download") from None
+        raise
     result = dataclasses.replace(result, seconds=round(time.monotonic() - start, 1))
     record, file = result.as_dict(), config.out / "results.json"
     if config.smoke and _decided(file):

@@ -151,6 +151,21 @@ def test_interruption_exits_with_130(tmp_path: Path) -> None:
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.parametrize("asked", [(), ("--data", "here")])
+def test_data_that_nobody_named_are_asked_for_by_their_flags(asked: tuple[str, ...], tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class OnData(RecipeConfig):
+        data: str = option("", "folder")
+        download: bool = option(False, "fetch them")
+
+    def missing(config: OnData) -> RecipeResult:
+        raise FileNotFoundError("Letters need letters.npz")
+
+    with pytest.raises(FileNotFoundError if asked else SystemExit, match=r"letters\.npz") as error:
+        run(missing, OnData, ["--out", str(tmp_path), *asked])
+    assert ("--data FOLDER, or --download" in str(error.value)) == (not asked)
+
+
 def test_a_ratio_of_what_both_share_has_a_narrow_interval() -> None:
     """Episodes that are hard for both say nothing about the ratio; an exact multiple leaves no doubt at all."""
     generator = np.random.default_rng(0)
