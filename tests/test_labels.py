@@ -7,7 +7,7 @@ import torch
 
 from metaicl import learners
 from metaicl.episode import Examples
-from metaicl.learner import Learner
+from metaicl.learner import Learner, Prepares
 from metaicl.native import without_kernels
 from metaicl.tasks.gaussians import GaussianClasses
 
@@ -34,8 +34,16 @@ def test_labels_that_are_no_class(wrong: int) -> None:
     asked = classifiers()
     assert len(asked) > 25
     for learner in asked.values():
-        with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\)"):
-            learner.eval()(support, support.x)
+        for ask in (lambda one=learner: one.eval()(support, support.x), lambda one=learner: one.adapt(support)):
+            with pytest.raises(ValueError, match=r"\.y must hold labels in \[0, n_way=3\)"):
+                ask()
+
+
+def test_labels_that_are_no_integers() -> None:
+    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0.0, 1.0, 2.0, 0.0]]))
+    for learner in classifiers().values():
+        with pytest.raises(TypeError, match=r"y must be long class indices \(B, N\); got torch.float32 \(1, 4\)"):
+            learner.adapt(support)
 
 
 GRADIENT = ["MAML", "MAMLPlusPlus", "MetaSGD", "IMAML", "CAVIA", "ProtoMAML", "Reptile", "AmortizedBayes"]
@@ -58,3 +66,6 @@ def test_masked_rows_may_hold_any_label() -> None:
     real = torch.tensor([[True, True, True, False]])
     support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, 7]]), real)
     assert learners.MAML(SPEC)(support, support.x).probs.shape == (1, 4, 3)
+    for learner in classifiers().values():
+        if not isinstance(learner, Prepares):
+            learner.adapt(support)

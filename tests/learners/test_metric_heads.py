@@ -260,19 +260,3 @@ def test_building_a_learner_leaves_the_statistics_of_a_pretrained_encoder_alone(
     head(CLASSES.spec, encoder=encoder)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert [module.training for module in encoder.modules()] == [True, True, False, True]
-
-
-_NARROW = (MatchingNet, RelationNet, InductionNet, FEAT, SoftKMeansProtoNet, LaplacianShot, LogisticHead, SVMHead)
-
-
-@pytest.mark.parametrize("kind", [ProtoNet, RidgeHead, DeepKernel, Baseline, BaselinePlusPlus, *_NARROW])
-def test_labels_that_are_no_class_are_named_by_adapt(kind: type) -> None:
-    """They disappeared, so that labels 1 .. C made an answer without a word."""
-    learner, x = kind(TaskSpec("classification", (4,), n_way=3)), torch.randn(1, 4, 4)
-    for wrong in (3, -1):
-        with pytest.raises(ValueError, match=rf"y must hold labels in \[0, n_way=3\); got \[{wrong}\]"):
-            learner.adapt(Examples(x, torch.tensor([[0, 1, 2, wrong]])))
-    with pytest.raises(TypeError, match=r"y must be long class indices \(B, N\); got torch.float32 \(1, 4\)"):
-        learner.adapt(Examples(x, torch.tensor([[0.0, 1.0, 2.0, 0.0]])))
-    mask = torch.tensor([[True, True, True, False]])
-    learner.adapt(Examples(x, torch.tensor([[0, 1, 2, -100]]), mask))

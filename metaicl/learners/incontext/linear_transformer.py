@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Examples
 from metaicl.functional import categorical, gaussian, learned_positive
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.linear_attention import LinearAttentionStack
 from metaicl.nets.rows import as_numbers
@@ -156,6 +156,7 @@ class LinearTransformer(_LinearAttentionLearner):
 
     def adapt(self, support: Examples) -> TokenMoments:
         """Second moments of the support's tokens before every layer."""
+        check_support_labels(self.spec, support)
         tokens, count = self._tokens(support), support.real.sum(1)
         sums = []
         for layer in self.stack.run():
@@ -180,6 +181,7 @@ class CausalLinearTransformer(_LinearAttentionLearner):
 
     def adapt(self, support: Examples) -> TokenMoments:
         """Second moments of the support's tokens before every layer."""
+        check_support_labels(self.spec, support)
         return self.update(self._nothing(support), support)
 
     def update(self, state: TokenMoments, examples: Examples) -> TokenMoments:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.backbones import encode, encoder_dim, encoder_norm, raw_or_encoded
 from metaicl.nets.memory.layers import DeltaRule, FastWeightMixer
 from metaicl.nets.memory.state import FastWeights
@@ -69,6 +69,7 @@ class MemoryLearner(Learner[StackState]):
 
     def adapt(self, support: Examples) -> StackState:
         """The memories after the support."""
+        check_support_labels(self.spec, support)
         h = self.embed(support.x, support.y)
         return self.model(h, self.model.start(support.n_tasks, h), support.mask)[1]
 
@@ -130,6 +131,7 @@ class BareMemory(Learner[FastWeights]):
 
     def adapt(self, support: Examples) -> FastWeights:
         """The memory after the support."""
+        check_support_labels(self.spec, support)
         h = self._rows(support)
         return self.memory(h, self.memory.start(support.n_tasks, h), support.mask)[1]
 

@@ -6,7 +6,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import masked_mean, prototypes
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.backbones import MLP
 from metaicl.nets.rows import AnswerHead, RowEmbedding
 from metaicl.spec import TaskSpec
@@ -40,6 +40,7 @@ class ConditionalNeuralProcess(Learner[Tensor]):
 
     def adapt(self, support: Examples) -> Tensor:
         """The summary (B, D), or (B, C D) with one part per class."""
+        check_support_labels(self.spec, support)
         codes = self.summarize(self.embed(support.x, support.y))
         if self.spec.kind == "classification":
             return prototypes(codes, support.y, self.spec.output_size, support.mask).flatten(1)

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_choice, check_count
 from metaicl.episode import Examples
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.rows import AnswerHead, RowEmbedding
 from metaicl.spec import TaskSpec
 
@@ -67,6 +67,7 @@ class RecurrentLearner(Learner[Layers]):
 
     def adapt(self, support: Examples) -> Layers:
         """The hidden state after the support."""
+        check_support_labels(self.spec, support)
         return self._read(self._start(support), support)[1]
 
     def update(self, state: Layers, examples: Examples) -> Layers:

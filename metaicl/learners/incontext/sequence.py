@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from metaicl.checks import check_count
 from metaicl.episode import Examples
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.rows import AnswerHead
 from metaicl.nets.sequence.attention import CausalAttention
 from metaicl.nets.sequence.looped import Looped
@@ -67,6 +67,7 @@ class SequenceLearner(Learner[Any]):
 
     def adapt(self, support: Examples) -> Any:
         """The model's state after the 2 N tokens of the support."""
+        check_support_labels(self.spec, support)
         h, real = self.tokens(support)
         return self._read(h, self.model.start(support.n_tasks, h), real, slice(0))[1]
 

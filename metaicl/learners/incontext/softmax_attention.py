@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import answer, output_scale
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.backbones import encode, encoder_dim, raw_or_encoded
 from metaicl.nets.rows import as_numbers
 from metaicl.spec import TaskSpec
@@ -58,6 +58,7 @@ class SoftmaxAttention(Learner[Support]):
 
     def adapt(self, support: Examples) -> Support:
         """Features and labels; nothing is computed from them."""
+        check_support_labels(self.spec, support)
         x = encode(self.encoder, support.x)
         return Support(x, as_numbers(support.y, self.spec, x.dtype), support.real)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metaicl.episode import Examples
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.nets.context import Cache, ContextTransformer
 from metaicl.nets.rows import AnswerHead, RowEmbedding
 from metaicl.spec import TaskSpec
@@ -55,6 +55,7 @@ class InContextTransformer(Learner[Cache]):
 
     def adapt(self, support: Examples) -> Cache:
         """Keys and values of the support in every layer."""
+        check_support_labels(self.spec, support)
         return self.transformer.read(self.embed(support.x, support.y), support.real)
 
     def predict(self, state: Cache, x: Tensor) -> Distribution:
@@ -103,6 +104,7 @@ class CausalInContextTransformer(Learner[Cache]):
 
     def adapt(self, support: Examples) -> Cache:
         """Keys and values of the support in every layer."""
+        check_support_labels(self.spec, support)
         return self.transformer.read(self.embed(support.x, support.y), support.real)
 
     def update(self, state: Cache, examples: Examples) -> Cache:

@@ -10,7 +10,7 @@ from metaicl.inner_loop.answering import call_tasks
 from metaicl.inner_loop.parameters import adapted_tensors, frozen_tensors, select_parameters
 from metaicl.inner_loop.supervised import support_loss
 from metaicl.inner_loop.unrolling import unroll_tasks
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.learners.reference.simple import mean_and_scale
 from metaicl.nets.backbones import build_net
 from metaicl.spec import TaskSpec
@@ -45,6 +45,7 @@ class FromScratch(Learner[dict[str, Tensor]]):
 
     def adapt(self, support: Examples) -> dict[str, Tensor]:
         """The trained weights of every task, and for regression the scale of their residuals."""
+        check_support_labels(self.spec, support)
         start, frozen = adapted_tensors(self.net, self.adapted), frozen_tensors(self.net, self.adapted)
         loss, data = support_loss(self.spec, self.net, frozen), (support.x, support.y, support.mask)
         fast = unroll_tasks(loss, start, data, lr=self.lr, steps=self.steps, first_order=True)

@@ -17,7 +17,7 @@ from metaicl.functional import (
     ridge_solve,
     squared_distances,
 )
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.spec import TaskSpec
 
 _TIE = 1e-5  # relative difference of squared distances below which two rows are equally near
@@ -43,6 +43,7 @@ class Constant(Learner[MeanAndScale | Tensor]):
 
     def adapt(self, support: Examples) -> MeanAndScale | Tensor:
         """Mean and scale (B, 1, y_dim), or log-frequencies (B, 1, C)."""
+        check_support_labels(self.spec, support)
         if self.spec.kind == "classification":
             dtype = support.x.dtype if support.x.is_floating_point() else torch.get_default_dtype()
             counts = class_weights(support.y, self.spec.output_size, support.mask, dtype).sum(1)
@@ -79,6 +80,7 @@ class NearestNeighbors(Learner[tuple[Tensor, Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, N, D), targets as numbers (B, N, K) and the real rows (B, N)."""
+        check_support_labels(self.spec, support)
         features = raw_features(support.x, self.spec)
         y = support.y
         if self.spec.kind == "classification":
@@ -137,6 +139,7 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim)."""
+        check_support_labels(self.spec, support)
         features = raw_features(support.x, self.spec)
         center, middle = masked_mean(features, support.mask, 1), masked_mean(support.y, support.mask, 1)
         if not self.intercept:
@@ -180,6 +183,7 @@ class Logistic(Learner[tuple[Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights (B, D, C) and the support's mean features (B, 1, D); inputs are scaled to unit mean square."""
+        check_support_labels(self.spec, support)
         features = raw_features(support.x, self.spec)
         center = masked_mean(features, support.mask, 1)[:, None]
         x = (features - center) * support.real[..., None]
