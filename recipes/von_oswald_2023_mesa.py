@@ -16,7 +16,7 @@ Differs  5 dimensions and 25 states by default; queries are tokens of their own;
          exact ones at the penalty of the tuned least squares, not six Chebyshev steps, are looked for before the last
          layer, and not judged over rows: they shrink with the rows, so that controls err less and less too. Tokens are
          built of pairs, so no probe asks whether the state before was copied. Overlapping pairs are read by ridge
-         regression with penalty 1, and with that of the tuned least squares, which is what a mesa layer learns.
+         regression with penalty 1, and with that of the tuned least squares, near which that of a mesa layer lies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
