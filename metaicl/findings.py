@@ -82,7 +82,9 @@ class Findings:
     tasks: Mapping[str, Mapping[str, Any]]
     results: tuple[Result, ...]
     _rows: dict[str, list[Row]] = field(default_factory=dict, init=False, compare=False)  # what `rows` has computed
-    _gaps: dict[Any, dict[tuple[str, str], Interval]] = field(default_factory=dict, init=False, compare=False)
+    _gaps: dict[tuple[str, str | None, str | None], dict[tuple[str, str], Interval]] = field(
+        default_factory=dict, init=False, compare=False
+    )  # what `differences` has
 
     def __post_init__(self) -> None:
         """Refuse to compare what was not judged on the same episodes."""

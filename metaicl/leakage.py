@@ -74,9 +74,8 @@ def audit_leakage(
     (`tasks.source_classes`) and the content of rows: their inputs, and where these are single numbers, which meet by
     chance, input and target together in regression, and nothing in classification. Where inputs are discrete (tokens,
     vectors of integers, and `tasks.discrete`) the same content occurs by right, and only `ids` count. In a
-    classification family, a latent
-    (B, C, ...) with C = n_way holds one identity per class, any other latent one per task. Splits with fewer classes
-    than that have no tasks and are left out.
+    classification family, a latent (B, C, ...) with C = n_way holds one identity per class, any other latent one per
+    task. Splits with fewer classes than that have no tasks and are left out.
 
     Args:
         tasks: The distribution.

@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TaskDistribution(ABC):
     """
 
     spec: TaskSpec
-    identity: ClassVar[tuple[str, ...]] = ()
+    identity: tuple[str, ...] = ()
     source_classes: Tensor | None = None
     discrete: bool = False
 

@@ -163,7 +163,7 @@ class _SplitSpy(TaskDistribution):
         self._tasks, self.splits = tasks, set[str]()
         # What the base class has too would not be looked for in the tasks.
         self.spec, self.source_classes, self.discrete = tasks.spec, tasks.source_classes, tasks.discrete
-        self.identity = tasks.identity  # type: ignore[misc]  # of these tasks
+        self.identity = tasks.identity
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         self.splits.add(split)

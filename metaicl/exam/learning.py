@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -172,7 +171,7 @@ class EasyTasks(TaskDistribution):
             patterns of that source in every task.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ()
+    identity: tuple[str, ...] = ()
 
     def __init__(self, spec: TaskSpec, *, named: bool = False) -> None:
         """Work out the loss of the best constant predictor, in nats per row."""

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from numpy.random import mtrand  # the global generator itself: it is put back, never drawn from by us
@@ -37,7 +37,7 @@ class TasksetDistribution(TaskDistribution):
             for them. What a transform of the tasks leaves out cannot be seen: splits may share a whole data set.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("class_ids",)
+    identity: tuple[str, ...] = ("class_ids",)
 
     def __init__(self, tasksets: Any, spec: TaskSpec) -> None:
         """Sort the task sets by split."""
@@ -47,7 +47,7 @@ class TasksetDistribution(TaskDistribution):
             raise ValueError("two splits share one task set, so their tasks would not be disjoint; give each its own")
         self._row_numbers, self.source_classes, self.class_splits = _number_rows(self.tasksets)
         if spec.kind == "regression" or not all(map(_is_taskset, self.tasksets.values())):
-            self.identity = ()  # type: ignore[misc]  # no latent names what such tasks are made of
+            self.identity = ()  # no latent names what such tasks are made of
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw tasks one after the other; see `TaskDistribution.sample`.

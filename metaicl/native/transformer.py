@@ -12,7 +12,7 @@ from metaicl.native.guards import is_plain, nobody_watches
 from metaicl.native.library import load
 from metaicl.native.way_back import with_way_back
 
-_LONGEST = 1024  # tokens, from which on torch's kernel is as fast
+_LONGEST = 1024  # tokens, where torch is as fast on the way forward
 _LITTLE = 1 << 13  # numbers, for which no second thread is woken
 
 
@@ -37,7 +37,15 @@ def causal_attention(tokens: Tensor, heads: int) -> Tensor | None:
 
     Returns:
         The mixed values (B, T, D), heads in turn; None where torch has to serve: inside `torch.compile`, transforms,
-        modes and autocast, for other dtypes and devices, and for more than 1,024 tokens, where it is as fast.
+        modes and autocast, for other dtypes and devices, and for more than 1,024 tokens, where it is as fast on the
+        way forward.
+
+    Raises:
+        MemoryError: If there is none for the work of the threads.
+
+    Reference:
+        Vaswani et al. 2017, arXiv:1706.03762, equation 1. The way back computes weights again from the logarithms of
+        their sums, as Dao et al. 2022, arXiv:2205.14135, appendix B.4.
     """
     if tokens.ndim != 3 or tokens.shape[1] > _LONGEST or not _serves(tokens):
         return None

@@ -3,7 +3,6 @@
 import operator
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence, Sized
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ class ClassEpisodes(TaskDistribution):
             classes than the spec has ways.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("class_ids",)
+    identity: tuple[str, ...] = ("class_ids",)
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class DictionaryRegression(TaskDistribution):
         generality for a learner that may rotate its inputs.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("weights",)
+    identity: tuple[str, ...] = ("weights",)
 
     def __init__(self, *, n_features: int = 8, probabilities: Sequence[float] | None = None) -> None:
         """Normalize the probabilities."""

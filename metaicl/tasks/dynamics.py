@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ class DynamicalSystem(TaskDistribution):
         the output of f is scaled, because the states of most random networks grow without bound.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("key",)
+    identity: tuple[str, ...] = ("key",)
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class InterleavedPairs(TaskDistribution):
         von Oswald et al. 2023, arXiv:2309.05858, section 5.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("key",)
+    identity: tuple[str, ...] = ("key",)
 
     def __init__(self, *, dim: int = 10) -> None:
         """Keep the size."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class Sinusoid(TaskDistribution):
         which is the same family; splits are disjoint in p.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("phase",)
+    identity: tuple[str, ...] = ("phase",)
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """N-way classification of Gaussian classes, whose best possible accuracy is known."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class GaussianClasses(TaskDistribution):
         within: Standard deviation within a class, per coordinate.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("means",)
+    identity: tuple[str, ...] = ("means",)
 
     def __init__(self, *, n_way: int = 5, dim: int = 16, radius: float = 0.75, within: float = 1.0) -> None:
         """Keep the sizes."""

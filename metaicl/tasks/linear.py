@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class LinearRegression(TaskDistribution):
         von Oswald et al. 2022, arXiv:2212.07677, who scale the laws otherwise.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("weights",)
+    identity: tuple[str, ...] = ("weights",)
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class TaskMixture(TaskDistribution):
             parts = split_classes(n_pool, seed=seed)
         self.task_splits = {split: torch.tensor(owned) for split, owned in parts.items()}
         if held_out == "tasks":
-            self.identity = ("task_ids",)  # type: ignore[misc]  # which splits are disjoint is a choice here
+            self.identity = ("task_ids",)  # which splits are disjoint is a choice here
 
     def sample(self, n_tasks: int, *, split: Split, n_shot: int, n_query: int, generator: torch.Generator) -> Episode:
         """Draw latent tasks with replacement, then rows; see `TaskDistribution.sample`."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import permutations
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class AssociativeRecall(TaskDistribution):
         pairs, and every value occurs equally often.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("pairs",)
+    identity: tuple[str, ...] = ("pairs",)
 
     def __init__(self, *, n_values: int = 16, n_keys: int = 256, key_dim: int | None = None) -> None:
         """Keep the sizes, and draw the vectors of the keys."""

@@ -1,7 +1,6 @@
 """Episodes over the rows of an array: classes of rows, or groups of rows."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class GroupRegression(TaskDistribution):
         source_classes: long (rows,), the group of each row.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("group_ids",)
+    identity: tuple[str, ...] = ("group_ids",)
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ class _TablePool(TaskDistribution):
     that depend neither on labels nor on which rows are support. A constant column is 0.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("dataset_ids", "family_ids")
+    identity: tuple[str, ...] = ("dataset_ids", "family_ids")
 
     def __init__(
         self,

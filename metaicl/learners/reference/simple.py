@@ -139,7 +139,6 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim)."""
-        check_support_labels(self.spec, support)
         features = raw_features(support.x, self.spec)
         center, middle = masked_mean(features, support.mask, 1), masked_mean(support.y, support.mask, 1)
         if not self.intercept:

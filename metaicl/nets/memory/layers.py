@@ -241,7 +241,7 @@ class Mesa(FastWeightMixer):
 
     def start(self, n_tasks: int, like: Tensor) -> FastWeights:
         """No map yet, and the inverse of the regularizer."""
-        regularizer = self.log_regularizer.exp().to(solvable(like)).double().expand(n_tasks, -1)
+        regularizer = self.log_regularizer.exp().double().expand(n_tasks, -1)
         fit = ridge_start(regularizer, self.key_size, self.value_size)
         return FastWeights((fit.weights.to(like),), (fit.inverse,))
 

@@ -120,11 +120,11 @@ def least_squares_recursive(
 ) -> tuple[Tensor, Fit]:
     """`least_squares` whose backward does not need R of every token; arguments and results are the same.
 
-    Going back a step divides by 1 - k^T R_t k = 1 / (1 + k^T R_{t-1} k), so that a rounding error along k grows by
-    1 + k^T R_{t-1} k, up to 1 + lambda |k|^2. With 64 unit keys of size 8 and no fit kept, gradients in float32 are off
-    by 1e-6 of their norm at lambda = 1 and 1e-4 at 100; from 204 on all is computed in double, where they are off by
-    1e-10 at 10,000, 1e-6 at a million and everything from 1e9 on. Where fits
-    are kept, the steps between two of them are done again from the first, which is always stable.
+    Going back a step divides by 1 - k^T R_t k = 1 / (1 + k^T R_{t-1} k), so that a rounding error along k grows by 1 +
+    k^T R_{t-1} k, up to 1 + lambda |k|^2. With 64 unit keys of size 8 and no fit kept, gradients in float32 are off by
+    1e-6 of their norm at lambda = 1 and 1e-4 at 100; from 204 on all is computed in double, where they are off by 1e-10
+    at 10,000, 1e-6 at a million and everything from 1e9 on. Where fits are kept, the steps between two of them are done
+    again from the first, which is always stable.
 
     The second derivative goes through `least_squares_chunked`, which is the same function, and so does everything
     within transforms of `torch.func`.
