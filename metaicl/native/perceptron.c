@@ -25,7 +25,14 @@
 #define __has_builtin(name) 0
 #endif
 
-#define MOST_SUMS 12 /* in vector registers at a time */
+#ifdef __AVX512VL__
+#define MOST_SUMS 25 /* in vector registers at a time, of which there are 32 */
+#define MOST_VECTORS 5
+#else
+#define MOST_SUMS 12
+#define MOST_VECTORS 2
+#endif
+#define MOST_ROWS 12
 #define MOST_LAYERS 16 /* VECTOR_BYTES comes from library.py */
 
 enum { IDENTITY, RELU, TANH, SIGMOID };
@@ -139,13 +146,14 @@ static int NAME(reserve)(const Layout *at, int64_t rows, int64_t rate_rows, Work
     return 1;
 }
 
-/* C (rows, vectors) = A B, or += if `add`; A is read by two strides. Its sums stay in registers. */
+/* C (rows, vectors) = A B + `first`, or A B without it; A is read by two strides. Its sums stay in registers. */
 static inline __attribute__((always_inline)) void NAME(tile)(const int rows, const int vectors, int64_t inner,
-    const REAL *a, int64_t a_row, int64_t a_inner, const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int add) {
+    const REAL *a, int64_t a_row, int64_t a_inner, const REAL *b, int64_t b_row, const REAL *first, int64_t first_row,
+    REAL *c, int64_t c_row) {
     Vector sum[MOST_SUMS];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++)
-            sum[i * vectors + j] = add ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0};
+            sum[i * vectors + j] = first ? *(const Vector *)(first + i * first_row + j * LANES) : (Vector){0};
     for (int64_t k = 0; k < inner; k++)
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < vectors; j++)
@@ -154,24 +162,40 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
         for (int j = 0; j < vectors; j++) *(Vector *)(c + i * c_row + j * LANES) = sum[i * vectors + j];
 }
 
-/* The same for any m and for any n that is a whole number of vectors. */
+/* The same for any m and for any n that is a whole number of vectors. Its tiles are as large as registers allow, and of
+ * about the same height: a low one has too few sums to keep the processor busy. */
 static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, int64_t a_row, int64_t a_inner,
-    const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int add) {
+    const REAL *b, int64_t b_row, const REAL *first, int64_t first_row, REAL *c, int64_t c_row) {
 #define CASE(rows, vectors) \
-    case rows * 2 + vectors: \
-        NAME(tile)(rows, vectors, inner, a + i * a_row, a_row, a_inner, b + j, b_row, c + i * c_row + j, c_row, add); \
+    case vectors * (MOST_ROWS + 1) + rows: \
+        if (rows * vectors <= MOST_SUMS) \
+            NAME(tile)(rows, vectors, inner, a + i * a_row, a_row, a_inner, b + j, b_row, \
+                first ? first + i * first_row + j : first, first_row, c + i * c_row + j, c_row); \
         break;
-    for (int64_t j = 0, vectors; j < n; j += vectors * LANES) {
-        vectors = n - j > LANES ? 2 : 1;
-        for (int64_t i = 0, rows; i < m; i += rows) {
-            rows = m - i > MOST_SUMS / vectors ? MOST_SUMS / vectors : m - i;
-            switch (rows * 2 + vectors) {
-                CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1) CASE(9, 1)
-                CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
+#define CASES(vectors) \
+    CASE(1, vectors) CASE(2, vectors) CASE(3, vectors) CASE(4, vectors) CASE(5, vectors) CASE(6, vectors) \
+    CASE(7, vectors) CASE(8, vectors) CASE(9, vectors) CASE(10, vectors) CASE(11, vectors) CASE(12, vectors)
+    static const uint32_t most[] = {0, MOST_ROWS, MOST_SUMS / 2, MOST_SUMS / 3, MOST_SUMS / 4, MOST_SUMS / 5};
+    uint32_t left = (uint32_t)(n / LANES), height = (uint32_t)m, vectors;
+    for (int64_t j = 0; left; j += vectors * LANES, left -= vectors) {
+        uint32_t across = (left + MOST_VECTORS - 1) / MOST_VECTORS;
+        vectors = (left + across - 1) / across;
+        uint32_t down = (height + most[vectors] - 1) / most[vectors], rows;
+        for (int64_t i = 0; i < m; i += rows) {
+            rows = (height - (uint32_t)i + down - 1) / down, down--;
+            switch (vectors * (MOST_ROWS + 1) + rows) {
+                CASES(1)
+                CASES(2)
+#if MOST_VECTORS > 2
+                CASES(3)
+                CASES(4)
+                CASES(5)
+#endif
             }
         }
     }
 #undef CASE
+#undef CASES
 }
 
 /* Rows of a square block become columns: halves of rows are interleaved until each number has met all others. */
@@ -271,9 +295,8 @@ static void NAME(forward)(const Layout *at, const Problem *problem, int64_t task
     for (int64_t l = 0; l < at->layers; l++) {
         int64_t width = at->width[l + 1];
         REAL *out = work->active[l + 1];
-        for (int64_t n = 0; n < rows; n++) memcpy(out + n * width, weights + at->bias[l], (size_t)width * sizeof(REAL));
-        NAME(multiply)(rows, width, at->size[l], work->active[l], at->width[l], 1, flipped + at->flipped[l], width, out,
-            width, 1);
+        NAME(multiply)(rows, width, at->size[l], work->active[l], at->width[l], 1, flipped + at->flipped[l], width,
+            weights + at->bias[l], 0, out, width);
         if (l + 1 == at->layers) return;
         if (problem->activation == RELU)
             for (int64_t i = 0; i < rows * width; i++) out[i] = out[i] <= 0 ? 0 : out[i]; /* lets NaN through */
@@ -319,7 +342,7 @@ static void NAME(backward)(const Layout *at, const Problem *problem, const REAL 
     for (int64_t l = at->layers - 1; l > 0; l--) {
         int64_t rows = problem->rows, width = at->width[l];
         NAME(multiply)(rows, width, at->size[l + 1], work->slope[l + 1], at->width[l + 1], 1, weights + at->matrix[l],
-            width, work->slope[l], width, 0);
+            width, NULL, 0, work->slope[l], width);
         NAME(bend)(problem->activation, rows * width, work->active[l], work->slope[l]);
     }
 }
@@ -328,8 +351,8 @@ static void NAME(backward)(const Layout *at, const Problem *problem, const REAL 
 static void NAME(collect)(const Layout *at, int64_t rows, REAL *const *slope, REAL *const *active, REAL *to) {
     for (int64_t l = 0; l < at->layers; l++) {
         int64_t width = at->width[l + 1];
-        NAME(multiply)(at->size[l + 1], at->width[l], rows, slope[l + 1], 1, width, active[l], at->width[l],
-            to + at->matrix[l], at->width[l], 0);
+        NAME(multiply)(at->size[l + 1], at->width[l], rows, slope[l + 1], 1, width, active[l], at->width[l], NULL, 0,
+            to + at->matrix[l], at->width[l]);
         REAL *restrict bias = to + at->bias[l];
         memset(bias, 0, (size_t)width * sizeof(REAL));
         for (int64_t n = 0; n < rows; n++)
@@ -346,13 +369,11 @@ static void NAME(hessian)(const Layout *at, const Problem *problem, int64_t task
         int64_t width = at->width[l + 1];
         REAL *restrict moved = work->moved[l + 1], *restrict turn = work->moved_slope[l + 1];
         const REAL *restrict active = work->active[l + 1], *restrict slope = work->slope[l + 1];
-        for (int64_t n = 0; n < rows; n++)
-            memcpy(moved + n * width, work->direction + at->bias[l], (size_t)width * sizeof(REAL));
         NAME(multiply)(rows, width, at->size[l], work->active[l], at->width[l], 1,
-            work->flipped_direction + at->flipped[l], width, moved, width, 1);
+            work->flipped_direction + at->flipped[l], width, work->direction + at->bias[l], 0, moved, width);
         if (l > 0)
             NAME(multiply)(rows, width, at->size[l], work->moved[l], at->width[l], 1, flipped + at->flipped[l], width,
-                moved, width, 1);
+                moved, width, moved, width);
         if (l + 1 == last) break;
         for (int64_t i = 0; i < rows * width; i++) turn[i] = 0; /* slope * second / first derivative * moved */
         if (problem->activation == TANH)
@@ -373,16 +394,16 @@ static void NAME(hessian)(const Layout *at, const Problem *problem, int64_t task
     for (int64_t l = last - 1; l > 0; l--) { /* how slopes of layers move */
         int64_t width = at->width[l];
         NAME(multiply)(rows, width, at->size[l + 1], work->moved_slope[l + 1], at->width[l + 1], 1,
-            weights + at->matrix[l], width, work->through, width, 0);
+            weights + at->matrix[l], width, NULL, 0, work->through, width);
         NAME(multiply)(rows, width, at->size[l + 1], work->slope[l + 1], at->width[l + 1], 1,
-            work->direction + at->matrix[l], width, work->through, width, 1);
+            work->direction + at->matrix[l], width, work->through, width, work->through, width);
         NAME(bend)(problem->activation, rows * width, work->active[l], work->through);
         for (int64_t i = 0; i < rows * width; i++) work->moved_slope[l][i] += work->through[i];
     }
     NAME(collect)(at, rows, work->moved_slope, work->active, work->product);
     for (int64_t l = 1; l < last; l++) /* inputs of the net do not move */
         NAME(multiply)(at->size[l + 1], at->width[l], rows, work->slope[l + 1], 1, at->width[l + 1], work->moved[l],
-            at->width[l], work->product + at->matrix[l], at->width[l], 1);
+            at->width[l], work->product + at->matrix[l], at->width[l], work->product + at->matrix[l], at->width[l]);
 }
 
 /* The inner loop of one task, from common->weights to work->weights.
