@@ -57,7 +57,7 @@ def _loaded(name: str) -> ctypes.CDLL | None:
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
         parts = (
-            source.read_bytes(),
+            *(path.read_bytes() for path in (source, *sorted(_FOLDER.glob("*.h")))),
             shlex.join(compiler).encode(),
             version,
             _processor(),

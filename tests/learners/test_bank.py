@@ -3,6 +3,8 @@
 import copy
 import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from metaicl.learners.retrieval.bank import CorruptBankError, MemoryBank
 from metaicl.learners.retrieval.content import content_ids
 from metaicl.learners.retrieval.exact_search import best_items
 from metaicl.learners.retrieval.exclusion import Exclusion
+from metaicl.native import without_kernels
 from metaicl.sealed_files import SealedFormat
 from metaicl.spec import TaskSpec
 from metaicl.tasks.gaussians import GaussianClasses
@@ -65,6 +68,14 @@ def test_too_few_allowed_items_are_marked(backend: str) -> None:
     assert beyond.real.sum(1).tolist() == [6, 6]
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def searched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By the kernel, where there is one, and without."""
+    with nullcontext() if request.param == "kernel" else without_kernels():
+        yield
+
+
+@pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n_keys", "chunk"), [(60, 60), (5000, 5000), (5000, 700)], ids=["few", "blocks", "pieces"])
 def test_of_equal_items_the_first_are_found_in_order(n_keys: int, chunk: int, dtype: torch.dtype) -> None:
@@ -79,6 +90,7 @@ def test_of_equal_items_the_first_are_found_in_order(n_keys: int, chunk: int, dt
         assert torch.equal(found.score, expected.values[:, :k])
 
 
+@pytest.mark.usefixtures("searched")
 def test_equal_items_are_found_alike_whoever_else_asks() -> None:
     """A later piece that is taken in as a whole does not come before hits of an earlier one that still wait."""
     keys = torch.zeros(192, 1)
@@ -90,6 +102,7 @@ def test_equal_items_are_found_alike_whoever_else_asks() -> None:
         assert bank.search(torch.tensor(queries)[:, None], 1).index[0].tolist() == [69]
 
 
+@pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize("n_keys", [300, 64, 65])
 def test_more_items_than_a_piece_has_and_all_alike(n_keys: int) -> None:
     bank = MemoryBank(chunk=64)
@@ -158,7 +171,8 @@ def test_a_stream_of_pieces_gives_what_sorting_gives(seed: int, k: int, order: s
     elif order == "equal":
         keys = torch.ones_like(keys)
     queries = torch.rand(5, 4, generator=generator, dtype=torch.float64)
-    score, index = best_items(queries, keys, k, chunk=600)
+    with without_kernels():
+        score, index = best_items(queries, keys, k, chunk=600)
     scores = queries @ keys.T
     torch.testing.assert_close(score, scores.topk(k, 1).values, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scores.gather(1, index), score, rtol=1e-12, atol=1e-12)

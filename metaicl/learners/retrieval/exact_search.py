@@ -1,4 +1,4 @@
-"""Exact search for the largest inner products: a matrix product in pieces, and a top-k that costs next to nothing."""
+"""Exact search for the largest inner products: by a kernel, or by matrix products in pieces and a cheap top-k."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaicl.learners.retrieval.exclusion import PairMask
+from metaicl.native.search import best_products
 from metaicl.nets.sequence.linear import is_available
 
 _BLOCK = 128  # scores under one maximum; the maxima of a piece are then too few to be worth several threads
@@ -25,9 +27,9 @@ Mask = Callable[[Tensor, int], Tensor]
 def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask | None = None) -> Scored:
     """The k largest inner products of each query. Nothing is approximate.
 
-    The keys are read once, in pieces, and the scores of a piece stay in the cache. On a CPU they are looked at once
-    more, for the maxima of blocks of them: only blocks that beat the k-th best score so far are opened, and these
-    become rare at once (k of every M remain after M items, so k log M are opened in all).
+    The keys are read once, in pieces, and the scores of a piece stay in the cache. Without a kernel for it, they are
+    looked at once more on a CPU, for the maxima of blocks of them: only blocks that beat the k-th best score so far are
+    opened, and these become rare at once (k of every M remain after M items, so k log M are opened in all).
 
     Args:
         queries: (Q, K), in the precision that inner products are to be taken in.
@@ -42,6 +44,10 @@ def best_items(queries: Tensor, keys: Tensor, k: int, *, chunk: int, mask: Mask 
         score those with the lower numbers are found, in this order, so that duplicates are chosen alike on every
         machine and in every precision; on accelerators and in compiled graphs any of them may be.
     """
+    if mask is None or isinstance(mask, PairMask):
+        found = best_products(queries, keys, k, None if mask is None else mask.by_query(len(queries)))
+        if found is not None:
+            return Scored(*found)
     pieces = -(-len(keys) // chunk)
     size = -(-len(keys) // (pieces * _BLOCK)) * _BLOCK  # no small last piece
     static = torch.compiler.is_compiling() or queries.device.type != "cpu"  # looking at values would break or wait

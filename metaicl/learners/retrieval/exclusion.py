@@ -73,6 +73,12 @@ class PairMask:
                 scores[self.query[low:high], self.item[low:high] - start] = -torch.inf
         return scores
 
+    def by_query(self, n_queries: int) -> tuple[Tensor, Tensor]:
+        """Where the items of each query begin, long (n_queries + 1,), and these, in rising order for each of them."""
+        query, order = self.query.sort(stable=True)
+        first = torch.searchsorted(query, torch.arange(n_queries + 1, device=query.device))
+        return first, self.item[order]
+
 
 class TableMask:
     """Many excluded items, or a graph that must not depend on data: a table tells for each query and id.
