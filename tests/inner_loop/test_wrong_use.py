@@ -200,15 +200,16 @@ def test_parameters_made_by_the_first_call_are_named(name, adapt):
     assert "head.weight" in make(name, net=lambda: called, adapt=adapt).adapted
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])  # whole numbers are no labels in regression
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name != "ProtoMAML"])
-def test_targets_without_their_axis_are_refused(name, kernels):
+def test_targets_without_their_axis_are_refused(name, kernels, dtype):
     learner, x = LEARNERS[name](Sinusoid().spec), torch.randn(2, 5, 1)
     with (
         nullcontext() if kernels else without_kernels(),
         pytest.raises(ValueError, match=r"targets of 5 rows must be \(5, 1\).*got \(5,\); give them an axis y_dim"),
     ):
-        learner.adapt(Examples(x, x[..., 0]))
+        learner.adapt(Examples(x, x[..., 0].to(dtype)))
 
 
 @every_learner

@@ -148,6 +148,8 @@ class _Kernel(NamedTuple):
         """The same for `unroll_path` with these options; None where there is no kernel."""
         if stepwise or checkpoint not in (False, True):  # a kernel keeps the weights of every step, and no activations
             return None
+        if (spec.kind == "regression") != support.y.is_floating_point():  # kernels tell the loss from the dtype
+            return None
         data = (support.x, support.y, support.mask)
         settings = {name: value for name, value in options.items() if name != "shared"}
         problem = find_problem(net, adapted, data, outputs=spec.output_size, **settings)
