@@ -100,8 +100,8 @@ def minimize_tasks(
             active = is_active(size, tolerance * first)
             if none_active(active):
                 break
-            rates = torch.where(active, lr, 0.0)
-            weights = {name: w - rates.view(-1, *[1] * (w.ndim - 1)) * slopes[name] for name, w in weights.items()}
+            moving = {name: active.view(-1, *[1] * (slope.ndim - 1)) for name, slope in slopes.items()}
+            weights = {n: w - lr * torch.where(moving[n], slopes[n], 0.0) for n, w in weights.items()}
     return weights
 
 

@@ -142,6 +142,15 @@ def test_tasks_stop_where_their_slope_is_small_enough():
     assert distances[-1] < 1e-10 < distances[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_have_the_precision_of_the_weights(dtype):
+    start, scale, y = (leaf.detach().to(dtype) for leaf in leaves())
+    problem, arguments, shared = Proximal(loss, STRENGTH), ({"w": start}, (X.to(dtype), y)), {"scale": scale}
+    found = minimize_tasks(problem, *arguments, lr=0.1, steps=1, tolerance=0.1, shared=shared)["w"]
+    at = start.expand_as(found)
+    assert torch.equal(found, at - 0.1 * problem.slopes({"w": at}, {"w": start}, shared, arguments[1])["w"])
+
+
 def test_a_series_that_diverges_is_an_error():
     with pytest.raises(FloatingPointError, match=r"Neumann series diverges: .* step below 2 / .*ConjugateGradient"):
         error(solver=Neumann(50, step=10.0))
