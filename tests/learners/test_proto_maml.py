@@ -16,8 +16,11 @@ from gradient_helpers import (
 from torch import nn
 from torch.func import functional_call
 
+from metaicl.inner_loop import SGD, Rate
+from metaicl.inner_loop.curvature import Kronecker
 from metaicl.learners.gradient.proto_maml import ProtoMAML
 from metaicl.learners.metric.protonet import ProtoNet
+from metaicl.meta_step import MetaStep
 from metaicl.nets.backbones import MLP, Conv4
 from metaicl.objectives import query_loss
 from metaicl.task import EpisodeStream
@@ -48,6 +51,15 @@ def test_meta_gradient_equals_finite_differences(steps: int) -> None:
     settings = {"inner_lr": 0.1, "inner_steps": steps, "first_order": False}
     learner = seeded(lambda: ProtoMAML(CLASSES.spec, encoder=smooth(), **settings))
     assert worst_slope_error(learner, draw(CLASSES)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rule", [SGD(0.1, precondition=Kronecker()), SGD(Rate(0.1, "element"))])
+def test_what_is_learned_of_the_head_has_the_precision_of_the_encoder(rule: SGD, dtype: torch.dtype) -> None:
+    learner = ProtoMAML(CLASSES.spec, encoder=smooth().to(dtype), optimizer=rule)
+    assert {value.dtype for value in learner.parameters()} == {dtype}
+    _, gradients = MetaStep(learner)(draw(CLASSES).to(dtype=dtype))
+    assert {value.dtype for value in gradients.values()} == {dtype}
 
 
 @pytest.mark.parametrize("first_order", [True, False])

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -18,6 +17,7 @@ from metaicl.inner_loop.parameters import (
     adapted_tensors,
     beyond_word_vectors,
     check_inner_loop_module,
+    first_floating,
     frozen_tensors,
 )
 from metaicl.inner_loop.supervised import row_loss
@@ -88,7 +88,8 @@ class ProtoMAML(Learner[dict[str, Tensor]]):
         trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
         only_words = adapt is None and trainable and not beyond_word_vectors(self.encoder)  # then the head adapts alone
         self.adapted = frozenset[str]() if only_words else choose_adapted(spec, self.encoder, adapt)
-        head = {_WEIGHT: torch.empty(spec.output_size, dim), _BIAS: torch.empty(spec.output_size)}
+        like = first_floating(self.encoder)
+        head = {_WEIGHT: like.new_empty(spec.output_size, dim), _BIAS: like.new_empty(spec.output_size)}
         rule = choose_optimizer(optimizer, inner_lr, default=0.01)
         self.optimizer = rule.bind({**adapted_tensors(self.encoder, self.adapted), **head}, max(1, self.inner_steps))
 
