@@ -11,6 +11,7 @@ from torch import nn
 from metaicl.episode import Episode, Examples
 from metaicl.learners.gradient.es_maml import ESMAML
 from metaicl.learners.gradient.maml import MAML
+from metaicl.nets.backbones import MLP
 from metaicl.objectives import query_loss
 from metaicl.spec import TaskSpec
 
@@ -127,6 +128,14 @@ def test_chunks_masks_and_frozen_parameters() -> None:
         assert float((masked[name] - value).abs().max()) < limit
     learner.net.get_parameter("head.bias").requires_grad_(False)
     assert "net.head.bias" not in estimate(learner, episode)[1]
+
+
+def test_a_net_of_another_precision_than_the_output_scale() -> None:
+    learner = ESMAML(SINES.spec, net=MLP((1, 4, 1)).bfloat16(), n_pairs=2)
+    gradients = estimate(learner, draw(SINES).to(dtype=torch.bfloat16))[1]
+    assert {name: value.dtype for name, value in gradients.items()} == {
+        name: value.dtype for name, value in learner.named_parameters()
+    }
 
 
 def test_the_noise_comes_from_the_default_generator_alone() -> None:

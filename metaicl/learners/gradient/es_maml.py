@@ -97,7 +97,7 @@ class ESMAML(PlainDescent):
                 for sign in (1, -1)
             )
             slopes = (plus - minus) / (2 * self.sigma * self.n_pairs * n_tasks)
-            found = {f"net.{name}": torch.tensordot(slopes, value, 2) for name, value in noise.items()}
+            found = {f"net.{name}": torch.tensordot(slopes.to(value), value, 2) for name, value in noise.items()}
             loss = query_loss(self, episode).mean()
         if learned is not None and learned.requires_grad:
             with torch.enable_grad():
