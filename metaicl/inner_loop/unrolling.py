@@ -36,7 +36,7 @@ def unroll(
         params: Start of the inner loop. Not modified.
         data: What the loss needs beside the parameters, tensors of one task.
         steps: Number of updates; 0 returns `params`.
-        lr: Step size of plain gradient descent. Give this or `optimizer`.
+        lr: Step size of plain gradient descent, one number. Give this or `optimizer`.
         optimizer: Any other update rule.
         shared: More tensors that the loss finds among its parameters by name, which do not adapt.
         step_data: More data with a leading axis of steps, such as minibatches; after `data` the loss gets the entry of
@@ -50,8 +50,8 @@ def unroll(
 
     Raises:
         TypeError: If a count is no int.
-        ValueError: If both or none of `lr` and `optimizer` are given, a count is out of range, or `step_data` ends
-            before the steps do.
+        ValueError: If both or none of `lr` and `optimizer` are given, a count is out of range, `step_data` ends
+            before the steps do, or a step would change the shape of a weight, as an `lr` of many numbers may.
 
     Reference:
         Finn, Abbeel & Levine, 2017, arXiv:1703.03400, Algorithm 1; first order as in section 5.2.
@@ -59,7 +59,7 @@ def unroll(
     loop = make_loop(loss, steps, lr, optimizer, first_order=first_order, truncate=truncate, layers={}, stepwise=())
     with twice_differentiable():  # kernels such as that of weight normalization are wrong without vmap, too
         path, _ = loop.run(0, steps, (dict(params), {}, shared or {}, loop.hyper), (data, step_data))
-    return path[-1] if path else dict(params)
+    return _same_shapes(path[-1], params, axes=0) if path else dict(params)
 
 
 def unroll_tasks(
@@ -173,7 +173,20 @@ def unroll_path(
         arguments = (fast, state, shared, loop.hyper, (tuple(data), tuple(step_data)))
         found, state = segment(*arguments) if checkpoint is False else recompute(segment, *arguments)
         fast, path = found[-1], [*path, *found] if whole else found
+    _same_shapes(fast, params, axes=1)
     return path
+
+
+def _same_shapes(fast: dict[str, Any], params: Params, *, axes: int) -> dict[str, Any]:
+    """`fast`, once its tensors are known to have the shapes of `params` after so many axes, as broadcasting may not."""
+    for name, value in params.items():
+        now = fast[name]
+        if isinstance(now, Tensor) and now.shape[axes:] != value.shape:
+            raise ValueError(
+                f"a step must keep the shape {tuple(value.shape)} of {name}; got {tuple(now.shape[axes:])}. lr is one "
+                "number; Rate in SGD gives one to each tensor, weight or step"
+            )
+    return fast
 
 
 def _count_tasks(*parts: Any) -> int:

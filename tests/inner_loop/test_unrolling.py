@@ -143,6 +143,19 @@ def test_data_of_steps_that_ends_early_is_named():
         unroll_tasks(quadratic, start(), (), step_data=(CENTER.expand(4, 2, 2),), lr=0.1, steps=3, checkpoint=True)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_step_sizes_that_would_broadcast_weights_are_named(checkpoint):
+    def loss(params, x, y):
+        return (x @ params["w"] - y).square().mean()
+
+    start, data = {"w": torch.zeros(3, 1)}, (torch.ones(4, 5, 3), torch.ones(4, 5, 1))
+    message = r"keep the shape \(3, 1\) of w; got \(3, 2\).*Rate in SGD gives one"
+    with pytest.raises(ValueError, match=message):
+        unroll_tasks(loss, start, data, steps=2, lr=torch.full((2,), 0.1), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=message):
+        unroll(loss, start, [part[0] for part in data], steps=2, lr=torch.full((2,), 0.1))
+
+
 def test_none_among_the_data_is_passed_on():
     def loss(params, center, mask):
         assert mask is None
