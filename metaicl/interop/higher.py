@@ -25,7 +25,8 @@ class HigherMAML(TaskLoopLearner):
     Args:
         spec: The tasks.
         net: (rows, *x_shape) -> (rows, n_way logits or y_dim means); None builds the net of our MAML. It must not
-            track running statistics. LSTMs and other nets that `vmap` cannot serve are welcome.
+            track running statistics, nor have forward hooks, which higher does not call. LSTMs and other nets that
+            `vmap` cannot serve are welcome.
         inner_lr: Step size of gradient descent in the inner loop; None takes that of our MAML.
         optimizer: Makes the inner optimizer from the parameters to adapt, for instance
             `lambda parameters: torch.optim.Adam(parameters, lr=0.01)`; it starts afresh for every task. Give it instead
@@ -57,6 +58,7 @@ class HigherMAML(TaskLoopLearner):
         """Check the settings, the optimizer by making one."""
         super().__init__(spec, inner_steps=inner_steps, first_order=first_order)
         self._net = check_net(build_net(spec) if net is None else net)
+        _check_no_hooks(self._net)
         self.adapted = select_parameters(self._net, adapt)
         if isinstance(optimizer, InnerOptimizer):
             raise TypeError(
@@ -109,6 +111,15 @@ def _import_higher() -> ModuleType:
     except ImportError as error:
         raise ImportError("HigherMAML needs higher: pip install higher") from error
     return higher
+
+
+def _check_no_hooks(net: nn.Module) -> None:
+    hooked = [name or type(m).__name__ for name, m in net.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    if hooked:
+        raise ValueError(
+            f"higher would not call the forward hooks of {hooked[:5]}, which torch.nn.utils.weight_norm works by too; "
+            "take torch.nn.utils.parametrizations and methods instead, or MAML"
+        )
 
 
 def _check_options(optimizer: torch.optim.Optimizer) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from metaicl.interop.higher import HigherMAML
 from metaicl.learners.gradient.maml import MAML
@@ -143,6 +144,17 @@ def test_bad_optimizers():
         HigherMAML(SINUSOID.spec, optimizer=lambda parameters: 0.1)
     with pytest.raises(ValueError, match="matches no parameter"):
         HigherMAML(SINUSOID.spec, adapt="body.*")
+
+
+def test_hooks_that_higher_would_not_call_are_named():
+    net = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1))
+    net[1].register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+    with pytest.raises(ValueError, match=r"would not call the forward hooks of \['1'\]"):
+        HigherMAML(SINUSOID.spec, net=net)
+    observed = nn.Linear(1, 1)
+    observed.register_forward_hook(lambda layer, inputs, output: output.sin())
+    with pytest.raises(ValueError, match=r"hooks of \['Linear'\]"):
+        HigherMAML(SINUSOID.spec, net=observed)
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
