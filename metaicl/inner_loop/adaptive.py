@@ -41,6 +41,8 @@ class Adam(InnerOptimizer):
         precondition: Precondition | None = None,
     ) -> None:
         """Check the settings."""
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be a pair (beta1, beta2); got {betas!r}")
         super().__init__(
             clip_norm=clip_norm,
             precondition=precondition,

@@ -241,6 +241,8 @@ def test_curvature_transforms_every_axis():
         (lambda: Rate(float("nan")), ValueError, r"Rate\.value must be a finite number"),
         (lambda: unroll(bowl, start(), (SCALE,), steps=1), ValueError, "either lr, for gradient descent, or"),
         (lambda: unroll(bowl, start(), (SCALE,), steps=1, lr=1.0, optimizer=SGD(1.0)), ValueError, "either lr"),
+        (lambda: Adam(0.1, betas=0.9), ValueError, r"betas must be a pair \(beta1, beta2\); got 0\.9"),
+        (lambda: AdamW(0.1, betas=(0.9,)), ValueError, r"betas must be a pair \(beta1, beta2\); got \(0\.9,\)"),
         (lambda: unroll(bowl, start(), (SCALE,), steps=-1, lr=1.0), ValueError, "steps must be an int >= 0"),
         (
             lambda: unroll(bowl, start(), (SCALE,), steps=1, optimizer=SGD(Rate(0.1, "all"))),
