@@ -45,7 +45,8 @@ class ESMAML(PlainDescent):
         adapt: As in `MAML`.
         n_pairs: Pairs of opposite perturbations for each task; every pair adapts twice.
         sigma: Width of the perturbations, in units of the weights.
-        chunk_size: Pairs in memory at a time; changes the numbers by rounding only. None: all.
+        chunk_size: Pairs that adapt at a time, None: all. Changes the numbers by rounding only. What it bounds is the
+            memory of adaptations; perturbed weights of all pairs and tasks are held, some three sets for each.
 
     Raises:
         TypeError: If a count is no int.
