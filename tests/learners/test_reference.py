@@ -41,6 +41,19 @@ def test_ridge_equals_sklearn(regression) -> None:
         np.testing.assert_allclose(answer.mean[task].numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [300.0, 1e7])
+def test_ridge_bears_large_inputs_in_single_precision(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = scale * torch.randn(50, 6, 8, generator=generator), torch.randn(50, 6, 1, generator=generator)
+    asked = scale * torch.randn(50, 4, 8, generator=generator)
+    answer = Ridge(TaskSpec("regression", (8,), y_dim=1))(Examples(x, y), asked)
+    assert answer.mean.dtype == torch.float32
+    for task in range(0, 50, 5):
+        oracle = SklearnRidge(alpha=1e-3, solver="svd").fit(x[task].double().numpy(), y[task].double().numpy())
+        expected = oracle.predict(asked[task].double().numpy()).reshape(-1, 1)
+        np.testing.assert_allclose(answer.mean[task].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_nearest_neighbors_equals_sklearn(regression, classification, k: int) -> None:
     tasks, episode = regression

@@ -138,13 +138,14 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
         self.strength, self.intercept = check_positive("penalty", penalty), bool(intercept)
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
-        """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim)."""
-        features = raw_features(support.x, self.spec)
-        center, middle = masked_mean(features, support.mask, 1), masked_mean(support.y, support.mask, 1)
+        """Weights with the bias last (B, D + 1, y_dim) and scale (B, 1, y_dim), in float64."""
+        features, targets = raw_features(support.x, self.spec).double(), support.y.double()
+        center, middle = masked_mean(features, support.mask, 1), masked_mean(targets, support.mask, 1)
         if not self.intercept:
             center, middle = torch.zeros_like(center), torch.zeros_like(middle)
-        x, y = features - center[:, None], support.y - middle[:, None]
-        weights = ridge_solve(x, y, self.strength, support.mask)
+        x, y = features - center[:, None], targets - middle[:, None]
+        rounding = torch.finfo(x.dtype).eps * (x * support.real[..., None]).square().sum((1, 2), keepdim=True)
+        weights = ridge_solve(x, y, rounding.clamp(min=self.strength), support.mask)  # less would be lost in the sums
         bias = middle[:, None] - center[:, None] @ weights
         residual = (y - x @ weights).square() * support.real[..., None]
         n_rows = support.real.sum(1)[:, None, None]
@@ -156,7 +157,8 @@ class Ridge(Learner[tuple[Tensor, Tensor]]):
         """A line through the features."""
         weights, scale = state
         features = raw_features(x, self.spec)
-        return gaussian(features @ weights[:, :-1] + weights[:, -1:], scale)
+        mean = (features.double() @ weights[:, :-1] + weights[:, -1:]).to(features.dtype)
+        return gaussian(mean, scale.to(mean.dtype))
 
 
 class Logistic(Learner[tuple[Tensor, Tensor]]):
