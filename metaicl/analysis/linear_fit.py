@@ -43,6 +43,8 @@ def fit_linear(x: Tensor, answers: Tensor) -> LinearFit:
         )
     center, middle = x.mean(1, keepdim=True), answers.mean(1, keepdim=True)
     rows, targets = x - center, answers - middle
+    differs = (answers != answers[:, :1]).any(1, keepdim=True)  # the mean of equal answers need not be equal to them
+    targets = torch.where(differs, targets, 0.0)
     weights = torch.linalg.lstsq(rows, targets).solution
     residual = targets - rows @ weights
     bias = (middle - center @ weights)[:, 0]

@@ -164,6 +164,12 @@ def test_weights_derivatives_and_gains_are_those_of_the_algorithms() -> None:
     assert view.gain[0].mean == pytest.approx(low / (low + 0.25), abs=0.1)
 
 
+def test_a_linear_map_explains_answers_that_are_all_the_same() -> None:
+    """The mean of 33 equal numbers is not always equal to them; R2 is no ratio of such rounding."""
+    found = look(Constant(TASKS.spec), n_query=33, n_episodes=16, at=range(1, 7))
+    assert [(one.r2.mean, one.weight_norm) for one in found.closer] == [(1.0, 0.0)] * 6
+
+
 def test_true_difference_of_weights() -> None:
     """ILWD of two linear learners against their weights on the same addressed episodes, to 1e-6."""
     from metaicl.analysis.answers import draw_episodes
