@@ -44,7 +44,7 @@ def recording(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, lis
     def keep(name: str, output: Any) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if tensors:
-            outputs[name].append(tensors[0].detach())
+            outputs[name].append(tensors[0].detach().clone())  # the next module may write over it: ReLU(inplace=True)
 
     with ExitStack() as undo:
         for name in outputs:

@@ -171,6 +171,15 @@ def test_activations_are_those_of_the_forward_pass() -> None:
     assert hooks(learner) == 0
 
 
+def test_outputs_are_recorded_before_the_next_module_writes_over_them() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), recording(net, ["0"]) as outputs:
+        net(x)
+    assert torch.equal(outputs["0"][0], net[0](x))
+    assert float(outputs["0"][0].min()) < 0
+
+
 def test_hooks_are_gone_after_an_error() -> None:
     learner = small()
 
