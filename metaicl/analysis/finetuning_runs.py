@@ -121,12 +121,11 @@ class WatchedModel:
         return self._watched(part.query.x.shape[:2], answer)
 
     def _watched(self, shape: Sequence[int], run: Callable[[], Tensor]) -> Run:
-        kinds = ("project", "to_query_key_value")
-        with recording(self.learner, [f"{name}.{kind}" for name in self.names for kind in kinds]) as calls:
+        with recording(self.learner, [*self.names, *(f"{name}.to_query_key_value" for name in self.names)]) as calls:
             answers = run()
         outputs, scores = [], []
         for name, layer in self.layers.items():
-            last = calls[f"{name}.project"][-1]
+            last = calls[name][-1]
             outputs.append(last.reshape(*shape, -1, last.shape[-1])[:, :, -1])
             joint = calls[f"{name}.to_query_key_value"][-1]
             parts = joint.reshape(*shape, -1, 3, layer.heads, joint.shape[-1] // (3 * layer.heads))

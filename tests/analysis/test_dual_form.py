@@ -81,9 +81,9 @@ def test_layers_without_a_dual_form_are_refused():
         dual_form(LinearMemory(6, heads=2, gate=True), tokens(2, 0), tokens(1, 0), tokens(1, 0))
 
 
-def small(seed: int = 0, tasks=TASKS) -> InterleavedTransformer:
+def small(seed: int = 0, tasks=TASKS, momentum: float | None = None) -> InterleavedTransformer:
     torch.manual_seed(seed)
-    return InterleavedTransformer(tasks.spec, dim=8, depth=2, heads=2, max_length=40)
+    return InterleavedTransformer(tasks.spec, dim=8, depth=2, heads=2, max_length=40, momentum=momentum)
 
 
 @pytest.mark.parametrize("tasks", [TASKS, GaussianClasses(n_way=3)], ids=["regression", "classification"])
@@ -116,8 +116,9 @@ def test_each_task_takes_its_own_gradient_step_on_keys_and_values(tasks):
     assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), small(tasks=tasks).parameters(), strict=True))
 
 
-def test_outputs_and_scores_are_those_of_the_layers():
-    learner = small()
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_outputs_and_scores_are_those_of_the_layers(momentum):
+    learner = small(momentum=momentum)
     model = WatchedModel(learner)
     episode = draw_episodes(TASKS, n_shot=3, n_query=2, start=0, stop=4, split="test", seed=1)
     with torch.no_grad():
