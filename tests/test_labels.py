@@ -7,9 +7,10 @@ import torch
 
 from metaicl import learners
 from metaicl.episode import Examples
-from metaicl.learner import Learner, Prepares
+from metaicl.learner import Learner, PredictsPrefixes, Prepares, Updates
 from metaicl.native import without_kernels
 from metaicl.tasks.gaussians import GaussianClasses
+from metaicl.tasks.recall import AssociativeRecall
 
 SPEC = GaussianClasses(n_way=3, dim=4).spec
 
@@ -38,6 +39,28 @@ def test_labels_that_are_no_class(wrong: int) -> None:
             learner.eval()(support, support.x)
         with pytest.raises(ValueError, match=r"(support|examples)\.y must hold labels in \[0, n_way=3\)"):
             learner.adapt(support)
+
+
+def test_labels_of_streams_that_are_no_class() -> None:
+    """Rows that come later, and all rows of a stream; classes of a stream may come, where a learner has prototypes."""
+    rows = torch.randn(1, 3, 4)
+    known, wrong = Examples(rows, torch.tensor([[0, 1, 2]])), Examples(rows, torch.tensor([[1, 2, 3]]))
+    for name, learner in classifiers().items():
+        if isinstance(learner, PredictsPrefixes):
+            with pytest.raises(ValueError, match=r"y must hold labels in \[0, n_way=3\)"):
+                learner.predict_prefixes(wrong)
+        if isinstance(learner, Updates) and not isinstance(learner, Prepares) and name != "ProtoNet":
+            state = learner.adapt(known)
+            with pytest.raises(ValueError, match=r"y must hold labels in \[0, n_way=3\)"):
+                learner.update(state, wrong)
+
+
+def test_references_of_tasks_name_labels_that_are_no_class() -> None:
+    wrong = Examples(torch.randn(1, 3, 4), torch.tensor([[1, 2, 3]]))
+    for tasks in (GaussianClasses(n_way=3, dim=4), AssociativeRecall(n_values=3, n_keys=9, key_dim=4)):
+        for learner in tasks.references().values():
+            with pytest.raises(ValueError, match=r"support.y must hold labels in \[0, n_way=3\)"):
+                learner.adapt(wrong)
 
 
 def test_labels_that_are_no_integers() -> None:

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import categorical, class_weights, gaussian, squared_distances
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.mixtures import marginal
 from metaicl.nets.moments import Moments, prefix_moments, row_moments
 from metaicl.spec import TaskSpec
@@ -218,6 +218,7 @@ class GaussianClassPosterior(Learner[Any]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor]:
         """Posterior means (B, C, D) and predictive variances (B, C)."""
+        check_support_labels(self.spec, support)
         weights = class_weights(support.y, self.spec.output_size, support.mask, support.x.dtype)
         counts = weights.sum(-2)
         prior, noise = self.radius**2, self.within**2

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from metaicl.checks import check_count
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, class_weights
-from metaicl.learner import Learner, Traits
+from metaicl.learner import Learner, Traits, check_support_labels
 from metaicl.spec import TaskSpec
 from metaicl.task import Split, TaskDistribution, derive_seed
 
@@ -124,6 +124,7 @@ class ExactLookup(Learner[tuple[Tensor, Tensor, Tensor]]):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """The rows as they are: inputs, one-hot labels (B, N, C), and which rows are real (B, N)."""
+        check_support_labels(self.spec, support)
         dtype = support.x.dtype if support.x.is_floating_point() else torch.get_default_dtype()
         weights = class_weights(support.y, self.spec.output_size, support.mask, dtype)
         return support.x, weights, support.real

@@ -108,6 +108,7 @@ class _LinearAttentionLearner(Learner[TokenMoments]):
 
     def _tokens(self, support: Examples) -> Tensor:
         """(x, y, 0) of each row (B, N, D), zero at masked rows: they add nothing to any moment."""
+        check_support_labels(self.spec, support)
         x = encode(self.encoder, support.x)
         tokens = self._join(x, as_numbers(support.y, self.spec, x.dtype))
         return tokens if support.mask is None else tokens * support.mask[..., None]
@@ -156,7 +157,6 @@ class LinearTransformer(_LinearAttentionLearner):
 
     def adapt(self, support: Examples) -> TokenMoments:
         """Second moments of the support's tokens before every layer."""
-        check_support_labels(self.spec, support)
         tokens, count = self._tokens(support), support.real.sum(1)
         sums = []
         for layer in self.stack.run():
@@ -181,7 +181,6 @@ class CausalLinearTransformer(_LinearAttentionLearner):
 
     def adapt(self, support: Examples) -> TokenMoments:
         """Second moments of the support's tokens before every layer."""
-        check_support_labels(self.spec, support)
         return self.update(self._nothing(support), support)
 
     def update(self, state: TokenMoments, examples: Examples) -> TokenMoments:

@@ -69,13 +69,12 @@ class MemoryLearner(Learner[StackState]):
 
     def adapt(self, support: Examples) -> StackState:
         """The memories after the support."""
-        check_support_labels(self.spec, support)
-        h = self.embed(support.x, support.y)
+        h = self._rows(support)
         return self.model(h, self.model.start(support.n_tasks, h), support.mask)[1]
 
     def update(self, state: StackState, examples: Examples) -> StackState:
         """The memories after `examples` too; nothing is read again."""
-        return self.model(self.embed(examples.x, examples.y), state, examples.mask)[1]
+        return self.model(self._rows(examples), state, examples.mask)[1]
 
     def predict(self, state: StackState, x: Tensor) -> Distribution:
         """Answer each query from the memories."""
@@ -83,9 +82,13 @@ class MemoryLearner(Learner[StackState]):
 
     def predict_prefixes(self, examples: Examples) -> Distribution:
         """Answer every row (B, N) from the rows before it, in one pass."""
-        context = self.embed(examples.x, examples.y)
+        context = self._rows(examples)
         state = self.model.start(examples.n_tasks, context)
         return self.head(self.model.peek_prefixes(self.embed(examples.x), context, state, examples.mask))
+
+    def _rows(self, examples: Examples) -> Tensor:
+        check_support_labels(self.spec, examples)
+        return self.embed(examples.x, examples.y)
 
 
 class BareMemory(Learner[FastWeights]):
@@ -131,7 +134,6 @@ class BareMemory(Learner[FastWeights]):
 
     def adapt(self, support: Examples) -> FastWeights:
         """The memory after the support."""
-        check_support_labels(self.spec, support)
         h = self._rows(support)
         return self.memory(h, self.memory.start(support.n_tasks, h), support.mask)[1]
 
@@ -150,6 +152,7 @@ class BareMemory(Learner[FastWeights]):
         return self.head(self.memory.peek_prefixes(self._queries(examples.x), context, state, examples.mask))
 
     def _rows(self, examples: Examples) -> Tensor:
+        check_support_labels(self.spec, examples)
         x = self.norm(encode(self.encoder, examples.x))
         return torch.cat([x, as_numbers(examples.y, self.spec, x.dtype)], -1)
 

@@ -67,7 +67,6 @@ class RecurrentLearner(Learner[Layers]):
 
     def adapt(self, support: Examples) -> Layers:
         """The hidden state after the support."""
-        check_support_labels(self.spec, support)
         return self._read(self._start(support), support)[1]
 
     def update(self, state: Layers, examples: Examples) -> Layers:
@@ -98,6 +97,7 @@ class RecurrentLearner(Learner[Layers]):
 
     def _read(self, state: Layers, examples: Examples) -> tuple[list[Layers], Layers]:
         """The states before each row and after the last, layer by layer, so that inputs are one matrix product."""
+        check_support_labels(self.spec, examples)
         h, real = self.embed(examples.x, examples.y), examples.real
         courses: list[list[tuple[Tensor, ...]]] = []
         for index, now in enumerate(state):

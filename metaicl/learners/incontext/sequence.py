@@ -67,13 +67,12 @@ class SequenceLearner(Learner[Any]):
 
     def adapt(self, support: Examples) -> Any:
         """The model's state after the 2 N tokens of the support."""
-        check_support_labels(self.spec, support)
-        h, real = self.tokens(support)
+        h, real = self._tokens(support)
         return self._read(h, self.model.start(support.n_tasks, h), real, slice(0))[1]
 
     def update(self, state: Any, examples: Examples) -> Any:
         """The state after `examples` too; nothing is read again."""
-        h, real = self.tokens(examples)
+        h, real = self._tokens(examples)
         return self._read(h, state, real, slice(0))[1]
 
     def predict(self, state: Any, x: Tensor) -> Distribution:
@@ -82,8 +81,12 @@ class SequenceLearner(Learner[Any]):
 
     def predict_prefixes(self, examples: Examples) -> Distribution:
         """Answer every row (B, N) from the rows before it, in one pass."""
-        h, real = self.tokens(examples)
+        h, real = self._tokens(examples)
         return self.head(self._read(h, self.model.start(examples.n_tasks, h), real, self.input_places)[0])
+
+    def _tokens(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
+        check_support_labels(self.spec, examples)
+        return self.tokens(examples)
 
     def _read(self, h: Tensor, state: Any, real: Tensor | None, places: slice) -> tuple[Tensor, Any]:
         """Outputs at some places, and the new state; a stack need not compute the others."""
@@ -183,7 +186,7 @@ class LoopedTransformer(SequenceLearner):
 
     def prefix_stages(self, examples: Examples) -> list[tuple[float, Distribution]]:
         """Answers to every row from the rows before it after each of the last `window` loops, equally weighted."""
-        h, real = self.tokens(examples)
+        h, real = self._tokens(examples)
         passes = self._looped.passes(h, self._looped.start(examples.n_tasks, h), real)
         judged = [out for index, (out, _) in enumerate(passes) if self._looped.is_judged(index)]
         return [(1 / len(judged), self.head(out[:, self.input_places])) for out in judged]

@@ -109,6 +109,7 @@ class CausalInContextTransformer(Learner[Cache]):
 
     def update(self, state: Cache, examples: Examples) -> Cache:
         """The cache after `examples` too; nothing is computed again."""
+        check_support_labels(self.spec, examples)
         return self.transformer.extend(state, self.embed(examples.x, examples.y), examples.real)
 
     def predict(self, state: Cache, x: Tensor) -> Distribution:
