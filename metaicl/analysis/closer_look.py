@@ -1,5 +1,6 @@
 """The linear map in a learner's answers, its derivatives, and its gain along the support's eigenvectors."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from metaicl.episode import Episode
 from metaicl.functional import raw_features
 from metaicl.learner import Learner
 from metaicl.prefixes import take_prefix
-from metaicl.statistics import Array, Interval, intervals
+from metaicl.statistics import NOT_NEGATIVE, UNBOUNDED, Array, Bounds, Interval, intervals
 from metaicl.training import training_mode
 
 _LOOKS = 8
@@ -99,11 +100,11 @@ class _View:
         eigenvalues, gain, gains = _gains(spectrum, weights, theirs)
         return CloserLook(
             length=self.length,
-            r2=intervals([r2.numpy()])[0],
-            weight_difference=_intervals(differences),
+            r2=intervals([r2.numpy()], bounds=(-math.inf, 1.0))[0],
+            weight_difference=_intervals(differences, NOT_NEGATIVE),
             weight_norm=float(weights.square().sum(-2).mean()),
             cosine=_intervals(cosine),
-            slope_difference=_intervals(slope),
+            slope_difference=_intervals(slope, NOT_NEGATIVE),
             slope_norm=norm,
             eigenvalues=eigenvalues,
             gain=gain,
@@ -169,8 +170,8 @@ def _gains(
     return tuple(centers.tolist()), tuple(found), gains
 
 
-def _intervals(values: Mapping[str, Array]) -> dict[str, Interval]:
-    return dict(zip(values, intervals(list(values.values())), strict=True))
+def _intervals(values: Mapping[str, Array], bounds: Bounds = UNBOUNDED) -> dict[str, Interval]:
+    return dict(zip(values, intervals(list(values.values()), bounds=bounds), strict=True))
 
 
 def _spread(n_rows: int) -> list[int]:

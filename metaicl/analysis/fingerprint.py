@@ -20,7 +20,7 @@ from metaicl.collation import concatenate
 from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
 from metaicl.spec import TaskSpec
-from metaicl.statistics import Array, Interval, intervals
+from metaicl.statistics import NOT_NEGATIVE, Array, Interval, intervals
 from metaicl.task import EVAL_SEED, Split, TaskDistribution
 
 _MEASURES = {"regression": "squared difference per output", "classification": "total variation"}
@@ -200,7 +200,7 @@ def _risk(answers: Tensor, stream: Examples, spec: TaskSpec) -> Array:
 
 
 def _curves(values: Mapping[str, Array]) -> dict[str, tuple[Interval, ...]]:
-    """Intervals of (S, E, T) arrays, one for each T."""
+    """Intervals of (S, E, T) arrays of distances or risks, one for each T."""
     flat = [array[..., k] for array in values.values() for k in range(array.shape[-1])]
-    found = iter(intervals(flat))
+    found = iter(intervals(flat, bounds=NOT_NEGATIVE))
     return {name: tuple(next(found) for _ in range(array.shape[-1])) for name, array in values.items()}

@@ -77,7 +77,7 @@ def _draw_map(figure: Any, axes: Axes, found: Any, names: Sequence[str]) -> None
 
 
 def _draw_overall(axes: Axes, found: Any, names: Sequence[str]) -> None:
-    left = max(_FLOOR, min(found.overall[name].mean for name in names) / 10)  # an interval may reach below zero
+    left = max(_FLOOR, min(found.overall[name].mean for name in names) / 10)  # an interval may reach zero
     for i, name in enumerate(names):
         one = found.overall[name]
         color = COLORS[0] if i == 0 or name in found.overall_ties else GRAY

@@ -1,5 +1,6 @@
 """Probes: can a quantity be read off activations by a linear map, or a small net, on episodes it was not fitted to?"""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -90,7 +91,9 @@ def probe(
     if constant:
         raise ValueError(f"targets must differ between episodes at every position; they are constant at {constant}")
     values = explained(residual.square().sum(-1), total)
-    return ProbeFit(tuple(intervals([row[None].numpy() for row in values])), n // 2, judged.shape[1])
+    return ProbeFit(
+        tuple(intervals([row[None].numpy() for row in values], bounds=(-math.inf, 1.0))), n // 2, judged.shape[1]
+    )
 
 
 def shuffled(targets: Tensor, *, seed: int = 0) -> Tensor:

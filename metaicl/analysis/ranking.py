@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from metaicl.analysis.fingerprint_result import Nearest
-from metaicl.statistics import Array, Interval, family_intervals, intervals, paired
+from metaicl.statistics import NOT_NEGATIVE, Array, Interval, family_intervals, intervals, paired
 
 SAME = 1e-8
 """Relative distances that differ by less are the same answers up to rounding (a relative error of 1e-4 in them)."""
@@ -29,7 +29,7 @@ def rank_overall(
     """
     values = {name: array.mean(-1) for name, array in relative.items()}
     order = _order(values, [name for name in values if name not in free])
-    found = dict(zip(order, intervals([values[name] for name in order]), strict=True))
+    found = dict(zip(order, intervals([values[name] for name in order], bounds=NOT_NEGATIVE), strict=True))
     return order, found, _ties({name: array.mean(-1) for name, array in cut.items()}, order)
 
 

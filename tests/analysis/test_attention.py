@@ -209,6 +209,16 @@ def test_the_learner_is_left_alone_and_strangers_are_refused():
         attention_maps(looped, episode.support, episode.query.x)
 
 
+def test_intervals_of_attention_do_not_reach_below_zero():
+    """Two seeds that differ say little about others."""
+    learners = [build("interleaved"), InterleavedTransformer(TASKS.spec, dim=8, depth=2, heads=2).double()]
+    found = attention_scores(learners, TASKS, n_shot=3, n_episodes=20)
+    tables = (found.matching, found.following, found.entropy)
+    ends = [one.low for table in tables for heads in table.values() for one in heads if one.low is not None]
+    assert len(ends) == 12
+    assert min(ends) == 0
+
+
 def test_a_row_that_nothing_follows_has_no_score_of_following():
     with pytest.raises(ValueError, match="followed by another one; got none with n_shot = 1 and n_episodes = 4"):
         attention_scores(build("causal"), TASKS, n_shot=1, n_episodes=4)

@@ -170,6 +170,16 @@ def test_a_linear_map_explains_answers_that_are_all_the_same() -> None:
     assert [(one.r2.mean, one.weight_norm) for one in found.closer] == [(1.0, 0.0)] * 6
 
 
+def test_intervals_end_where_their_values_can() -> None:
+    """Means of few episodes with a long tail; distances and risks are not negative, and no R2 is above one."""
+    found = look(Constant(TASKS.spec), n_episodes=16)
+    curves = (*found.distance.values(), *found.relative.values(), *found.risk.values())
+    parts = [one for curve in (*curves, found.overall.values()) for one in curve]
+    parts += [one for look in found.closer for one in look.weight_difference.values()]
+    assert min(one.low for one in parts if one.low is not None) >= 0
+    assert max(look.r2.high for look in found.closer if look.r2.high is not None) <= 1
+
+
 def test_true_difference_of_weights() -> None:
     """ILWD of two linear learners against their weights on the same addressed episodes, to 1e-6."""
     from metaicl.analysis.answers import draw_episodes
