@@ -1,5 +1,6 @@
 """Alignment panels: how close two learners are, along training or along a change of the tasks."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -74,9 +75,9 @@ def _curve(
     label: str = "",
     linestyle: str = "-",
 ) -> None:
-    """A mean over its size and its band, where there is one."""
+    """A mean over its size and its band, where there is one; nothing where the size is zero."""
     divided = [
-        tuple(end / size for end in (one.mean, *(one.ends or (one.mean, one.mean))))
+        tuple(end / size if size else math.nan for end in (one.mean, *(one.ends or (one.mean, one.mean))))
         for one, size in zip(values, sizes or [1.0] * len(values), strict=True)
     ]
     mean, low, high = zip(*divided, strict=True)

@@ -1,5 +1,6 @@
 """Alignment, block structure and interpolation against values known by hand."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_panels_show_each_place_once_and_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "panels.png").stat().st_size > 0
     with pytest.raises(ValueError, match="two places"):
         draw_alignments({0: found[0.4]})
+
+
+def test_no_difference_is_drawn_in_proportion_to_slopes_of_zero() -> None:
+    flat = align(GradientDescent(TASKS.spec, lr=0.4), Constant(TASKS.spec), TASKS, n_shot=6, n_episodes=20)
+    assert flat.slope_norm.mean == 0
+    figure = draw_alignments({0: flat, 1: flat})
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    assert all(math.isnan(value) for value in lines["of slopes / size"].get_ydata())
+    assert lines["of answers"].get_ydata()[0] == flat.answer_difference.mean
 
 
 def test_alignment_refuses_what_it_is_not_for() -> None:
