@@ -11,6 +11,8 @@ _ITERATIONS = 50  # it takes 10 to 20
 _TO_BOUNDARY = 0.995
 _FLOOR = 1e-7  # of the diagonal in linear systems, relative to the kernel: classes with more rows than D are singular
 
+_SMALLEST = 1e-8  # scale that is made one
+
 
 def support_vector_weights(
     features: Tensor, y: Tensor, n_way: int, *, slack_penalty: float | Tensor, mask: Tensor | None = None
@@ -24,8 +26,8 @@ def support_vector_weights(
     at 1e7, and only to some percent near 1e9.
 
     The gradient is that of the solution, by implicit differentiation of its optimality conditions; it is exact where
-    the solution is smooth, which is where no row sits on the edge of being a support vector. There is no second
-    derivative.
+    the solution is smooth, which is where no row sits on the edge of being a support vector, and s at least 1e-8. There
+    is no second derivative.
 
     Args:
         features: Rows (B, N, D).
@@ -47,11 +49,14 @@ def support_vector_weights(
     wide = features.double() if mask is None else features.double() * mask[..., None]
     target = class_weights(y, n_way, mask, torch.float64)
     kernel = wide @ wide.mT * slack_penalty
+    # What the solver calls small is small beside one: a kernel far below that is scaled, and the margins with it.
+    scale = kernel.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp(_SMALLEST, 1)[:, None, None]
+    kernel, margin = kernel / scale, target / scale
     real = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask
-    share, multiplier, offset = _solve(kernel.detach(), target, real)
+    share, multiplier, offset = _solve(kernel.detach(), target, margin, real)
     system = _NewtonSystem(kernel.detach(), share, multiplier)
     # One Newton step that knows where the kernel came from: its value is rounding, its derivative that of the solution.
-    residual = (target - kernel @ (target - share) - multiplier - offset) * real[..., None]
+    residual = (margin - kernel @ (target - share) - multiplier - offset) * real[..., None]
     dual = (target - share + system.solve(residual, refinements=3)) * real[..., None]
     return (wide.mT @ dual * slack_penalty).to(features.dtype)
 
@@ -79,14 +84,16 @@ class _NewtonSystem:
 
 # An operator of its own, so that a compiled graph calls the loop, which stops when it is done, instead of unrolling it.
 @torch.library.custom_op("metaicl::support_vectors", mutates_args=())
-def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimize tr(A'KA) / 2 - tr(A'Y) over A = Y - P, where every row of P is a probability vector.
+def _solve(kernel: Tensor, target: Tensor, margin: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimize tr(A'KA) / 2 - tr(A'M) over A = Y - P, where every row of P is a probability vector.
+
+    Y are the targets and M the margins, the same up to a factor.
 
     Returns:
         P (B, N, C), its multipliers (B, N, C) and those of the sums (B, N, 1).
     """
     share = torch.full_like(target, 1 / target.shape[-1])
-    slope = target - kernel @ (target - share)
+    slope = margin - kernel @ (target - share)
     offset = slope.amin(-1, keepdim=True) - 1
     multiplier = slope - offset
     rows = real[..., None]
@@ -99,7 +106,7 @@ def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor
         # Finished tasks stand still: they do not depend on their neighbors.
         if not bool(active.any()):
             break
-        residual = target - kernel @ (target - share) - multiplier - offset
+        residual = margin - kernel @ (target - share) - multiplier - offset
         gap = (products * rows).sum((1, 2), keepdim=True) / counts
         system = _NewtonSystem(kernel, share, multiplier)
         predicted = system.direction(-products, residual, rows, refinements=0)
@@ -112,7 +119,7 @@ def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor
         length = _step_length(share, multiplier, corrected, _TO_BOUNDARY)
         share = torch.where(active & rows, share + length * corrected[0], share)
         multiplier = torch.where(active & rows, multiplier + length * corrected[1], multiplier)
-        slope = target - kernel @ (target - share)
+        slope = margin - kernel @ (target - share)
         offset = torch.where(active, (slope - multiplier).mean(-1, keepdim=True), offset)
     if not bool((multiplier / share).isfinite().all()):
         scale = float(kernel.diagonal(dim1=-2, dim2=-1).amax())
@@ -124,7 +131,7 @@ def _solve(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor
 
 
 @_solve.register_fake
-def _shapes(kernel: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(kernel: Tensor, target: Tensor, margin: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(target), torch.empty_like(target), target.new_empty(*target.shape[:2], 1)
 
 

@@ -114,6 +114,17 @@ def test_gradient_is_the_slope_of_the_solution(n_way: int, n_shot: int, dim: int
     assert max(gaps) <= 1e-5
 
 
+def test_gradient_is_the_slope_of_the_solution_for_short_rows_too() -> None:
+    features, y = rows(5, 5, 8)
+    gaps = solution_slope_gaps(
+        lambda at, price: support_vector_weights(at * 3e-4, y, 5, slack_penalty=price) / 3e-4,
+        features,
+        1.0,
+        steps=(1e-7, 1e-6),
+    )
+    assert max(gaps) <= 1e-4
+
+
 def test_masked_rows_are_absent_and_tasks_do_not_meet() -> None:
     features, y = rows(3, 3, 5)
     expected = support_vector_weights(features[:, :6], y[:, :6], 3, slack_penalty=3.0)
