@@ -186,3 +186,13 @@ def test_word_vectors_must_be_finite(tasks: TextClasses) -> None:
     vectors[4, 1] = torch.nan
     with pytest.raises(ValueError, match="vectors must be finite; got NaN or Inf for 1 words"):
         DistributionalSignatures(tasks.spec, vectors=vectors)
+
+
+def test_a_support_without_rows_says_nothing(tasks: TextClasses) -> None:
+    learner, episode = make_learner(tasks), episode_of(tasks)
+    absent = torch.zeros_like(episode.support.real)
+    with torch.no_grad():
+        masked = learner(Examples(episode.support.x, episode.support.y, absent), episode.query.x)
+        empty = learner(Examples(episode.support.x[:, :0], episode.support.y[:, :0]), episode.query.x)
+    assert torch.equal(empty.probs, masked.probs)
+    assert float((empty.probs - 1 / 3).abs().max()) < 1e-12

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -178,7 +179,7 @@ class DistributionalSignatures(Learner[SignatureState]):
         n_way = self.spec.output_size
         places = look_up(self.row_classes, support)
         label = support.y[..., None] == torch.arange(n_way, device=support.y.device)  # (B, N, C)
-        return places[..., None].masked_fill(~label, -1).amax(1)
+        return F.pad(places[..., None].masked_fill(~label, -1), (0, 0, 1, 0), value=-1).amax(1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("row_classes", "counts"):
