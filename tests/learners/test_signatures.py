@@ -196,3 +196,10 @@ def test_a_support_without_rows_says_nothing(tasks: TextClasses) -> None:
         empty = learner(Examples(episode.support.x[:, :0], episode.support.y[:, :0]), episode.query.x)
     assert torch.equal(empty.probs, masked.probs)
     assert float((empty.probs - 1 / 3).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_word_vectors_of_any_precision_are_taken(tasks: TextClasses, dtype: torch.dtype) -> None:
+    vectors = torch.randn(tasks.spec.vocabulary or 0, 5).to(dtype)
+    learner, episode = DistributionalSignatures(tasks.spec, vectors=vectors), episode_of(tasks)
+    assert learner(episode.support, episode.query.x).logits.dtype == torch.float32

@@ -190,5 +190,6 @@ class DistributionalSignatures(Learner[SignatureState]):
 
 
 def _unit_length(vectors: Tensor) -> Tensor:
-    squares = vectors.detach().square().sum(-1)
-    return vectors.detach() * ((squares > 0).sum().clamp(min=1) / squares.sum().clamp(min=1e-12)).sqrt()
+    vectors = vectors.detach().to(torch.get_default_dtype())  # that of what is trained on them
+    squares = vectors.square().sum(-1)
+    return vectors * ((squares > 0).sum().clamp(min=1) / squares.sum().clamp(min=1e-12)).sqrt()
