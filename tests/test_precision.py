@@ -1,6 +1,7 @@
 """Half, single and double precision: what is drawn and how it is judged do not depend on them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from metaicl import EpisodeStream, GaussianClasses, Learner, ProtoNet, Sinusoid,
 from metaicl.episode import Episode, Examples
 from metaicl.functional import categorical, gaussian
 from metaicl.learner import Traits
-from metaicl.learners import FEAT, MatchingNet, RelationNet, RidgeHead
+from metaicl.learners import FEAT, RAML, DistributionalSignatures, MatchingNet, RelationNet, RidgeHead
+from metaicl.nets.text import BiLSTM
 from metaicl.spec import TaskSpec
 from metaicl.task import TaskDistribution
 from metaicl.tasks import LinearRegression
@@ -100,8 +102,15 @@ def test_a_run_does_not_go_on_in_another_precision(tmp_path: Any) -> None:
         )
 
 
+def with_bilstm(spec: TaskSpec) -> ProtoNet:
+    return ProtoNet(spec, encoder=BiLSTM(50, dim=8, hidden=4))
+
+
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", [FEAT, RelationNet, RidgeHead, MatchingNet])
+@pytest.mark.parametrize(
+    "kind",
+    [FEAT, RelationNet, RidgeHead, MatchingNet, DistributionalSignatures, partial(RAML, k=0), with_bilstm],
+)
 def test_a_padded_row_of_text_has_an_answer_in_half_precision(
     kind: Callable[[TaskSpec], Learner], dtype: torch.dtype
 ) -> None:

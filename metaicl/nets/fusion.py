@@ -68,5 +68,5 @@ class FusionHead(nn.Module):
         asked = torch.einsum("bcd,hde,hfe->bhcf", readers, self.to_query, self.to_key)  # (B, h, C, D)
         scores = torch.einsum("bqld,bhcd->bqhcl", states, asked)
         scores = scores * self.log_sharpness.exp() * (self.heads / states.shape[-1]) ** 0.5
-        scores = (scores + bias[:, :, None, None]).masked_fill(~real[:, :, None, None], -1e9)
+        scores = (scores + bias[:, :, None, None]).masked_fill(~real[:, :, None, None], torch.finfo(scores.dtype).min)
         return torch.softmax(scores, -1) * real.any(-1)[:, :, None, None, None]

@@ -13,8 +13,6 @@ from metaicl.functional import masked_mean
 from metaicl.nets.context import ContextBlock
 from metaicl.nets.lstm import BidirectionalLSTM
 
-_FAR = -1e9  # instead of minus infinity, so that a text without a token gets a finite answer
-
 
 @runtime_checkable
 class HasTokenStates(Protocol):
@@ -144,7 +142,8 @@ def token_vectors(vocabulary: int, dim: int) -> nn.Embedding:
 
 def masked_softmax(scores: Tensor, real: Tensor) -> Tensor:
     """Weights (..., T) from scores (..., T), zero where not real; all zero where nothing is."""
-    return scores.masked_fill(~real, _FAR).softmax(-1) * real
+    far = torch.finfo(scores.dtype).min  # not minus infinity: a text without a token gets a finite answer
+    return scores.masked_fill(~real, far).softmax(-1) * real
 
 
 def sinusoids(n_places: int, dim: int, *, like: Tensor) -> Tensor:
