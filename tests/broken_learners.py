@@ -99,6 +99,17 @@ class GrowingBuffer(Honest):
         return super().mean(state, x - self.memory.mean(0))
 
 
+class ConstantBuffer(Honest):
+    """Has a constant that no checkpoint keeps, as masks and frequencies are: it is made anew with the learner."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("frequencies", torch.arange(1.0, 1 + spec.x_shape[0]), persistent=False)
+
+    def mean(self, state: Any, x: Tensor) -> Tensor:
+        return super().mean(state, x * self.get_buffer("frequencies"))
+
+
 class DeclaredTransductive(Honest):
     """Declares more than it does, which is allowed."""
 
@@ -369,6 +380,15 @@ class FlipsMode(Honest):
     def predict(self, state: Any, x: Tensor) -> Distribution:
         self.decode.train(not self.decode.training)
         return super().predict(state, x)
+
+
+class HiddenBuffer(Honest):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("hidden", torch.randn(WIDTH), persistent=False)
+
+    def adapt(self, support: Examples) -> Any:
+        return super().adapt(support) + self.get_buffer("hidden")
 
 
 class HiddenTensor(Honest):

@@ -117,8 +117,8 @@ def check_state_dict(case: Case) -> None:
         other = copy.deepcopy(learner if case.build is None else case.build(learner.spec))
     other.eval().to(dtype=precision_of(learner))
     with torch.no_grad():
-        for _, value in _tensors(other):
-            if value.is_floating_point():
+        for value in other.state_dict().values():  # buffers that are not persistent are constants, made anew
+            if isinstance(value, Tensor) and value.is_floating_point():
                 value.add_(1.0)
     load_weights(other, learner.state_dict(), source="state_dict()")  # buffers may have grown
     support, x = case.episode.support, case.episode.query.x
