@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, LogNormal
 
 from metaicl.episode import Examples
 from metaicl.functional import gaussian, masked_mean, positive
@@ -108,6 +108,13 @@ class ConstantBuffer(Honest):
 
     def mean(self, state: Any, x: Tensor) -> Tensor:
         return super().mean(state, x * self.get_buffer("frequencies"))
+
+
+class PositiveAnswers(Honest):
+    """Answers with a density of positive targets alone."""
+
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        return Independent(LogNormal(self.mean(state, x), positive(self.raw_scale)), 1)
 
 
 class DeclaredTransductive(Honest):

@@ -1,10 +1,13 @@
 """Every way of breaking the contract is caught by the check that is meant for it, and by few others."""
 
+from typing import Any
+
 import broken_learners as broken
 import pytest
 
+from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner
-from metaicl.tasks.functions import LinearRegression
+from metaicl.tasks.functions import LinearRegression, Sinusoid
 from metaicl.testing import LEARNER_CHECKS, LearnerCheckError, check_learner
 
 TASKS = LinearRegression(dim=2, noise=0.1)
@@ -110,6 +113,20 @@ def test_every_check_has_a_fault_that_it_catches() -> None:
 )
 def test_honest_learners_pass(learner: type[Learner]) -> None:
     assert check_learner(learner, TASKS) is None
+
+
+class PositiveTargets(Sinusoid):
+    """Targets above zero."""
+
+    def sample(self, *arguments: Any, **sizes: Any) -> Episode:
+        drawn = super().sample(*arguments, **sizes)
+        parts = (Examples(part.x, part.y.exp()) for part in (drawn.support, drawn.query))
+        return Episode(*parts, drawn.latents)
+
+
+def test_densities_are_asked_within_their_support() -> None:
+    either_sign = {"learns": "its easy tasks have targets of either sign"}
+    assert check_learner(broken.PositiveAnswers, PositiveTargets(), expected_failures=either_sign) is None
 
 
 def test_prepare_may_read_what_tasks_say_of_themselves() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal, biject_to
 
 from metaicl.checks import check_answer
 from metaicl.episode import Episode, Examples
@@ -111,8 +111,8 @@ def answer(learner: Learner, support: Examples, x: Tensor) -> Tensor:
 def numbers(distribution: Distribution, learner: Learner, x: Tensor) -> Tensor:
     """A prediction as numbers (B, Q, K).
 
-    They are the log-probabilities of all classes, mean and log-scale of a Gaussian, or for any other density its
-    logarithm at three fixed targets.
+    They are the log-probabilities of all classes, mean and log-scale of a Gaussian, or for any other density three
+    targets of its support and its logarithm there.
     """
     shape, spec = x.shape[:2], learner.spec
     if spec.kind == "classification":
@@ -122,10 +122,25 @@ def numbers(distribution: Distribution, learner: Learner, x: Tensor) -> Tensor:
         found = torch.cat([distribution.mean, distribution.stddev.log()], -1)
     else:
         dtype = x.dtype if x.is_floating_point() else precision_of(learner)
-        targets = [torch.full((*shape, spec.output_size), v, dtype=dtype, device=x.device) for v in (-1.0, 0.0, 1.0)]
-        found = torch.stack([distribution.log_prob(target) for target in targets], -1)
+        targets = _targets(distribution, torch.zeros(*shape, spec.output_size, dtype=dtype, device=x.device))
+        found = torch.cat([*targets, *(distribution.log_prob(target)[..., None] for target in targets)], -1)
     assert found.shape[:2] == shape, f"a prediction for x of (B, Q) = {tuple(shape)} has shape {tuple(found.shape)}"
     return found.detach()
+
+
+def _targets(distribution: Distribution, like: Tensor) -> list[Tensor]:
+    """Targets (B, Q, y_dim) to ask a density at: -1, 0 and 1, mapped into its support where that is smaller."""
+    try:
+        support = distribution.support
+        while hasattr(support, "base_constraint"):  # of independent outputs, of the parts of a mixture
+            support = support.base_constraint  # type: ignore[union-attr]  # it has one
+        if support is None or support.is_discrete:
+            return [torch.full_like(like, value) for value in (0.0, 1.0)]
+        into = biject_to(support)
+    except NotImplementedError:  # it does not say, or nothing maps there
+        return [torch.full_like(like, value) for value in (-1.0, 0.0, 1.0)]
+    shape = into.inverse_shape(like.shape)
+    return [into(like.new_full(shape, value)).expand_as(like) for value in (-1.0, 0.0, 1.0)]
 
 
 def difference(expected: Tensor, got: Tensor) -> str | None:
