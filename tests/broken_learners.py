@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, LogNormal
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    Independent,
+    LogNormal,
+    Normal,
+    SigmoidTransform,
+    TransformedDistribution,
+)
 
 from metaicl.episode import Examples
 from metaicl.functional import gaussian, masked_mean, positive
@@ -211,6 +219,12 @@ class NotFinite(Honest):
 class WrongShape(Honest):
     def predict(self, state: Any, x: Tensor) -> Distribution:
         return gaussian(self.mean(state, x).mT, positive(self.raw_scale))
+
+
+class WithoutMean(Honest):
+    def predict(self, state: Any, x: Tensor) -> Distribution:
+        bent = [SigmoidTransform(), SigmoidTransform().inv, AffineTransform(self.mean(state, x), 1.0)]
+        return Independent(TransformedDistribution(Normal(torch.zeros_like(x[..., :1]), 1.0), bent), 1)
 
 
 class ReturnsTensor(Honest):

@@ -31,6 +31,7 @@ FAULTS: list[tuple[type[Learner], str, set[str]]] = [
     (broken.NotFinite, "answer_finite", {"sizes", "support_used", "meta_gradient", "gradient_slope", "learns"}),
     (broken.WrongShape, "answer_shape", set()),
     (broken.ReturnsTensor, "answer_shape", set()),
+    (broken.WithoutMean, "answer_shape", set()),
     (broken.DeadParameter, "meta_gradient", set()),
     (broken.DetachedState, "meta_gradient", {"gradient_slope"}),
     (broken.HalfDetachedState, "gradient_slope", set()),

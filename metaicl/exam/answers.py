@@ -12,7 +12,7 @@ _GARBAGE = 1e6
 
 
 def check_answer_shape(case: Case) -> None:
-    """`predict` returns a distribution with batch shape (B, Q) over what the spec says."""
+    """`predict` returns a distribution with batch shape (B, Q) over what the spec says, of targets one with a mean."""
     learner, support, query = case.learner, case.episode.support, case.episode.query
     found = learner.predict(learner.adapt(support), query.x)
     spec = learner.spec
@@ -25,6 +25,14 @@ def check_answer_shape(case: Case) -> None:
                 f"probabilities of the n_way = {spec.n_way} classes must sum to 1; the sums lie in "
                 f"[{low:.4g}, {high:.4g}]. Hint: give as many logits as the spec has classes"
             )
+        return
+    try:
+        found.mean  # noqa: B018  # a property
+    except NotImplementedError:
+        raise AssertionError(
+            f"a regression answer needs a mean, of which evaluations take the squared error; {type(found).__name__} "
+            "has none. Hint: give its class a property `mean`, by quadrature where there is no formula"
+        ) from None
 
 
 def check_answer_finite(case: Case) -> None:
