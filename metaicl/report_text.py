@@ -103,10 +103,15 @@ def summary_sentence(findings: Findings, task: str) -> str:
     if len(ranked) == 1:
         return f"{lead}."
     family = findings.differences(task, baseline=best)
-    p_values = {name: family[name, best].p for name in ranked[1:] if (name, best) in family}
+    gaps = {name: family[name, best] for name in ranked[1:] if (name, best) in family}
+    p_values = {name: one.p for name, one in gaps.items()}
     unknown = [name for name in ranked[1:] if p_values.get(name) is None]
     tied = [name for name, p in p_values.items() if p is not None and p >= 0.05]
-    parts = [f"the data do not separate it from {_listed(tied)} (paired, Holm-corrected p ≥ 0.05)"] if tied else []
+    # A mean is over all seeds that a learner finished, a difference over those that both did.
+    better = [name for name, p in p_values.items() if p is not None and p < 0.05 and sign * gaps[name].mean > 0]
+    shared = "on the seeds that both finished (paired, Holm-corrected p < 0.05)"
+    parts = [f"it is behind {_listed(better)} {shared}"] if better else []
+    parts += [f"the data do not separate it from {_listed(tied)} (paired, Holm-corrected p ≥ 0.05)"] if tied else []
     parts += [f"there are too few seeds or episodes to compare it with {_listed(unknown)}"] if unknown else []
     if not parts:
         return f"{lead}, ahead of every other learner (paired, Holm-corrected p < 0.05)."

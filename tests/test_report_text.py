@@ -1,8 +1,12 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from metaicl.comparison import compare
 from metaicl.learners.reference.simple import Constant, Logistic, NearestNeighbors
 from metaicl.number_text import interval_text, memory_text, number, seconds_text
+from metaicl.report import Report
 from metaicl.report_text import cells, columns, describe_task, protocol_lines, render_text, summary_sentence
 from metaicl.spec import NotServed
 from metaicl.statistics import Interval
@@ -55,6 +59,28 @@ def test_the_summary_claims_no_more_than_the_data(report):
     nobody = compare({"a": refuses}, {"easy": GaussianClasses()}, n_shot=1, n_query=2, n_episodes=5, progress=False)
     assert summary_sentence(nobody, "easy") == "On easy, no learner finished."
     assert "a" in str(nobody)
+
+
+def test_a_best_mean_over_other_seeds_is_not_called_ahead(report):
+    name = "neighbors"
+    found = next(one for one in report.results if one.learner == name and one.task == "easy")
+    levels = {("a", 0): 0.6, ("a", 1): 0.6, ("a", 2): 0.95, ("b", 0): 0.7, ("b", 1): 0.7}
+    results = tuple(
+        replace(found, learner=name, seed=seed, evaluations=_at(found, v)) for (name, seed), v in levels.items()
+    )
+    uneven = Report(report.protocol, {"easy": report.tasks["easy"]}, results)
+    sentence = summary_sentence(uneven, "easy")
+    assert "a has the best accuracy, 0.71" in sentence
+    assert "it is behind b on the seeds that both finished" in sentence
+    assert "ahead" not in sentence
+
+
+def _at(found, level):
+    noise = np.random.default_rng(0).uniform(-0.02, 0.02, 60)
+    return {
+        shots: replace(one, metrics={**one.metrics, "accuracy": level + noise})
+        for shots, one in found.evaluations.items()
+    }
 
 
 def test_nothing_finished_is_said(report):
