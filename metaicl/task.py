@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -180,6 +181,7 @@ class EpisodeStream(Dataset[Episode]):
             got = f"{episode.n_tasks} tasks" if isinstance(episode, Episode) else type(episode).__name__
             raise ValueError(f"{where} must be an Episode of n_tasks = {self.chunk_size} tasks; got {got}")
         try:
+            episode = _without_graph(episode)
             check_episode(episode, self.tasks.spec)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
@@ -246,6 +248,13 @@ class EpisodeStream(Dataset[Episode]):
         first, last = start // size, -(-stop // size)
         for index, chunk in zip(range(first, last), self.chunks(first, last, workers=workers), strict=True):
             yield chunk[max(start - index * size, 0) : min(stop - index * size, size)]
+
+
+def _without_graph(episode: Episode) -> Episode:
+    """The episode as data: a net that labels its rows leaves a graph, which can neither be copied nor sent."""
+    parts = (episode.support, episode.query)
+    leaves = [leaf for part in parts for leaf in (part.x, part.y)] + list(episode.latents.values())
+    return pytree.tree_map(torch.detach, episode) if any(leaf.requires_grad for leaf in leaves) else episode
 
 
 def _ignore_signals(worker: int) -> None:

@@ -30,6 +30,7 @@ from metaicl.objectives import Objective, prefix_loss, prefix_squared_error, que
 from metaicl.spec import TaskSpec
 from metaicl.task import EpisodeStream, TaskDistribution
 from metaicl.tasks import GaussianClasses
+from metaicl.testing import check_learner
 from metaicl.train_config import TrainConfig
 from metaicl.training import outer_loop, training_mode
 
@@ -304,6 +305,21 @@ def test_a_sampler_that_gives_something_else_is_named() -> None:
         train(make_ridge(), OneMore())
     with pytest.raises(ValueError, match=r"chunk 0 of Nothing .* must be an Episode of n_tasks = 4 tasks; got None"):
         train(make_ridge(), Nothing())
+
+
+class Taught(Lines):
+    """Rows that a net labels, which leaves its graph on them."""
+
+    def sample(self, n_tasks: int, **choices: Any) -> Episode:
+        drawn, teacher = super().sample(n_tasks, **choices), torch.ones(1, requires_grad=True)
+        parts = (Examples(part.x, part.y * teacher) for part in (drawn.support, drawn.query))
+        return Episode(*parts, {"teacher": teacher.expand(n_tasks)})
+
+
+def test_episodes_of_a_stream_have_no_graph() -> None:
+    one = EpisodeStream(Taught(), seed=0, split="train", n_shot=3, n_query=2)[0]
+    assert not any(leaf.requires_grad for leaf in (one.support.y, one.query.y, one.latents["teacher"]))
+    assert check_learner(make_ridge(), Taught(), checks=["answer_shape"]) is None  # copies episodes
 
 
 class Careless(Ridge):
