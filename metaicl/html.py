@@ -90,7 +90,7 @@ def _line(findings: Findings, task: str, row: Row, best: bool) -> str:
 
 def _cell(text: str, note: str = "") -> str:
     """An interval goes under its mean, which keeps the table narrow."""
-    mean, bracket, ends = text.partition(" [")
+    mean, bracket, ends = text.rpartition(" [")  # the name of a baseline may have some, too
     return f"{escape(mean)}{note}<small>[{escape(ends)}</small>" if bracket else escape(text) + note
 
 

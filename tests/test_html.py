@@ -67,6 +67,14 @@ def page(report):
     return render_page(report)
 
 
+def test_brackets_in_a_name_stay_with_it():
+    learners = {"constant": Constant, "neighbor [1]": NearestNeighbors}
+    sizes = {"n_shot": 1, "n_query": 2, "n_episodes": 3}
+    found = compare(learners, Sinusoid(), baseline="neighbor [1]", references=False, progress=False, **sizes)
+    page = render_page(found)
+    assert re.search(r"<th>difference to neighbor \[1\]<sup>.{,40}</sup><small>\[95 %\]</small></th>", page)
+
+
 def test_the_page_is_well_formed_and_ids_are_unique(page):
     parsed = Page(page)
     assert parsed.open == []
