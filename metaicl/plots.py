@@ -166,7 +166,7 @@ def plot_training(findings: Findings, task: str, *, legend: bool = True) -> Figu
 def plot_calibration(findings: Findings, task: str, *, legend: bool = True) -> Figure | None:
     """What was promised against what happened; the diagonal is perfect."""
     found = {name: findings.pooled_calibration(task, name) for name, _ in _present(findings, task)}
-    if not any(found.values()):
+    if not any(one is not None and max(one.count) >= _SHOWN_ROWS for one in found.values()):
         return None
     with figure_with_panels() as (figure, axes):
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
