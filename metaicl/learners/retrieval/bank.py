@@ -222,9 +222,11 @@ class MemoryBank(nn.Module):
             ids = {name: getattr(self, name) for name in wanted}
             score, index = self._search.best(self.keys, queries, min(k, len(self)), wanted, ids)
             missing = (0, k - score.shape[1])
-            score = F.pad(score, missing, value=-torch.inf).unflatten(0, leading)
+            if missing[1]:
+                score, index = F.pad(score, missing, value=-torch.inf), F.pad(index, missing)
             real = score > -torch.inf
-            return Found(F.pad(index, missing).unflatten(0, leading).masked_fill(~real, 0), score, real)
+            found = Found(index.masked_fill(~real, 0), score, real)
+            return Found(*(part.unflatten(0, leading) for part in found))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, atomically and with a checksum.
