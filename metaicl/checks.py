@@ -164,8 +164,6 @@ def _check_targets(name: str, part: Examples, spec: TaskSpec) -> None:
             raise ValueError(f"episode.{name}.y must be floating point (B, N, y_dim={spec.y_dim}); got {got}")
         _check_finite(f"episode.{name}.y", part.y, part)
         return
-    if part.y.dtype != torch.long or part.y.ndim != 2:
-        raise _no_indices(f"episode.{name}.y", part)
     check_labels(f"episode.{name}.y", part, spec.n_way or 0)
 
 
@@ -183,12 +181,12 @@ def check_labels(name: str, part: Examples, n_way: int | None) -> None:
         n_way: Labels are below it; None for a stream, where classes may come.
 
     Raises:
-        TypeError: If they are no integers (B, N).
+        TypeError: If they are not long (B, N).
         ValueError: If one is negative or too large.
     """
     if torch.compiler.is_compiling():
         return
-    if part.y.ndim != 2 or part.y.is_floating_point():
+    if part.y.ndim != 2 or part.y.dtype != torch.long:
         raise _no_indices(name, part)
     wrong = part.y < 0 if n_way is None else (part.y < 0) | (part.y >= n_way)
     if not bool(wrong.any()):

@@ -89,7 +89,7 @@ def incremental_accuracy(
 
     Raises:
         FloatingPointError: If an answer is NaN.
-        TypeError: If the learner lacks a method, or a count is no int.
+        TypeError: If the learner lacks a method, rows are no tensor, or a count is no int.
         ValueError: If an order comes twice, shapes, checkpoints or counts do not fit each other, or the learner answers
             over fewer classes than it has seen.
     """
@@ -225,9 +225,13 @@ def _checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
 
 
 def _checked_checkpoints(checkpoints: Sequence[int], train: Tensor, test: Tensor) -> tuple[int, ...]:
-    if train.ndim < 3 or test.ndim != train.ndim or len(train) != len(test) or train.shape[2:] != test.shape[2:]:
+    for name, rows in (("train", train), ("test", test)):
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name} must be a tensor, classes by rows; got {type(rows).__name__}")
+    fits = train.ndim >= 3 and len(train) == len(test) and train.shape[2:] == test.shape[2:]
+    if not (fits and train.shape[1] and test.ndim == train.ndim and test.shape[1]):
         raise ValueError(
-            "train and test must be classes by rows (K, N, *x_shape) and (K, T, *x_shape); "
+            "train and test must be classes by rows (K, N, *x_shape) and (K, T, *x_shape), N and T at least 1; "
             f"got {tuple(train.shape)} and {tuple(test.shape)}"
         )
     if isinstance(checkpoints, int):

@@ -154,7 +154,7 @@ def check_support_labels(spec: TaskSpec, support: Examples) -> bool:
         Whether the labels are known to be classes.
 
     Raises:
-        TypeError: If labels are no integers (B, N).
+        TypeError: If labels are not long (B, N).
         ValueError: If a label is none of the spec's classes.
     """
     if spec.kind != "classification" or torch.compiler.is_compiling() or in_a_transform():

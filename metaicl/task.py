@@ -181,11 +181,10 @@ class EpisodeStream(Dataset[Episode]):
             got = f"{episode.n_tasks} tasks" if isinstance(episode, Episode) else type(episode).__name__
             raise ValueError(f"{where} must be an Episode of n_tasks = {self.chunk_size} tasks; got {got}")
         try:
-            episode = _without_graph(episode)
             check_episode(episode, self.tasks.spec)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
-        return episode
+        return _without_graph(episode)
 
     def try_largest(self) -> None:
         """Sample one task with as many shots as any chunk may have, so that a split that cannot give it is named early.

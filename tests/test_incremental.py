@@ -136,6 +136,11 @@ def test_wrong_use_is_named():
             incremental_accuracy(learner, train, test, checkpoints=checkpoints)
     with pytest.raises(ValueError, match=r"got \(12, 6, 3\) and \(11, 3, 3\)"):
         incremental_accuracy(learner, train, test[1:], checkpoints=(2,))
+    for empty in ((train[:, :0], test), (train, test[:, :0])):
+        with pytest.raises(ValueError, match="N and T at least 1; got"):
+            incremental_accuracy(learner, *empty, checkpoints=(2,))
+    with pytest.raises(TypeError, match="test must be a tensor, classes by rows; got ndarray"):
+        incremental_accuracy(learner, train, test.numpy(), checkpoints=(2,))
     with pytest.raises(ValueError, match="orders must be at least one seed"):
         incremental_accuracy(learner, train, test, checkpoints=(2,), orders=[])
     with pytest.raises(ValueError, match="n_clients must be an int >= 1; got 0"):

@@ -63,10 +63,11 @@ def test_references_of_tasks_name_labels_that_are_no_class() -> None:
                 learner.adapt(wrong)
 
 
-def test_labels_that_are_no_integers() -> None:
-    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0.0, 1.0, 2.0, 0.0]]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int32])
+def test_labels_that_are_not_long(dtype: torch.dtype) -> None:
+    support = Examples(torch.randn(1, 4, 4), torch.tensor([[0, 1, 2, 0]]).to(dtype))
     for learner in classifiers().values():
-        with pytest.raises(TypeError, match=r"y must be long class indices \(B, N\); got torch.float32 \(1, 4\)"):
+        with pytest.raises(TypeError, match=rf"y must be long class indices \(B, N\); got {dtype} \(1, 4\)"):
             learner.adapt(support)
 
 
