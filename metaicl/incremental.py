@@ -111,12 +111,18 @@ def incremental_accuracy(
 
 
 def plot_curves(curves: Mapping[str, IncrementalCurve], *, title: str = "Classes one by one") -> Figure:
-    """Accuracy against the number of classes seen, by name; bands are 95 % intervals over stream orders."""
+    """Accuracy against the number of classes seen, by name.
+
+    Bands are 95 % intervals over stream orders. They have no width where all orders agree: what a few equal numbers
+    leave possible is told by `IncrementalCurve.interval`, and would cover everything else.
+    """
     with figure_with_panels(width=6.4, height=4.0) as (figure, axes):
         for name, curve in curves.items():
             found = [curve.interval(n) for n in curve.checkpoints]
             (line,) = axes.plot(curve.checkpoints, [one.mean for one in found], "o-", markersize=3.5, label=name)
-            low, high = zip(*(one.ends or (one.mean, one.mean) for one in found), strict=True)
+            agree = np.ptp(curve.accuracy, axis=0) == 0
+            ends = [(one.mean, one.mean) if same else one.ends for one, same in zip(found, agree, strict=True)]
+            low, high = zip(*(pair or (one.mean, one.mean) for one, pair in zip(found, ends, strict=True)), strict=True)
             axes.fill_between(curve.checkpoints, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="classes seen", ylabel="accuracy over all of them", ylim=(0, 1.02))
         axes.legend(fontsize=9)

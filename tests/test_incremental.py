@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from metaicl.episode import Examples
 from metaicl.functional import categorical, prototypes, squared_distances
-from metaicl.incremental import IncrementalCurve, incremental_accuracy, rows_by_class
+from metaicl.incremental import IncrementalCurve, incremental_accuracy, plot_curves, rows_by_class
 from metaicl.learner import Learner
 from metaicl.learners.gradient.maml import MAML
 from metaicl.learners.metric.protonet import ProtoNet
@@ -177,6 +177,15 @@ def test_nan_is_an_error_and_not_chance():
     for rows in ((train, test * torch.nan), (train * torch.nan, test)):
         with pytest.raises(FloatingPointError, match="ProtoNet answers NaN after 4 classes of stream order 5"):
             incremental_accuracy(nearest_mean(), *rows, checkpoints=(4,), orders=[5])
+
+
+def test_bands_are_drawn_where_orders_differ():
+    curve = IncrementalCurve((10, 20), np.array([[1.0, 0.7], [1.0, 0.6], [1.0, 0.8]]), 1, (0, 1, 2))
+    (axes,) = plot_curves({"ProtoNet": curve}).axes
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    assert set(corners[corners[:, 0] == 10, 1]) == {1.0}
+    assert np.ptp(corners[corners[:, 0] == 20, 1]) > 0.1
 
 
 def test_orders_that_agree_are_no_certainty_and_only_the_same_ones_are_paired():

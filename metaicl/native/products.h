@@ -1,7 +1,7 @@
 /* Products of matrices that fit into the first caches, for the files that include this one.
  *
- * `multiply`, `flip_block` and the type `Vector_of` are made for float and for double, with the suffix of the type; NAME
- * puts it there. Rows are padded to whole vectors of VECTOR_BYTES, which comes from library.py.
+ * `multiply`, `flip_block` and the type `Vector_of` are made for float and for double, with the suffix of the type,
+ * which NAME puts there. Rows are padded to whole vectors of VECTOR_BYTES, which comes from library.py.
  */
 #ifndef REAL
 
@@ -19,7 +19,13 @@
 #define MOST_SUMS 12
 #define MOST_VECTORS 2
 #endif
-#define MOST_ROWS 12
+#define MOST_ROWS 8 /* of one vector each: as many sums as keep the processor busy */
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define ONCE __attribute__((noinline, noclone)) /* copies of it for each caller take seconds to compile */
+#else
+#define ONCE __attribute__((noinline))
+#endif
 
 #define PASTE(name, suffix) name##_##suffix
 #define EXPAND(name, suffix) PASTE(name, suffix)
@@ -66,7 +72,7 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
 
 /* The same for any m and for any n that is a whole number of vectors. Its tiles are as large as registers allow, and of
  * about the same height: a low one has too few sums to keep the processor busy. */
-static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, int64_t a_row, int64_t a_inner,
+static ONCE void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, int64_t a_row, int64_t a_inner,
     const REAL *b, int64_t b_row, const REAL *first, int64_t first_row, REAL *c, int64_t c_row) {
 #define CASE(rows, vectors) \
     case vectors * (MOST_ROWS + 1) + rows: \
@@ -75,9 +81,11 @@ static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, i
                 first ? first + i * first_row + j : first, first_row, c + i * c_row + j, c_row); \
         break;
 #define CASES(vectors) \
-    CASE(1, vectors) CASE(2, vectors) CASE(3, vectors) CASE(4, vectors) CASE(5, vectors) CASE(6, vectors) \
-    CASE(7, vectors) CASE(8, vectors) CASE(9, vectors) CASE(10, vectors) CASE(11, vectors) CASE(12, vectors)
-    static const uint32_t most[] = {0, MOST_ROWS, MOST_SUMS / 2, MOST_SUMS / 3, MOST_SUMS / 4, MOST_SUMS / 5};
+    CASE(1, vectors) CASE(2, vectors) CASE(3, vectors) CASE(4, vectors) \
+    CASE(5, vectors) CASE(6, vectors) CASE(7, vectors) CASE(8, vectors)
+#define MOST_OF(sums) ((sums) < MOST_ROWS ? (sums) : MOST_ROWS)
+    static const uint32_t most[] = {
+        0, MOST_ROWS, MOST_OF(MOST_SUMS / 2), MOST_OF(MOST_SUMS / 3), MOST_SUMS / 4, MOST_SUMS / 5};
     uint32_t left = (uint32_t)(n / LANES), height = (uint32_t)m, vectors;
     for (int64_t j = 0; left; j += vectors * LANES, left -= vectors) {
         uint32_t across = (left + MOST_VECTORS - 1) / MOST_VECTORS;
@@ -98,6 +106,7 @@ static void NAME(multiply)(int64_t m, int64_t n, int64_t inner, const REAL *a, i
     }
 #undef CASE
 #undef CASES
+#undef MOST_OF
 }
 
 /* Rows of a square block become columns: halves of rows are interleaved until each number has met all others. */

@@ -116,9 +116,8 @@ static void NAME(join)(const Search *all, int64_t query, const REAL *scores, con
             NAME(insert)(k, scores[i], indexes[i], score, index);
 }
 
-/* queries (queries, size), keys (keys, size) -> score and index (queries, k), best first; -inf and 0 where none is left.
- *
- * Of equal scores those of the lower keys are found, in this order.
+/* queries (queries, size), keys (keys, size) -> score and index (queries, k), best first; -inf and 0 where none is left,
+ * and of equal scores those of the lower keys in turn.
  */
 int NAME(search)(const Search *all, const REAL *queries, const REAL *keys, REAL *score, int64_t *index) {
     int64_t found = all->threads * all->queries * all->k, blocks = (all->keys + COLUMNS - 1) / COLUMNS;
@@ -131,8 +130,8 @@ int NAME(search)(const Search *all, const REAL *queries, const REAL *keys, REAL 
         REAL *memory = ready ? aligned_alloc(64, bytes) : NULL;
         int64_t start = blocks * t / all->threads * COLUMNS, end = blocks * (t + 1) / all->threads * COLUMNS;
         int64_t own = t * all->queries * all->k;
-        if (memory)
-            NAME(scan)(all, queries, keys, start, end < all->keys ? end : all->keys, memory, scores + own, indexes + own);
+        end = end < all->keys ? end : all->keys;
+        if (memory) NAME(scan)(all, queries, keys, start, end, memory, scores + own, indexes + own);
         failed += !memory;
         free(memory);
     }
