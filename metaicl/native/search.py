@@ -9,7 +9,7 @@ from metaicl.native.calls import call
 from metaicl.native.guards import is_plain, nobody_watches
 from metaicl.native.library import load
 
-_MOST = 256  # of the best for each query: they are kept in order, one by one
+_FEW, _MOST, _OF = 32, 128, 512  # best of each query, in so many keys each: they are kept in order, one by one
 _LITTLE = 1 << 18  # products, for which no second thread is woken
 
 
@@ -40,12 +40,14 @@ def best_products(
     Returns:
         Scores (Q, k), best first, -inf where fewer keys are left; and numbers, long (Q, k), of equal scores the lowest
         first. None where torch has to serve: inside `torch.compile`, transforms and modes, for other dtypes and
-        devices, and for more than 256 of the best.
+        devices, and for so many of the best that it is faster: more than 32, or M / 512 up to 128.
 
     Raises:
         MemoryError: If there is none for the work of the threads.
     """
-    if torch.compiler.is_compiling() or k > _MOST or not nobody_watches() or not queries.numel():
+    if torch.compiler.is_compiling() or not nobody_watches() or not queries.numel():
+        return None
+    if k > max(_FEW, min(_MOST, len(keys) // _OF)):
         return None
     if keys.dtype != queries.dtype or queries.dtype not in (torch.float32, torch.float64):
         return None
