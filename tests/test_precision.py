@@ -123,3 +123,16 @@ def test_a_padded_row_of_text_has_an_answer_in_half_precision(
     found = learner(support.pad(5), x).probs.detach().float()
     assert bool(found.isfinite().all())
     assert float((found - expected).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("n_shot", [2, 80])  # by rows and by sums
+def test_a_regression_head_solves_in_half_precision(n_shot: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tasks = Sinusoid()
+    episode = EpisodeStream(tasks, seed=0, split="train", n_shot=n_shot, n_query=3, chunk_size=2)[0]
+    learner = RidgeHead(tasks.spec)
+    expected = learner(episode.support, episode.query.x).mean.detach()
+    episode = episode.to(dtype=dtype)
+    found = learner.to(dtype)(episode.support, episode.query.x).mean.detach()
+    assert float((found - expected).abs().max()) < 0.2
