@@ -241,7 +241,8 @@ def _own_gradients(learner: HasMetaGradients, parameters: dict[str, nn.Parameter
             f"{type(learner).__name__}.meta_gradients must give a gradient for every trainable parameter; "
             f"{first} should have shape {expected.get(first, 'absent')}, got {found.get(first, 'absent')}"
         )
-    return loss.detach(), {name: gradients[name].detach() for name in parameters}
+    # Under autocast what comes out of a product is bfloat16, which is no gradient of a float32 parameter.
+    return loss.detach(), {name: gradients[name].detach().to(value.dtype) for name, value in parameters.items()}
 
 
 def _shape_of(episode: Episode) -> tuple[Any, ...]:

@@ -110,6 +110,14 @@ def test_own_meta_gradients_are_used_and_checked() -> None:
     assert gaps((losses, gradients), (expected_loss, expected)) == 0
     assert not gradients["net.0.weight"].requires_grad
 
+    class Multiplying(TinyReptile):
+        def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, gradients = super().meta_gradients(episode)
+            return loss, {name: (torch.eye(len(value)) @ value).view_as(value) for name, value in gradients.items()}
+
+    rounded = MetaStep(Multiplying(Lines.spec), autocast="bf16")(episode)[1]
+    assert {value.dtype for value in rounded.values()} == {torch.float32}
+
     class Forgetful(TinyReptile):
         def meta_gradients(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
             loss, gradients = super().meta_gradients(episode)
