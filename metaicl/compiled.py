@@ -84,6 +84,14 @@ def find_problem(
     return f"a step changes its buffers {changed}" if changed else problem
 
 
+def name_failure(error: Exception) -> str:
+    """What went wrong with a graph, in one line."""
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return "it changes too often; something that it reads, such as an attribute, is another in every step"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"torch.compile failed: {type(error).__name__}: {' '.join(lines[:2])[:200]}"
+
+
 def _guards_of_users(guards: Sequence[Any]) -> list[bool]:
     """All conditions of a graph but those on functions and constants of libraries, which nobody changes between calls.
 
@@ -106,8 +114,7 @@ def _difference(
         with _same_randomness(), _compiling():
             found = graph()
     except Exception as error:  # a compiler can fail in any way; the eager step has just succeeded
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"torch.compile failed: {type(error).__name__}: {' '.join(lines[:2])[:200]}"
+        return name_failure(error)
     finite = all(bool(value.isfinite().all()) for value in (expected[0], *expected[1].values()))
     losses, *gradients = _relative_gaps(found, expected) if finite else [0.0]
     wrong = [gap for gap in (losses, *gradients) if not gap <= tolerance]  # NaN included

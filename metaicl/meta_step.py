@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from metaicl.checks import check_choice, check_count
-from metaicl.compiled import Gradients, Result, compile_step, find_problem
+from metaicl.compiled import Gradients, Result, compile_step, find_problem, name_failure
 from metaicl.distributed import check_unwrapped
 from metaicl.episode import Episode
 from metaicl.inner_loop.calling import call_net
@@ -98,7 +98,14 @@ class MetaStep:
             return self._with_added(episode, *own)
         if self._graph is not None:
             self._verify_new_shape(episode)
-        return self._eager(episode) if self._graph is None else self._compiled(episode)
+        if self._graph is None:
+            return self._eager(episode)
+        try:
+            return self._compiled(episode)
+        except Exception as error:  # the learner changed since its last graph was made, and no graph holds what it is
+            found = self._eager(episode)  # a learner that is wrong itself says so here
+            self._fall_back(name_failure(error))
+            return found
 
     def replay(self, episode: Episode) -> None:
         """Go through the losses once more, eagerly and without a meta-gradient, for someone who watches."""

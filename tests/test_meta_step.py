@@ -308,6 +308,28 @@ def test_what_cannot_be_compiled_is_served_eagerly_with_one_warning() -> None:
 
 
 @pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize("reason", ["it changes too often", "torch.compile failed: Unsupported"])
+def test_a_learner_that_can_no_longer_be_compiled_goes_on_eagerly(reason: str) -> None:
+    learner = _Shift()
+    step, episode = MetaStep(learner, compile=True), episode_of()
+    step(episode)
+    limit = 8 if "failed" in reason else 1
+    if "failed" in reason:
+        learner.register_forward_pre_hook(lambda module, inputs: print(end=""))
+
+    def later() -> None:
+        for factor in (2.0, 3.0):
+            learner.factor = factor
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                assert gaps(step(episode), MetaStep(learner)(episode)) <= 1e-5
+
+    with pytest.warns(RuntimeWarning, match=f"_Shift runs without torch.compile: {reason}") as caught:
+        later()
+    assert len(caught) == 1
+    assert not step.is_compiled
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_changing_buffers_are_not_compiled() -> None:
     learner, eager = make_normalized(), make_normalized()
     step = MetaStep(learner, compile=True)
