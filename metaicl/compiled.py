@@ -92,6 +92,13 @@ def name_failure(error: Exception) -> str:
     return f"torch.compile failed: {type(error).__name__}: {' '.join(lines[:2])[:200]}"
 
 
+def places_of_buffers(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each buffer stands, by name: a step may write into the tensor there, or put another one in its place."""
+    owners = dict(module.named_modules())
+    parts = {name: name.rpartition(".") for name, _ in module.named_buffers()}
+    return {name: (owners[owner]._buffers, own) for name, (owner, _, own) in parts.items()}
+
+
 def _guards_of_users(guards: Sequence[Any]) -> list[bool]:
     """All conditions of a graph but those on functions and constants of libraries, which nobody changes between calls.
 
@@ -165,13 +172,17 @@ def _same_randomness() -> Iterator[None]:
 def _same_buffers(learner: nn.Module) -> Iterator[list[str]]:
     """Put the buffers back after the context, and list those that it changed."""
     changed: list[str] = []
-    before = {name: (buffer, buffer.clone()) for name, buffer in learner.named_buffers()}
+    places = places_of_buffers(learner)
+    before = {name: (place[own], place[own].clone()) for name, (place, own) in places.items()}
     try:
         yield changed
     finally:
-        for name, (buffer, value) in before.items():
-            if not torch.equal(buffer, value):  # version counters do not see the running statistics of batch norm
+        for name, (place, own) in places.items():
+            buffer, value = before[name]
+            # Version counters do not see the running statistics of batch norm.
+            if not torch.equal(place[own], value):
                 changed.append(name)
+                place[own] = buffer
                 buffer.copy_(value)
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaicl.checks import check_built_for, check_count, check_device, check_positive
-from metaicl.compiled import Result
+from metaicl.compiled import Result, places_of_buffers
 from metaicl.distributed import align, check_alike, check_unwrapped, divide, n_processes, rank
 from metaicl.divergence import explain_inner_loops, name_problem
 from metaicl.episode import Episode
@@ -156,14 +156,14 @@ class _Update:
     ) -> None:
         self.meta_step, self.optimizer, self.scheduler, self.stream = meta_step, optimizer, scheduler, stream
         self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
-        self.buffers = list(meta_step.learner.buffers())  # after the first update: those that it changed
+        self.buffers = [*places_of_buffers(meta_step.learner).values()]  # after the first update: those that it changed
         self.updates = 0
         self.device, self.dtype = device_of(meta_step.learner), dtype_of(meta_step.learner)
 
     def __call__(self, index: int, episode: Episode, began: float) -> Step:
         learner, optimizer = self.meta_step.learner, self.optimizer
         rate = float(optimizer.param_groups[0]["lr"])
-        before = [(buffer, buffer.clone()) for buffer in self.buffers]
+        before = [(place[name], place[name].clone()) for place, name in self.buffers]
         own = (rank(),) if rank() else ()  # no two processes draw the same noise
         seed = derive_seed(self.stream.seed, "learner", index, *own)
         with training_mode(learner), isolated_randomness(seed, device_of(learner)):
@@ -172,12 +172,16 @@ class _Update:
         loss_value, norm_value = torch.stack([losses.mean().to(norm), norm]).tolist()  # the one synchronization
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             message = self._what_failed(index, episode, losses, gradients, seed)
-            for buffer, value in before:
-                buffer.copy_(value)
+            for (place, name), (buffer, value) in zip(self.buffers, before, strict=True):
+                place[name] = buffer.copy_(value)
             raise FloatingPointError(message)
-        align(self.buffers)
+        align([place[name] for place, name in self.buffers])
         if self.updates == 0:
-            self.buffers = [buffer for buffer, value in before if not torch.equal(buffer, value)]
+            self.buffers = [
+                (place, name)
+                for (place, name), (_, value) in zip(self.buffers, before, strict=True)
+                if not torch.equal(place[name], value)
+            ]
         self.updates += 1
         self._apply(gradients, norm)
         return Step(index, loss_value, norm_value, self._n_shot(episode), rate, time.perf_counter() - began)

@@ -9,6 +9,7 @@ from training_helpers import (
     Lines,
     Ridge,
     TinyReptile,
+    make_averaging,
     make_maml,
     make_normalized,
     make_reptile,
@@ -327,6 +328,16 @@ def test_a_learner_that_can_no_longer_be_compiled_goes_on_eagerly(reason: str) -
         later()
     assert len(caught) == 1
     assert not step.is_compiled
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_buffers_that_are_bound_anew_are_seen_and_put_back() -> None:
+    learner, eager = make_averaging(), make_averaging()
+    step = MetaStep(learner, compile=True)
+    with pytest.warns(RuntimeWarning, match=r"changes its buffers \['mean'\]"):
+        found = step(episode_of())
+    assert gaps(found, MetaStep(eager)(episode_of())) == 0
+    assert torch.equal(learner.mean, eager.mean)
 
 
 @pytest.mark.usefixtures("quick_compiler")

@@ -14,7 +14,6 @@ from training_helpers import (
     assert_same_weights,
     make_dropout,
     make_maml,
-    make_normalized,
     make_ridge,
     weights_of,
 )
@@ -211,9 +210,10 @@ def test_bf16_changes_the_numbers_a_little() -> None:
     assert 0 < abs(rounded[0] - exact[0]) < 0.05 * abs(exact[0])
 
 
+@pytest.mark.parametrize("name", ["normalized", "averaging"])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
-def test_a_loss_that_is_not_finite_stops_before_the_update(micro_batch_size: int | None) -> None:
-    learner = make_normalized()
+def test_a_loss_that_is_not_finite_stops_before_the_update(micro_batch_size: int | None, name: str) -> None:
+    learner = MAKERS[name]()
     kept = {}
 
     def objective(learner: Learner, episode: Episode) -> Tensor:
