@@ -86,7 +86,8 @@ def find_problem(
 
 def name_failure(error: Exception) -> str:
     """What went wrong with a graph, in one line."""
-    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+    dynamo: Any = torch._dynamo
+    if isinstance(error, dynamo.exc.FailOnRecompileLimitHit):
         return "it changes too often; something that it reads, such as an attribute, is another in every step"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"torch.compile failed: {type(error).__name__}: {' '.join(lines[:2])[:200]}"
