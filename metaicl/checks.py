@@ -249,7 +249,7 @@ def class_counts(examples: Examples, n_way: int) -> Tensor:
 
 
 def _check_finite(name: str, value: Tensor, part: Examples) -> None:
-    if math.isfinite(value.sum()):  # one pass; a sum that overflows decides nothing
+    if math.isfinite(value.detach().sum()):  # one pass; a sum that overflows decides nothing
         return
     finite = torch.isfinite(value).flatten(2).all(2) | ~part.real
     if not bool(finite.all()):
