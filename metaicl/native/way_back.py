@@ -69,6 +69,8 @@ def _by_torch(
 ) -> list[Tensor | None]:
     """Gradients of `inputs` with a graph of their own."""
     given = [(value, slope) for value, slope in zip(function(*inputs), slopes, strict=True) if slope is not None]
+    if not given:  # what came after let no gradient through
+        return [None for _ in needed]
     wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
     values, outer = zip(*given, strict=True)
     found = iter(torch.autograd.grad(values, wanted, outer, create_graph=True, allow_unused=True))

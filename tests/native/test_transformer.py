@@ -220,3 +220,22 @@ def test_second_derivatives_of_a_layer(calls: list[str]) -> None:
     layer, h = CausalAttention(4, heads=2).double(), numbers(1, 3, 4).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda h: layer(h, layer.start(1, h))[0], h)
     assert "attend" in calls
+
+
+class Stop(torch.autograd.Function):
+    """Lets no gradient through, and says so with None."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("function", [gelu, partial(by_kernel, heads=1)])
+def test_a_graph_of_the_gradient_where_none_came_back(function: Callable[[Tensor], Tensor]) -> None:
+    x = numbers(2, 4, 3).requires_grad_()
+    (found,) = torch.autograd.grad(Stop.apply(function(x)).sum() + x.sum(), x, create_graph=True)
+    assert torch.equal(found, torch.ones_like(x))
