@@ -28,7 +28,7 @@ class Nearest:
         length: Rows in the prefix.
         reference: Its name. Of references that give the same answers up to rounding, one without a free number.
         ties: Other references that are not significantly farther (paired over seeds and episodes, Holm-corrected over
-            the references); those that give the same answers are among them.
+            all pairs of references); those that give the same answers are among them.
         runner_up: The next nearest.
         gap: Relative distance of the runner-up less that of the nearest, paired, each cut at 10.
     """
@@ -105,7 +105,7 @@ class Fingerprint:
         distance: Distance of the answers to each reference at each length: SPD in regression.
         relative: The same over the distance to zero (uniform) answers, linearized ratios; from length 1.
         overall: Mean of `relative` over the lengths from 1, nearest reference first.
-        overall_ties: References that are not significantly farther overall than the first, Holm-corrected.
+        overall_ties: References that are not significantly farther overall than the first, corrected likewise.
         fits: For references with a free number.
         nearest: From length 1.
         closer: At some lengths; empty in classification.

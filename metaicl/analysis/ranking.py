@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from metaicl.analysis.fingerprint_result import Nearest
-from metaicl.statistics import NOT_NEGATIVE, Array, Interval, family_intervals, intervals, paired
+from metaicl.statistics import NOT_NEGATIVE, Array, Interval, intervals, paired, paired_differences
 
 SAME = 1e-8
 """Relative distances that differ by less are the same answers up to rounding (a relative error of 1e-4 in them)."""
@@ -69,9 +69,13 @@ def _order(values: Mapping[str, Array], preferred: Sequence[str]) -> list[str]:
 
 
 def _ties(values: Mapping[str, Array], order: Sequence[str]) -> tuple[str, ...]:
-    """References not farther than the first: the paired gap is not significant (Holm over the references)."""
+    """References not farther than the first: the paired gap is not significant (Holm over all pairs of references).
+
+    Which one is first has been chosen for what the same distances show, so its own gaps are no family by themselves.
+    """
     first, others = order[0], list(order[1:])
     if values[first].mean() <= SAME:  # no distance is below zero, so whatever is not equal is farther for certain
         return tuple(name for name in others if values[name].mean() <= values[first].mean() + SAME)
-    gaps = family_intervals([paired(values[name], values[first]) for name in others])
-    return tuple(name for name, gap in zip(others, gaps, strict=True) if gap.p is None or gap.p >= _LEVEL)
+    gaps = paired_differences([values[name] for name in order])
+    p_values = [gaps[0, i].p for i in range(1, len(order))]
+    return tuple(name for name, p in zip(others, p_values, strict=True) if p is None or p >= _LEVEL)
