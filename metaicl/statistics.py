@@ -23,6 +23,7 @@ _DRAWS_PER_TEST = 200  # of a family: the smallest corrected p-value is a hundre
 LEVEL = 0.95
 UNBOUNDED: Bounds = (-math.inf, math.inf)
 NOT_NEGATIVE: Bounds = (0.0, math.inf)
+COSINE: Bounds = (-1.0, 1.0)
 _DRAWS_AT_ONCE = 2**23  # numbers, of all matrices together: 64 MiB, a few times over
 _RESAMPLED = 2_000  # units beyond which resampled means are drawn from their normal limit
 

@@ -9,7 +9,7 @@ import torch
 from metaicl.analysis.answers import answers_at_length, check_learners, draw_episodes, sensitivities
 from metaicl.analysis.linear_fit import cosines
 from metaicl.learner import Learner
-from metaicl.statistics import NOT_NEGATIVE, Array, Interval, interval, intervals
+from metaicl.statistics import COSINE, NOT_NEGATIVE, Array, Interval, interval, intervals
 from metaicl.task import EVAL_SEED, Split, TaskDistribution
 
 
@@ -91,7 +91,7 @@ def align(
         columns.append([value.numpy() for value in row])
     values = [np.stack(rows) for rows in zip(*columns, strict=True)]
     found = intervals(values, bounds=NOT_NEGATIVE)
-    found[1], found[6] = interval(values[1]), interval(values[6])  # a cosine and a difference have signs
+    found[1], found[6] = interval(values[1], bounds=COSINE), interval(values[6])  # these have signs
     losses = (values[4], values[5][:1])
     return Alignment(*found[:4], losses=(found[4], found[5]), loss_difference=found[6], loss_values=losses)
 

@@ -22,7 +22,7 @@ from metaicl.functional import raw_features, squared_distances
 from metaicl.learner import Learner
 from metaicl.plots import COLORS, FAINT, INK, figure_with_panels
 from metaicl.spec import TaskSpec
-from metaicl.statistics import NOT_NEGATIVE, Interval, intervals
+from metaicl.statistics import Interval, intervals
 from metaicl.task import EVAL_SEED, Split, TaskDistribution
 from metaicl.training import place
 
@@ -143,11 +143,11 @@ def attention_scores(
         found["following", name] = [values / share for values in found["following", name]]
     values = {key: torch.stack(seeds).double().cpu().numpy() for key, seeds in found.items()}  # (S, E, heads)
     columns = {key: [matrix[..., head] for head in range(matrix.shape[-1])] for key, matrix in values.items()}
-    flat = iter(intervals([column for matrices in columns.values() for column in matrices], bounds=NOT_NEGATIVE))
+    most = float(np.log(n_seen))
     tables: dict[str, dict[str, tuple[Interval, ...]]] = {measure: {} for measure in _MEASURES}
     for (measure, layer), matrices in columns.items():
-        tables[measure][layer] = tuple(next(flat) for _ in matrices)
-    return AttentionScores(**tables, chance=1 / n_seen, most=float(np.log(n_seen)))
+        tables[measure][layer] = tuple(intervals(matrices, bounds=(0.0, most if measure == "entropy" else 1.0)))
+    return AttentionScores(**tables, chance=1 / n_seen, most=most)
 
 
 def draw_maps(maps: AttentionMaps, path: str | os.PathLike[str] | None = None, *, task: int = 0) -> Figure:

@@ -19,7 +19,7 @@ from metaicl.episode import Episode
 from metaicl.functional import raw_features
 from metaicl.learner import Learner
 from metaicl.prefixes import take_prefix
-from metaicl.statistics import NOT_NEGATIVE, UNBOUNDED, Array, Bounds, Interval, intervals
+from metaicl.statistics import COSINE, NOT_NEGATIVE, Array, Bounds, Interval, intervals
 from metaicl.training import training_mode
 
 _LOOKS = 8
@@ -103,7 +103,7 @@ class _View:
             r2=intervals([r2.numpy()], bounds=(-math.inf, 1.0))[0],
             weight_difference=_intervals(differences, NOT_NEGATIVE),
             weight_norm=float(weights.square().sum(-2).mean()),
-            cosine=_intervals(cosine),
+            cosine=_intervals(cosine, COSINE),
             slope_difference=_intervals(slope, NOT_NEGATIVE),
             slope_norm=norm,
             eigenvalues=eigenvalues,
@@ -170,7 +170,7 @@ def _gains(
     return tuple(centers.tolist()), tuple(found), gains
 
 
-def _intervals(values: Mapping[str, Array], bounds: Bounds = UNBOUNDED) -> dict[str, Interval]:
+def _intervals(values: Mapping[str, Array], bounds: Bounds) -> dict[str, Interval]:
     return dict(zip(values, intervals(list(values.values()), bounds=bounds), strict=True))
 
 

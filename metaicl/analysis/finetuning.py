@@ -14,7 +14,7 @@ from metaicl.analysis.answers import batches, check_learners, draw_episodes, sti
 from metaicl.analysis.finetuning_runs import WatchedModel
 from metaicl.checks import check_count, check_positive
 from metaicl.learners.incontext.sequence import SequenceLearner
-from metaicl.statistics import Array, Interval, intervals
+from metaicl.statistics import COSINE, NOT_NEGATIVE, Array, Interval, interval, intervals
 from metaicl.task import EVAL_SEED, Split, TaskDistribution, derive_seed
 
 _RATES = tuple(10 ** (-4 + k / 3) for k in range(16))  # .0001 to 10
@@ -123,9 +123,11 @@ def compare_with_finetuning(
 def _summary(values: Mapping[str, Array], names: Sequence[str], rates: tuple[float, ...]) -> FinetuningComparison:
     """Intervals of values (..., S, E)."""
     share = _ratio(values["both"], values["corrected"])
-    plain = ("aou", "random", "after", "before", "loss zero-shot", "loss finetuned", "loss in-context")
-    matrices = [values[name] for name in plain] + [values["after"] - values["before"], share, *values["layers"]]
-    aou, random, after, before, zero, tuned, context, gain, both, *layers = intervals(matrices)
+    similar = [values[name] for name in ("aou", "random", "after", "before")]
+    aou, random, after, before, *layers = intervals([*similar, *values["layers"]], bounds=COSINE)
+    losses = [values[name] for name in ("loss zero-shot", "loss finetuned", "loss in-context")]
+    zero, tuned, context = intervals(losses, bounds=NOT_NEGATIVE)
+    gain, both = interval(values["after"] - values["before"]), interval(share, bounds=(0.0, 1.0))
     return FinetuningComparison(
         sim_aou=aou,
         sim_aou_random=random,

@@ -53,6 +53,15 @@ def test_several_seeds_and_intervals() -> None:
     assert found.loss_difference.low > 0
 
 
+def test_intervals_of_a_cosine_end_at_one() -> None:
+    """Of two learners one is the other; two seeds that differ say little about others."""
+    pair = [LeastSquares(TASKS.spec), GradientDescent(TASKS.spec, lr=0.4)]
+    found = align(pair, LeastSquares(TASKS.spec), TASKS, n_shot=6, n_episodes=20)
+    assert found.cosine.high == 1
+    assert found.cosine.low is not None
+    assert found.cosine.low >= -1
+
+
 def test_panels_show_each_place_once_and_in_order(tmp_path: Path) -> None:
     step = GradientDescent(TASKS.spec, lr=0.4)
     found = {

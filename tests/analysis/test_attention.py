@@ -209,7 +209,7 @@ def test_the_learner_is_left_alone_and_strangers_are_refused():
         attention_maps(looped, episode.support, episode.query.x)
 
 
-def test_intervals_of_attention_do_not_reach_below_zero():
+def test_intervals_of_attention_end_where_it_can():
     """Two seeds that differ say little about others."""
     learners = [build("interleaved"), InterleavedTransformer(TASKS.spec, dim=8, depth=2, heads=2).double()]
     found = attention_scores(learners, TASKS, n_shot=3, n_episodes=20)
@@ -217,6 +217,7 @@ def test_intervals_of_attention_do_not_reach_below_zero():
     ends = [one.low for table in tables for heads in table.values() for one in heads if one.low is not None]
     assert len(ends) == 12
     assert min(ends) == 0
+    assert max(one.high for heads in found.entropy.values() for one in heads) == found.most
 
 
 def test_a_row_that_nothing_follows_has_no_score_of_following():

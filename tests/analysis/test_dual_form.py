@@ -173,6 +173,11 @@ def test_a_comparison_has_all_its_values(momentum):
     assert found.sim_am_gain.mean == pytest.approx(found.sim_am.mean - found.sim_am_before.mean)
     assert set(found.rates) <= {0.1, 0.5}
     assert 0 <= found.rec2ftp.mean <= 1
+    for one in (found.sim_aou, found.sim_aou_random, found.sim_am, *found.sim_aou_by_layer.values()):
+        assert one.low is not None
+        assert one.high is not None
+        assert -1 <= one.low <= one.high <= 1
+    assert all(one.low is not None and one.low >= 0 for one in found.losses.values())
     again = compare_with_finetuning(learners, TASKS, **{**options, "batch_size": 8})
     for name in ("sim_aou", "sim_aou_random", "sim_am", "sim_am_before", "rec2ftp"):
         assert getattr(again, name).mean == pytest.approx(getattr(found, name).mean, rel=1e-7)
