@@ -72,10 +72,11 @@ def audit_leakage(
 
     Looked at across splits: the latents named in `tasks.identity`, source rows (`ids`), their classes
     (`tasks.source_classes`) and the content of rows: their inputs, and where these are single numbers, which meet by
-    chance, input and target together in regression, and nothing in classification. Where inputs are discrete (tokens,
-    vectors of integers, and `tasks.discrete`) the same content occurs by right, and only `ids` count. In a
-    classification family, a latent (B, C, ...) with C = n_way holds one identity per class, any other latent one per
-    task. Splits with fewer classes than that have no tasks and are left out.
+    chance, input and target together in regression, and nothing in classification. Query rows are looked for in their
+    support in the same way; single numbers without `ids` by themselves. Where inputs are discrete (tokens, vectors of
+    integers, and `tasks.discrete`) the same content occurs by right, and only `ids` count. In a classification family,
+    a latent (B, C, ...) with C = n_way holds one identity per class, any other latent one per task. Splits with fewer
+    classes than that have no tasks and are left out.
 
     Args:
         tasks: The distribution.
@@ -136,17 +137,22 @@ def _values(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, Va
             yield "source rows", _fingerprints(ids)
             if tasks.source_classes is not None:
                 yield "classes", _fingerprints(tasks.source_classes[ids])
-        if not discrete_inputs(part.x, tasks):
-            yield from _content(tasks, part)
+        content = _content(tasks, part)
+        if content is not None:
+            yield "row content", _fingerprints(content[part.real])
 
 
-def _content(tasks: TaskDistribution, part: Examples) -> Iterator[tuple[str, Values]]:
-    """The inputs of real rows. Single numbers meet by chance, as [0, 1) has 2**24; targets tell them apart."""
-    x, y = part.x[part.real].flatten(1), part.y[part.real]
-    if x.shape[1] > 1:
-        yield "row content", _fingerprints(x)
-    elif tasks.spec.kind == "regression":
-        yield "row content", _fingerprints(torch.cat([x, y], 1))
+def _content(tasks: TaskDistribution, part: Examples) -> Tensor | None:
+    """What tells rows apart, (B, N, any): their inputs; None where equal ones occur by right or by chance.
+
+    Single numbers meet by chance, as [0, 1) has 2**24 and tables have few decimals; targets tell them apart.
+    """
+    if discrete_inputs(part.x, tasks):
+        return None
+    x = part.x.flatten(2)
+    if x.shape[2] > 1:
+        return x
+    return torch.cat([x, part.y], 2) if tasks.spec.kind == "regression" else None
 
 
 def _overlaps(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, int, Values]]:
@@ -158,8 +164,13 @@ def _overlaps(tasks: TaskDistribution, episode: Episode) -> Iterator[tuple[str, 
             _real_pairs(support, query) & (query.ids[:, :, None] == support.ids[:, None]) & (query.ids >= 0)[..., None]
         )
         yield "query rows in the support, by source row", n_rows, _places(both.any(2), episode)
-    if not discrete_inputs(query.x, tasks):
-        both = _real_pairs(support, query) & (_keys(query)[:, :, None] == _keys(support)[:, None])
+    # Without ids nothing else would tell of rows that are asked again.
+    named = support.ids is not None and query.ids is not None
+    asked, seen = (
+        _content(tasks, part) if named or discrete_inputs(part.x, tasks) else part.x for part in (query, support)
+    )
+    if asked is not None and seen is not None:
+        both = _real_pairs(support, query) & (_keys(asked)[:, :, None] == _keys(seen)[:, None])
         yield "query rows in the support, by content", n_rows, _places(both.any(2), episode)
 
 
@@ -167,10 +178,10 @@ def _real_pairs(support: Examples, query: Examples) -> Tensor:
     return query.real[:, :, None] & support.real[:, None]
 
 
-def _keys(part: Examples) -> Tensor:
+def _keys(content: Tensor) -> Tensor:
     """A 63-bit key of every row's content, long (B, N)."""
-    keys = [int.from_bytes(_digest(row), "big") >> 1 for row in part.x.flatten(0, 1)]
-    return torch.tensor(keys, dtype=torch.long).reshape(part.x.shape[:2]).to(part.x.device)
+    keys = [int.from_bytes(_digest(row), "big") >> 1 for row in content.flatten(0, 1)]
+    return torch.tensor(keys, dtype=torch.long).reshape(content.shape[:2]).to(content.device)
 
 
 def _places(where: Tensor, episode: Episode) -> Values:

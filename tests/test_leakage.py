@@ -22,6 +22,13 @@ def test_clean_families_have_no_leak(tasks):
     assert report.raise_if_leaky() is None
 
 
+def test_single_numbers_of_few_decimals_meet_in_rows_that_are_not_the_same():
+    rows = np.random.default_rng(0).normal(size=(240, 1)).round(1)
+    report = audit_leakage(tasks_from_arrays(rows, np.repeat(np.arange(12), 20), n_way=2), n_episodes=20)
+    assert not report.leaky
+    assert report.looked_at["query rows in the support, by source row"] == 3 * 20 * 4
+
+
 def test_single_numbers_that_meet_by_chance_are_no_leak():
     """Of 12,000 uniform float32 inputs in three splits two or more are equal in nine of ten audits."""
     waves = Sinusoid()
