@@ -156,3 +156,21 @@ def test_an_untrained_layer_that_forgets_fast_has_gradients() -> None:
     reads, _ = layer(h, layer.start(4, h))
     found = torch.autograd.grad(reads.square().mean(), list(layer.parameters()))
     assert all(bool(one.isfinite().all()) for one in found)
+
+
+def test_the_reverse_recursion_does_not_get_back_what_a_gate_has_made_to_fade() -> None:
+    """The docstring says from where on a backward without kept fits is lost; those with some are not."""
+    for gate, good in ((0.95, True), (0.5, False)):
+        errors = []
+        for keep_every in (None, 0):
+            found = []
+            for dtype in (torch.float32, torch.float64):
+                leaves = [leaf.to(dtype).requires_grad_() for leaf in tokens(gate, 64)]
+                start = ridge_start(torch.ones(2, dtype=dtype), KEY, VALUE)
+                route = least_squares_recursive if dtype == torch.float32 else least_squares
+                options = {"keep_every": keep_every} if dtype == torch.float32 else {}
+                reads, _ = route(*leaves[:3], start, leaves[3], **options)
+                found.append(torch.autograd.grad(reads.square().sum(), leaves[1])[0].double())
+            errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
+        assert errors[1] < 1e-4
+        assert errors[0] < 1e-3 if good else errors[0] > 0.1
