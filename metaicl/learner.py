@@ -4,11 +4,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from typing_extensions import TypeVar
 
 from metaicl.checks import check_labels
 from metaicl.episode import Episode, Examples
@@ -16,7 +17,7 @@ from metaicl.nets.norm import mixes_rows
 from metaicl.spec import Kind, NotServed, TaskSpec
 from metaicl.transforms import in_a_transform
 
-State = TypeVar("State")
+State = TypeVar("State", default=Any)  # so that a plain `Learner` is no unknown type to strict checkers
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,22 @@
 """The base class: what a subclass is told when it uses a name of the contract for something else."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from metaicl.learner import Learner
 from metaicl.learners.metric.protonet import ProtoNet
 from metaicl.learners.reference.simple import Constant
 from metaicl.spec import TaskSpec
 
 SPEC = TaskSpec("classification", (2,), n_way=2)
+
+
+def test_a_learner_without_its_state_is_no_unknown_type() -> None:
+    (state,) = Learner.__parameters__  # strict checkers refuse whatever takes a Learner[Unknown]
+    assert state.__default__ is Any
 
 
 @pytest.mark.parametrize(
