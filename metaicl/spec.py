@@ -76,7 +76,8 @@ class TaskSpec:
             raise ValueError(f"TaskSpec.vocabulary must be an int >= 1; got {self.vocabulary}")
         if (self.x_kind == "tokens") != (self.vocabulary is not None):
             raise ValueError(
-                f"TaskSpec.vocabulary goes with x_kind 'tokens' alone; got {self.vocabulary} for {self.x_kind!r}"
+                "TaskSpec.vocabulary goes with x_kind 'tokens', which needs one, and with no other; "
+                f"got {self.vocabulary} for {self.x_kind!r}"
             )
 
     def _check_size(self, name: str) -> None:
