@@ -19,7 +19,15 @@ from metaicl.number_text import interval_text
 from metaicl.prefixes import first_shots
 from metaicl.prequential import is_prequential
 from metaicl.statistics import interval
-from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
+from metaicl.task import (
+    EVAL_SEED,
+    EpisodeStream,
+    Split,
+    TaskDistribution,
+    check_distribution,
+    check_is_learner,
+    derive_seed,
+)
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 
@@ -143,7 +151,7 @@ def evaluate(
     return evaluate_shots(
         learner,
         tasks,
-        shots=(n_shot,),
+        shots=(check_count("n_shot", n_shot),),
         n_query=n_query,
         n_episodes=n_episodes,
         split=split,
@@ -214,8 +222,7 @@ def evaluate_shots(
 
 
 def _check_served(learner: Learner, tasks: TaskDistribution, name: str) -> None:
-    if not isinstance(learner, Learner):
-        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
+    check_is_learner(learner)
     check_distribution(tasks)
     check_built_for(name, learner.spec, tasks.spec)
 

@@ -22,7 +22,7 @@ from metaicl.learner import FollowsTraining, Learner, Prepares
 from metaicl.objectives import Objective, added_to_own, query_loss
 from metaicl.run_directory import RunDirectory, open_run_directory
 from metaicl.run_log import Row, RunLog
-from metaicl.task import TaskDistribution, check_distribution, derive_seed
+from metaicl.task import TaskDistribution, check_distribution, check_is_learner, derive_seed
 from metaicl.train_config import TrainConfig, first_episode, make_optimizer
 from metaicl.training import Step, device_of, isolated_randomness, outer_loop
 from metaicl.validation import addressed_stream, validation_loss
@@ -98,7 +98,8 @@ def meta_train(
     """
     path = None if directory is None else Path(directory).absolute()  # the working directory may change meanwhile
     check_unwrapped(learner)
-    if not isinstance(learner, Learner) or not isinstance(config, TrainConfig):
+    check_is_learner(learner)
+    if not isinstance(config, TrainConfig):
         got = f"{type(learner).__name__} and {type(config).__name__}"
         raise TypeError(f"meta_train needs a Learner, a TaskDistribution and a TrainConfig; got {got}")
     check_distribution(tasks)

@@ -115,6 +115,18 @@ def check_distribution(tasks: object, name: str = "tasks") -> None:
     raise TypeError(f"{name} must be a TaskDistribution; got {type(tasks).__name__}")
 
 
+def check_is_learner(learner: object) -> None:
+    """Refuse what is no learner.
+
+    Raises:
+        TypeError: Naming what came, with a hint where it is a class of learners.
+    """
+    if isinstance(learner, type):
+        raise TypeError(f"learner must be a Learner; got the class itself: {learner.__name__}(tasks.spec) makes one")
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
+
+
 class EpisodeStream(Dataset[Episode]):
     """An endless, addressed sequence of tasks: chunk `i` is a pure function of (seed, split, i).
 

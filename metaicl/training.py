@@ -19,7 +19,7 @@ from metaicl.episode import Episode
 from metaicl.learner import FollowsTraining, Learner
 from metaicl.meta_step import MetaStep, accumulate
 from metaicl.objectives import Objective, query_loss
-from metaicl.task import EpisodeStream, TaskDistribution, derive_seed
+from metaicl.task import EpisodeStream, TaskDistribution, check_is_learner, derive_seed
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def outer_loop(
             and how to replay the episode.
     """
     check_unwrapped(learner)
-    if not isinstance(learner, Learner):
-        raise TypeError(f"learner must be a Learner; got {type(learner).__name__}")
+    check_is_learner(learner)
     stream = EpisodeStream(tasks, seed=seed, split="train", n_shot=n_shot, n_query=n_query, chunk_size=meta_batch_size)
     check_built_for(type(learner).__name__, learner.spec, tasks.spec)
     if meta_batch_size < n_processes():

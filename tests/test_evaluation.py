@@ -247,7 +247,7 @@ def test_per_shot_curves_are_paired_and_nested():
     ("change", "error", "message"),
     [
         ({"n_episodes": 0}, ValueError, "n_episodes must be an int >= 1; got 0"),
-        ({"n_shot": 0}, ValueError, "shots must be an int >= 1; got 0"),
+        ({"n_shot": 0}, ValueError, "^n_shot must be an int >= 1; got 0"),
         ({"n_query": 2.5}, TypeError, "n_query must be an int"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"split": "tset"}, ValueError, "did you mean 'test'"),
@@ -336,6 +336,7 @@ def test_no_shots_is_an_error():
     ("learner", "tasks", "error", "message"),
     [
         (torch.nn.Linear(1, 1), LEVELS, TypeError, "must be a Learner; got Linear"),
+        (Mean, LEVELS, TypeError, r"must be a Learner; got the class itself: Mean\(tasks.spec\) makes one"),
         (Mean(LEVELS.spec), [1], TypeError, "must be a TaskDistribution; got list"),
         (Mean(LEVELS.spec), Signs(), ValueError, "built for kind regression, .*; the tasks have kind classification"),
     ],

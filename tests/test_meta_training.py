@@ -385,6 +385,8 @@ def test_a_split_with_too_few_rows_is_named_before_anything_is_done(
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="needs a Learner, a TaskDistribution and a TrainConfig; got Ridge and dict"):
         meta_train(make_ridge(), Lines(), {"steps": 3})
+    with pytest.raises(TypeError, match=r"got the class itself: Ridge\(tasks.spec\) makes one"):
+        meta_train(type(make_ridge()), Lines(), CONFIG, progress=False)
     with pytest.raises(TypeError, match="tasks must be a TaskDistribution"):
         meta_train(make_ridge(), [1, 2], CONFIG, progress=False)
     with pytest.raises(ValueError, match="nothing to train"):

@@ -110,6 +110,8 @@ def test_too_few_classes_are_seen():
 def test_wrong_subjects_are_refused():
     with pytest.raises(TypeError, match="learner must be a Learner or a function"):
         check_learner(lambda spec: torch.nn.Linear(1, 1), LINEAR)
+    with pytest.raises(TypeError, match=r"tasks must be a TaskDistribution; got the class itself: Sinusoid\(\)"):
+        check_learner(MAML, Sinusoid)
     with pytest.raises(ValueError, match="learner must be built for the tasks' spec"):
         check_learner(MAML(Sinusoid().spec), LINEAR)
     with pytest.raises(TypeError, match="tasks must be a TaskDistribution; got MAML"):

@@ -377,6 +377,8 @@ def test_wrong_objects_are_refused_at_once() -> None:
     learner = make_ridge()
     with pytest.raises(TypeError, match="learner must be a Learner; got Linear"):
         outer_loop(nn.Linear(1, 1), Lines(), adam(learner), steps=1)
+    with pytest.raises(TypeError, match=r"got the class itself: Ridge\(tasks.spec\) makes one"):
+        outer_loop(type(learner), Lines(), adam(learner), steps=1)
     with pytest.raises(TypeError, match=r"tasks must be a TaskDistribution; got the class itself: Lines\(\) makes one"):
         outer_loop(learner, Lines, adam(learner), steps=1)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer; got float"):

@@ -14,7 +14,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.learner import Learner, PredictsPrefixes
 from metaicl.prefixes import take_prefix
 from metaicl.spec import TaskSpec
-from metaicl.task import EpisodeStream, Split, TaskDistribution, check_distribution, derive_seed
+from metaicl.task import EpisodeStream, Split, TaskDistribution, check_distribution, check_is_learner, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 
@@ -167,12 +167,11 @@ def check_learners(learner: Learner | Sequence[Learner], tasks: TaskDistribution
         ValueError: If there is none, or one was built for other tasks.
     """
     check_distribution(tasks)
-    learners = [learner] if isinstance(learner, Learner) else list(learner)
+    learners = [learner] if isinstance(learner, (Learner, type)) else list(learner)
     if not learners:
         raise ValueError("learner must be a Learner or several trained alike; got an empty sequence")
     for one in learners:
-        if not isinstance(one, Learner):
-            raise TypeError(f"learner must be a Learner; got {type(one).__name__}")
+        check_is_learner(one)
         ours, theirs = shape_of(one.spec), shape_of(tasks.spec)
         if ours != theirs:
             raise ValueError(

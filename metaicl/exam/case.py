@@ -14,7 +14,7 @@ from metaicl.episode import Episode, Examples
 from metaicl.exam.randomness import private_randomness
 from metaicl.learner import Learner, Prepares
 from metaicl.spec import TaskSpec
-from metaicl.task import EpisodeStream, TaskDistribution
+from metaicl.task import EpisodeStream, TaskDistribution, check_distribution
 from metaicl.training import dtype_of
 
 SEED = 1_000_003
@@ -78,6 +78,7 @@ def build_case(learner: Learner | Callable[..., Learner], tasks: TaskDistributio
         TypeError: If `learner` is neither a learner nor builds one, or has complex parameters.
         ValueError: If it was built for another spec.
     """
+    check_distribution(tasks)
     build = None if isinstance(learner, Learner) else learner
     with private_randomness():
         return _case(copy.deepcopy(learner if build is None else build(tasks.spec)), tasks, build)

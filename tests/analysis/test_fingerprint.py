@@ -308,6 +308,8 @@ def test_nonsense_is_refused() -> None:
         look(Ridge(LinearRegression(dim=4).spec))
     with pytest.raises(ValueError, match="classification"):
         look(NearestNeighbors(CLASSES.spec))
+    with pytest.raises(TypeError, match="got the class itself: GradientDescent"):
+        fingerprint(GradientDescent, TASKS, n_shot=3)
     with pytest.raises(TypeError, match="learner must be a Learner"):
         look(["ridge"])
     with pytest.raises(ValueError, match="empty sequence"):
