@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from metaicl.checks import check_choice
 from metaicl.evaluation import Evaluation
@@ -80,13 +81,16 @@ class Result:
 
 
 def json_ready(value: Any) -> Any:
-    """Plain lists, dicts and numbers: NaN and infinity become None, what JSON does not know becomes text."""
+    """Plain lists, dicts and numbers: NaN and infinity become None, what JSON does not know becomes text.
+
+    Arrays and tensors become lists, those of one number without axes that number.
+    """
     if isinstance(value, Mapping):
         return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [json_ready(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,7 +1,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from metaicl.evaluation import evaluate
 from metaicl.learners.reference.simple import Constant
@@ -49,3 +51,8 @@ def test_contradictions_are_refused(fields, message):
 def test_json_has_no_nan_and_no_objects():
     found = json_ready({1: (math.nan, math.inf, 1.5, True, None, TASKS.__class__)})
     assert found == {"1": [None, None, 1.5, True, None, str(GaussianClasses)]}
+
+
+def test_arrays_and_tensors_are_numbers_in_json():
+    found = json_ready({"curve": np.array([1.5, np.nan]), "value": torch.tensor(2.5), "counts": (np.arange(2),)})
+    assert found == {"curve": [1.5, None], "value": 2.5, "counts": [[0, 1]]}
