@@ -266,7 +266,7 @@ def _reads(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is tuple:
-        return {"nargs": "+", "type": get_args(hint)[0]}
+        return {"nargs": "+", **_reads(get_args(hint)[0])}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint), "type": type(get_args(hint)[0])}
     return {"type": hint}

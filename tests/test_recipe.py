@@ -223,8 +223,10 @@ def test_options_may_be_optional_or_one_of_some_and_help_may_hold_a_percent_sign
     class Own(RecipeConfig):
         width: "int | None" = option(None, "a share in %")
         way: Literal["up", "down"] = option("up", "where to")
+        sizes: tuple[Literal[1, 2], ...] = option((1,), "of which")
 
     assert parse(Own, ["--width", "3", "--way", "down"]) == Own(width=3, way="down")
+    assert parse(Own, ["--sizes", "2", "1"]) == Own(sizes=(2, 1))
     assert parse(Own, []) == Own()
     for arguments, said in ((["--help"], "a share in % (default: None)"), (["--way", "left"], "invalid choice")):
         with pytest.raises(SystemExit):
