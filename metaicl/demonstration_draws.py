@@ -11,7 +11,7 @@ from metaicl.episode import Examples
 from metaicl.learner import Learner
 from metaicl.metrics import HIGHER_IS_BETTER, primary_metric, query_metrics
 from metaicl.spec import TaskSpec
-from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, derive_seed
+from metaicl.task import EVAL_SEED, EpisodeStream, Split, TaskDistribution, check_is_learner, derive_seed
 from metaicl.training import device_of, isolated_randomness, place, training_mode
 
 
@@ -84,6 +84,7 @@ def evaluate_draws(
     Reference:
         Min et al., 2022, arXiv:2110.15943, section 4.3 (mean and worst over 5 seeds of demonstrations).
     """
+    check_is_learner(learner)
     n_draws = check_count("n_draws", n_draws)
     n_episodes = check_count("n_episodes", n_episodes)
     stream = EpisodeStream(

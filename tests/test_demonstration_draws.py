@@ -46,6 +46,11 @@ def test_one_draw_is_the_plain_evaluation() -> None:
     assert found.mean() == found.worst() == pytest.approx(expected.mean("mse"), rel=1e-5)
 
 
+def test_a_class_in_place_of_a_learner_is_named() -> None:
+    with pytest.raises(TypeError, match=r"got the class itself: Ridge\(tasks.spec\) makes one"):
+        evaluate_draws(Ridge, LinearRegression(dim=2), n_shot=1, n_query=1)
+
+
 def test_worse_draws_have_another_order_for_losses_and_accuracies() -> None:
     values = np.array([[0.1, 0.9], [0.6, 0.6]])
     accuracy = DrawEvaluation("classification", {"accuracy": values, "nll": values})
