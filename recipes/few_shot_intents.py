@@ -12,7 +12,7 @@ Differs  no pretrained language model: words start from co-occurrence in meta-tr
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from peers.text_families import above_the_floor, compare_features, compared
 
@@ -35,7 +35,7 @@ class Config(RecipeConfig):
 
     data: str = option("", "folder with clinc150.jsonl.gz and banking77.jsonl.gz")
     download: bool = option(False, "fetch the public originals instead")
-    datasets: tuple[str, ...] = option(("CLINC150", "Banking77"), "which sets")
+    datasets: tuple[Literal["CLINC150", "Banking77"], ...] = option(("CLINC150", "Banking77"), "which sets")
     splits: tuple[str, ...] = option(("01",), "class splits, 01 to 05")
     features: bool = option(False, "train nothing: nearest class means of words, runs of characters and word vectors")
     steps: int = option(400, "updates of each learner")

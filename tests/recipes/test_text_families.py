@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metaicl.recipe import parse
 from metaicl.tasks.text import TextClasses
 from metaicl.tasks.text_features import fit_word_vectors
 
@@ -51,3 +52,11 @@ def test_stems_are_seen_by_characters_alone_and_floors_are_judged(families, caps
     assert len(found) == 3
     assert criteria[0].reference == 0.5
     assert criteria[0].bound == 0.02
+
+
+def test_an_unknown_set_is_told_which_there_are(families, capsys) -> None:
+    import few_shot_intents
+
+    with pytest.raises(SystemExit):
+        parse(few_shot_intents.Config, ["--datasets", "Foo"])
+    assert "invalid choice: 'Foo'" in capsys.readouterr().err
