@@ -1,7 +1,7 @@
 /* The keys with the largest inner products, for many queries, in one pass over the keys.
  *
  * A block of keys becomes columns in the first cache and meets all queries there. Its scores are compared with the k-th
- * best so far and forgotten: of M keys in any order about k log(M / k) are ever looked at twice.
+ * best so far and forgotten: of M keys in random order about k log(M / k) are ever looked at twice.
  *
  * The file includes itself for float and for double.
  */

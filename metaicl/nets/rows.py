@@ -60,5 +60,5 @@ class AnswerHead(nn.Module):
 
 
 def as_numbers(y: Tensor, spec: TaskSpec, dtype: torch.dtype) -> Tensor:
-    """Targets as rows of numbers (B, N, output_size): one-hot labels, or regression targets as they are."""
-    return class_weights(y, spec.output_size, None, dtype) if spec.kind == "classification" else y
+    """Targets as rows of numbers (B, N, output_size) of a dtype: one-hot labels, or the targets of a regression."""
+    return class_weights(y, spec.output_size, None, dtype) if spec.kind == "classification" else y.to(dtype)

@@ -123,7 +123,7 @@ class RidgeHead(EmbeddingLearner[RidgeState]):
         if self.spec.kind == "classification":
             check_labels("examples.y", examples, self.spec.output_size)
         features = self._features(examples.x)
-        targets = as_numbers(examples.y, self.spec, features.dtype).to(features.dtype)
+        targets = as_numbers(examples.y, self.spec, features.dtype)
         if self.spec.kind == "classification":
             targets = targets - 1 / self.spec.output_size
         if examples.mask is None:
